@@ -1,0 +1,57 @@
+// The seam between what is compiled once (argument checks, pool, programs) and what is compiled per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pellucid.h"
+
+namespace pld {
+
+// One op with every operand resolved. Column offsets are already in the pointers; strides are in floats.
+struct OpArgs {
+  const pld_op *op;
+  int64_t rows;
+  const float *in[PLD_MAX_IN];
+  int64_t in_stride[PLD_MAX_IN];
+  int32_t in_width[PLD_MAX_IN];
+  float *out[PLD_MAX_OUT];
+  int64_t out_stride[PLD_MAX_OUT];
+  int32_t out_width[PLD_MAX_OUT];
+  const pld_weight *weight[PLD_MAX_WEIGHTS];  // null: absent
+  const pld_batch *batch;
+  pld_kv *kv;
+  std::byte *scratch;  // shared by the stages of this op; Kernel::scratch_bytes of it, 64-byte aligned
+};
+
+inline constexpr size_t kThreadScratchBytes = 512 * 1024;
+inline constexpr int kMaxStages = 3;
+
+// An op is a few stages with a barrier between them; a stage is tasks that may run in any order on any thread. How the work is cut
+// into tasks never changes a bit of the result: a task owns whole output elements.
+struct Kernel {
+  int n_stages;
+  int64_t (*n_tasks)(const OpArgs &args, int stage, int n_threads);
+  void (*run)(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *thread_scratch);
+  size_t (*scratch_bytes)(const pld_op &op, const pld_weight *const *weight, int64_t rows);  // null: none
+};
+
+inline constexpr int kNumOpKinds = PLD_OP_SAMPLE + 1;
+
+struct KernelTable {
+  Kernel ops[kNumOpKinds];  // by pld_op_kind; [0] is unused
+};
+
+namespace portable {
+const KernelTable &kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const KernelTable &kernels();
+}
+namespace avx512 {
+const KernelTable &kernels();
+}
+#endif
+
+}  // namespace pld

@@ -1,0 +1,55 @@
+"""Typed errors. Each carries the value and the limit in its text, so that a person can act on it."""
+
+from __future__ import annotations
+
+
+class PellucidError(Exception):
+    """The root of all errors that Pellucid raises on purpose."""
+
+
+class InvalidRequestError(PellucidError, ValueError):
+    """A request or parameter is refused before it reaches the engine. `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ConfigError(PellucidError, ValueError):
+    """An engine or model configuration cannot be honoured."""
+
+
+class ModelNotFoundError(PellucidError, FileNotFoundError):
+    """No model at this path or by this name; the text says where was looked."""
+
+
+class UnsupportedModelError(PellucidError, ValueError):
+    """The architecture, tensor type or tokenizer kind is not implemented; the text lists what is."""
+
+
+class WeightFormatError(PellucidError, ValueError):
+    """A weight file contradicts its format (truncated, overlapping, overflowing, wrong types)."""
+
+
+class TokenizerError(PellucidError, ValueError):
+    """A vocabulary, tokenizer file or chat template cannot be used."""
+
+
+class DownloadError(PellucidError, OSError):
+    """A model could not be fetched; the text says whether the network, the checksum or the disk failed."""
+
+
+class NativeError(PellucidError, RuntimeError):
+    """The native core refused a call. `status` is the pld_status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineDeadError(PellucidError, RuntimeError):
+    """The engine was closed or its owner failed; nothing more can be submitted."""
+
+
+class InvariantError(PellucidError, RuntimeError):
+    """A self-check of the engine failed: a bug in Pellucid, never the caller's fault."""

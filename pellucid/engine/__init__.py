@@ -1,0 +1,1 @@
+"""The engine: requests, blocks, scheduling, steps."""

@@ -1,0 +1,98 @@
+"""What a caller gets back: `RequestOutput` and its parts. vLLM's attributes; reads as a mapping too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+_KEYS = ("request_id", "status", "finish_reason", "token_ids", "text", "usage")
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One candidate at one position: its log-probability, its rank (1 = most likely) and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One choice. `token_ids` holds eos and stop tokens, `text` does not."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    seed: int | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True when this choice has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Times in seconds since the request was submitted; None where it did not get so far."""
+
+    queue_time: float | None = None
+    time_to_first_token: float | None = None
+    e2e_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass
+class RequestOutput(Mapping[str, Any]):
+    """A request's outputs. As a mapping it has the keys `request_id, status, finish_reason, token_ids, text, usage` of output 0."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    status: str = "waiting"
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Token counts; completion tokens of all choices."""
+        completion = sum(len(output.token_ids) for output in self.outputs)
+        prompt = len(self.prompt_token_ids)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in _KEYS:
+            raise KeyError(key)
+        if key in ("request_id", "status", "usage"):
+            return getattr(self, key)
+        return getattr(self.outputs[0], key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_KEYS)
+
+    def __len__(self) -> int:
+        return len(_KEYS)
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """News of one choice: what was added since the chunk before. The last one has a `finish_reason`."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None

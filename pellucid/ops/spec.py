@@ -1,0 +1,75 @@
+"""An op call in the one form that every backend takes: recorder, native, reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+# Codes of csrc/include/pellucid.h.
+OP_KINDS = {
+    "embedding": 1,
+    "linear": 2,
+    "rms_norm": 3,
+    "layer_norm": 4,
+    "rope_table": 5,
+    "rotary": 6,
+    "attention": 7,
+    "act_and_mul": 8,
+    "act": 9,
+    "add": 10,
+    "scale": 11,
+    "softcap": 12,
+    "moe": 13,
+    "gather_rows": 14,
+    "sample": 15,
+}
+OP_NAMES = {code: name for name, code in OP_KINDS.items()}
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
+# Which operand of these ops is a matrix, kept in packed panels; every other weight is a float32 vector or table.
+MATRIX_OPERANDS = {"linear": (0,), "moe": (0, 1), "embedding": (0,)}
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One call: `inputs` are tensors or symbols [rows, width]; `weights` parameters, tensors or numpy constants; None is absent."""
+
+    kind: str
+    inputs: tuple[Any, ...]
+    weights: tuple[Any, ...] = ()
+    ints: tuple[int, ...] = ()
+    floats: tuple[float, ...] = ()
+    out_widths: tuple[int, ...] = ()
+
+
+class Recorder(Protocol):
+    """What a symbol belongs to: it turns a call on symbols into a line of the program."""
+
+    def record(self, spec: OpSpec) -> tuple[Symbol, ...]:
+        """Appends the op and returns symbols for its outputs."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """Stands for a float32 [rows, width] tensor while a module is traced. `domain` is "T" (tokens) or "L" (logit rows)."""
+
+    recorder: Recorder
+    buffer: int
+    column: int
+    width: int
+    domain: str = "T"
+
+    @property
+    def shape(self) -> tuple[str, int]:
+        """Rows are symbolic: the domain's letter."""
+        return (self.domain, self.width)
+
+    def split(self, widths: list[int], dim: int = -1) -> tuple[Symbol, ...]:
+        """Column ranges of this symbol, without an op."""
+        if dim not in (-1, 1) or sum(widths) != self.width:
+            raise ValueError(f"cannot split width {self.width} into {widths} along dimension {dim}")
+        column, parts = self.column, []
+        for width in widths:
+            parts.append(Symbol(self.recorder, self.buffer, column, width, self.domain))
+            column += width
+        return tuple(parts)

@@ -1,0 +1,138 @@
+"""`EngineConfig`: every setting of an engine, validated when it is made. The command line is generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pellucid.errors import ConfigError
+
+# The model that is used when none is named.
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+ALIASES = {"max_batch_size": "max_num_seqs", "model_path": "model"}
+DTYPES = ("auto", "float32", "bfloat16")
+POLICIES = ("mixed", "prefill_first")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine, with vLLM's names where it has them.
+
+    Raises:
+        ConfigError: naming the field, the value and what is allowed.
+    """
+
+    model: str = _setting(DEFAULT_MODEL, "Directory, .gguf file, hub id, or a name that `pellucid pull` knows.")
+    tokenizer: str | None = _setting(None, "Directory with a tokenizer.json to use in place of the model's own.")
+    dtype: str = _setting("auto", "Weights and matrix inputs: auto, float32 or bfloat16. auto: float32 if stored so.")
+    kv_cache_dtype: str = _setting("auto", "Keys and values: auto (as dtype), float32 or bfloat16.")
+    kv_layout: str = _setting("block", "How the cache is addressed: block.")
+    block_size: int = _setting(16, "Tokens in a block of the cache, 1 to 256.")
+    num_blocks: int | None = _setting(None, "Blocks in the cache; by default from the memory that is free.")
+    max_model_len: int | None = _setting(None, "Longest prompt + output; by default what model and memory allow.")
+    max_num_seqs: int = _setting(32, "Most requests that run at once, 1 to 1,024.")
+    max_num_batched_tokens: int = _setting(512, "Most tokens computed in one step, 1 to 65,536.")
+    policy: str = _setting("mixed", "Scheduling: mixed or prefill_first.")
+    enable_prefix_caching: bool = _setting(True, "Share the blocks of equal prompt beginnings.")
+    num_threads: int = _setting(0, "Threads of the core; 0: one for each physical core.")
+    device: str = _setting("cpu", "Where the model runs: cpu.")
+    isa: str = _setting("auto", "Kernels: auto, portable, avx2 or avx512.")
+    enforce_eager: bool = _setting(False, "Run the module op by op through torch instead of as a program.")
+    tensor_parallel_size: int = _setting(1, "Workers that share each layer: 1.")
+    pipeline_parallel_size: int = _setting(1, "Workers in a row of layers: 1.")
+    seed: int = _setting(0, "Seed from which requests without one draw theirs.")
+    trace_path: str | None = _setting(None, "File that gets one JSON line for each scheduler step.")
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            problem = check(value)
+            if problem:
+                raise ConfigError(f"{name} is {value!r}; {problem}")
+
+    @classmethod
+    def from_kwargs(cls, model: str | Path, kwargs: Mapping[str, Any]) -> EngineConfig:
+        """A config from keyword arguments; aliases are accepted.
+
+        Raises:
+            TypeError: a keyword is unknown or given twice.
+            ConfigError: a value is not allowed.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {"model": str(model)}
+        for key, value in kwargs.items():
+            name = ALIASES.get(key, key)
+            if name not in known:
+                raise TypeError(f"LLM() got an unknown keyword argument {key!r}; known: {', '.join(sorted(known))}")
+            if name in values and name != "model":
+                raise TypeError(f"LLM() got {name!r} twice: as {key!r} too")
+            values[name] = str(value) if name == "model" else value
+        return cls(**values)
+
+
+def _integer(low: int, high: int, *, optional: bool = False) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            return f"it must be an integer from {low:,} to {high:,}"
+        return None
+
+    return check
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return None if isinstance(value, str) and value in allowed else f"it must be one of: {', '.join(allowed)}"
+
+    return check
+
+
+def _boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "it must be true or false"
+
+
+def _text(*, optional: bool) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value is None and optional:
+            return None
+        return None if isinstance(value, str) and value.strip() else "it must be a text that is not empty"
+
+    return check
+
+
+def _only_one(value: Any) -> str | None:
+    is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+    return None if is_one else "this version runs a model in one process: it must be 1"
+
+
+_CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "model": _text(optional=False),
+    "tokenizer": _text(optional=True),
+    "dtype": _one_of(*DTYPES),
+    "kv_cache_dtype": _one_of(*DTYPES),
+    "kv_layout": _one_of("block"),
+    "block_size": _integer(1, 256),
+    "num_blocks": _integer(1, 2**30, optional=True),
+    "max_model_len": _integer(2, 2**24, optional=True),
+    "max_num_seqs": _integer(1, 1024),
+    "max_num_batched_tokens": _integer(1, 65_536),
+    "policy": _one_of(*POLICIES),
+    "enable_prefix_caching": _boolean,
+    "num_threads": _integer(0, 256),
+    "device": _one_of("cpu"),
+    "isa": _one_of("auto", "portable", "avx2", "avx512"),
+    "enforce_eager": _boolean,
+    "tensor_parallel_size": _only_one,
+    "pipeline_parallel_size": _only_one,
+    "seed": _integer(0, 2**63 - 1),
+    "trace_path": _text(optional=True),
+}

@@ -1,0 +1,114 @@
+"""Recording: call the module once with symbols, and every op writes itself down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from pellucid import ops
+from pellucid.ops.spec import MATRIX_OPERANDS, OpSpec, Symbol
+
+WeightKind = Literal["matrix", "table", "vector"]
+
+
+@dataclass
+class RecordedWeight:
+    """A weight that ops refer to by index. `kind`: matrix (packed panels), table (row-major, gathered from), vector (float32)."""
+
+    name: str
+    source: Any  # a parameter with `.pieces`, or a numpy constant
+    shape: tuple[int, ...]
+    kind: WeightKind
+
+
+@dataclass(frozen=True)
+class RecordedOp:
+    """An op on buffer ids. `inputs` hold (buffer, column, width); None is absent."""
+
+    kind: str
+    inputs: tuple[tuple[int, int, int] | None, ...]
+    outputs: tuple[int, ...]
+    weights: tuple[int | None, ...]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+
+
+@dataclass
+class Recording:
+    """A traced module. Buffers are single-assignment; `domains` gives "T" or "L" for each."""
+
+    ops: list[RecordedOp] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    weights: list[RecordedWeight] = field(default_factory=list)
+    n_forward_ops: int = 0
+    hidden: int = -1
+    logits: int = -1
+
+
+class _Recorder:
+    """Turns calls on symbols into lines of a recording."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.recording = Recording()
+        self.names = names
+        self._weight_index: dict[int, int] = {}
+
+    def symbol(self, width: int, domain: str) -> Symbol:
+        self.recording.widths.append(width)
+        self.recording.domains.append(domain)
+        return Symbol(self, len(self.recording.widths) - 1, 0, width, domain)
+
+    def record(self, spec: OpSpec) -> tuple[Symbol, ...]:
+        """Appends the op and returns symbols for its outputs."""
+        symbols = [value for value in spec.inputs if value is not None]
+        if any(not isinstance(value, Symbol) for value in symbols):
+            raise TypeError(f"op {spec.kind} mixes symbols with tensors while it is traced")
+        domain = "L" if spec.kind == "gather_rows" else symbols[0].domain
+        outputs = tuple(self.symbol(width, domain) for width in spec.out_widths)
+        # Token ids and positions come with the batch: the ops that take them have no buffer input.
+        inputs = tuple(None if v is None or v.buffer < 0 else (v.buffer, v.column, v.width) for v in spec.inputs)
+        weights = tuple(None if w is None else self._weight(spec, i, w) for i, w in enumerate(spec.weights))
+        self.recording.ops.append(
+            RecordedOp(spec.kind, inputs, tuple(s.buffer for s in outputs), weights, spec.ints, spec.floats)
+        )
+        return outputs
+
+    def _weight(self, spec: OpSpec, operand: int, weight: Any) -> int:
+        kind: WeightKind = "vector"
+        if operand in MATRIX_OPERANDS.get(spec.kind, ()):
+            kind = "table" if spec.kind == "embedding" else "matrix"
+        if id(weight) not in self._weight_index:
+            name = self.names.get(id(weight), f"constant.{len(self.recording.weights)}")
+            shape = tuple(int(n) for n in weight.shape)
+            self.recording.weights.append(RecordedWeight(name, weight, shape, kind))
+            self._weight_index[id(weight)] = len(self.recording.weights) - 1
+        index = self._weight_index[id(weight)]
+        if kind == "matrix":  # a tied embedding is gathered from the packed matrix: it is stored once
+            self.recording.weights[index].kind = "matrix"
+        return index
+
+
+def trace(model: Any) -> Recording:
+    """Records `model.forward` and `model.compute_logits` (see the model contract in `pellucid.models.base`).
+
+    Raises:
+        TypeError: the module does something else with its inputs than to call ops.
+    """
+    recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
+    token_ids, positions = Symbol(recorder, -1, 0, 1), Symbol(recorder, -1, 0, 1)
+    hidden = model.forward(token_ids, positions)
+    if not isinstance(hidden, Symbol):
+        raise TypeError(f"{type(model).__name__}.forward gave {type(hidden).__name__}, not the hidden states of its ops")
+    recording = recorder.recording
+    recording.n_forward_ops, recording.hidden = len(recording.ops), hidden.buffer
+    logits = model.compute_logits(ops.gather_rows(hidden))
+    recording.logits = logits.buffer
+    return recording
+
+
+def constant(weight: RecordedWeight) -> np.ndarray[Any, Any] | None:
+    """The array of a weight that is a constant of the code, not of the checkpoint."""
+    return weight.source if isinstance(weight.source, np.ndarray) else None

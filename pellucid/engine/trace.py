@@ -1,0 +1,80 @@
+"""What every step did, kept in memory and, where asked for, written as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from pellucid.engine.plan import StepKind
+from pellucid.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step. Lists hold request ids; `waiting` and `running` are the queues after the step was planned."""
+
+    step: int
+    kind: StepKind
+    tkv: int = 0  # common position of a left-padded batch; 0 where nothing is padded
+    waiting: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+    request_outputs: list[str] = field(default_factory=list)  # got a token in this step
+    finished_requests: list[str] = field(default_factory=list)  # ended in this step
+    n_reserved_blocks: int = 0
+    n_used_blocks: int = 0
+    n_free_blocks: int = 0
+    n_prefix_hits: int = 0  # requests admitted in this step that found their beginning in the cache
+    tokens: dict[str, int] = field(default_factory=dict)  # request id -> tokens computed
+    preempted: list[str] = field(default_factory=list)
+    schedule_seconds: float = 0.0
+    execute_seconds: float = 0.0
+    output_seconds: float = 0.0
+    waiting_reasons: dict[str, str] = field(default_factory=dict)
+
+
+class Trace:
+    """The last `capacity` records; with `path`, all of them as one JSON object a line, flushed step by step.
+
+    Raises:
+        ConfigError: `capacity` is below 1, or the file cannot be opened.
+    """
+
+    def __init__(self, capacity: int = 4096, path: str | Path | None = None) -> None:
+        if capacity < 1:
+            raise ConfigError(f"trace capacity is {capacity}; it must be at least 1")
+        self._records: deque[StepRecord] = deque(maxlen=capacity)
+        self._file: TextIO | None = None
+        if path is not None:
+            try:
+                self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed by close())
+            except OSError as error:
+                raise ConfigError(f"trace file {path} cannot be written: {error.strerror}") from error
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The records in memory, oldest first."""
+        return list(self._records)
+
+    def record(self, record: StepRecord) -> None:
+        """Add a step. After `close()` it is kept in memory alone."""
+        self._records.append(record)
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Close the file; harmless when called again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

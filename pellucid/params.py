@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from pellucid.errors import InvalidRequestError
 
 MAX_N = 128
 MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 100
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 256
-MAX_SEED = 2**63 - 1
+MAX_TEMPERATURE = 100.0
+MAX_TOKEN_ID = 2**31 - 1
+MAX_TOKEN_COUNT = 2**31 - 1
+# a seed is a 64-bit word, read as signed or unsigned: -1 and 2**64 - 1 are the same seed
+MIN_SEED = -(2**63)
+MAX_SEED = 2**64 - 1
+
+
+class _Range(NamedTuple):
+    """What a number must satisfy; `text` completes the sentence "it must be …"."""
+
+    low: float
+    high: float
+    text: str
+    above_low: bool = False  # the low end itself is refused
+
+    def holds(self, value: float) -> bool:
+        return (self.low < value if self.above_low else self.low <= value) and value <= self.high
+
+
+_FLOAT_RANGES = {
+    "temperature": _Range(0.0, MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"),
+    "top_p": _Range(0.0, 1.0, "in (0, 1]", above_low=True),
+    "min_p": _Range(0.0, 1.0, "in [0, 1]"),
+    "presence_penalty": _Range(-2.0, 2.0, "in [-2, 2]"),
+    "frequency_penalty": _Range(-2.0, 2.0, "in [-2, 2]"),
+    "repetition_penalty": _Range(0.0, 10.0, "in (0, 10]", above_low=True),
+}
+_INTEGER_RANGES = {
+    "n": _Range(1, MAX_N, f"in [1, {MAX_N}]"),
+    "max_tokens": _Range(1, MAX_TOKEN_COUNT, "at least 1, or None"),
+    "min_tokens": _Range(0, MAX_TOKEN_COUNT, "at least 0"),
+    "top_k": _Range(-1, MAX_TOKEN_ID, "at least 1, or 0 or -1 for all"),
+    "seed": _Range(MIN_SEED, MAX_SEED, "in [-2**63, 2**64 - 1], or None"),
+    "logprobs": _Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
+    "prompt_logprobs": _Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
+}
+_OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_BIAS_RANGE = _Range(-100.0, 100.0, "in [-100, 100]")
+_TOKEN_RANGE = _Range(0, MAX_TOKEN_ID, f"in [0, {MAX_TOKEN_ID:,}]")
 
 
 @dataclass(frozen=True)
@@ -22,7 +66,8 @@ class SamplingParams:
 
     Greedy when `temperature` is 0 or `top_k` is 1. `top_k` 0 or -1 means all. `logprobs` is the number of most likely tokens reported
     beside the chosen one (0: the chosen one alone; None: nothing). `max_tokens` None means as many as the model length allows.
-    `logit_bias` maps token ids to values in [-100, 100]. `seed` None: the engine draws one and reports it.
+    `logit_bias` maps token ids to values in [-100, 100]. `seed` None: the engine draws one and reports it. Sequences are kept as
+    tuples, numbers as plain `int` and `float`.
 
     Raises:
         InvalidRequestError: naming the field, the value and the limit.
@@ -51,10 +96,162 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, limits in _FLOAT_RANGES.items():
+            self._set(name, _float(name, getattr(self, name), limits))
+        for name, limits in _INTEGER_RANGES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                self._set(name, _integer(name, value, limits))
+        for name in _FLAGS:
+            _flag(name, getattr(self, name))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _refuse(
+                "min_tokens", f"min_tokens is {self.min_tokens:,}; it must be at most max_tokens, {self.max_tokens:,}"
+            )
+        self._set("stop", _strings("stop", self.stop, MAX_STOPS))
+        self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        self._set("logit_bias", _biases("logit_bias", self.logit_bias))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_TOKEN_ID))
+            if not self.allowed_token_ids:
+                _refuse("allowed_token_ids", "allowed_token_ids is empty; it must name at least one token, or be None")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def is_greedy(self) -> bool:
         """True when the most likely token is taken without a draw."""
         return self.temperature == 0.0 or self.top_k == 1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """The parameters of a JSON object. Decimal strings are accepted as keys of `logit_bias`, for JSON has no others.
+
+        Raises:
+            TypeError: naming an unknown parameter.
+            InvalidRequestError: as the constructor does.
+        """
+        _check_names(values)
+        arguments = dict(values)
+        biases = arguments.get("logit_bias")
+        if isinstance(biases, Mapping):
+            arguments["logit_bias"] = {_key_to_id(key): bias for key, bias in biases.items()}
+        return cls(**arguments)
+
+    @classmethod
+    def with_defaults(cls, defaults: Mapping[str, Any] | None = None, /, **given: Any) -> SamplingParams:
+        """What a request gives, over `defaults` (such as a model's generation config), over the neutral values.
+
+        A keyword that is None counts as not given; None within `defaults` is a value.
+
+        Raises:
+            TypeError: naming an unknown parameter.
+            InvalidRequestError: as the constructor does.
+        """
+        _check_names(given)
+        return cls.from_dict(
+            {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
+        )
+
+
+_NAMES = frozenset(entry.name for entry in fields(SamplingParams))
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Check that every token id which `params` names is in [0, vocab_size).
+
+    Raises:
+        InvalidRequestError: naming the field, the id and the size of the vocabulary.
+    """
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        outside = [token_id for token_id in getattr(params, name) or () if token_id >= vocab_size]
+        if outside:
+            _refuse(name, f"{name} names token {outside[0]}; the vocabulary has {vocab_size:,} tokens")
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    unknown = [name for name in values if name not in _NAMES]
+    if unknown:
+        raise TypeError(f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(sorted(_NAMES))}")
+
+
+def _refuse(param: str, message: str) -> None:
+    raise InvalidRequestError(message, param=param)
+
+
+def _shown(value: object) -> str:
+    """`value` as an error quotes it, at most 80 characters."""
+    text = repr(value.item() if isinstance(value, np.generic) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _float(name: str, value: object, limits: _Range, param: str | None = None) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        _refuse(param or name, f"{name} is {_shown(value)}; it must be a number {limits.text}")
+    if not limits.holds(value):  # type: ignore[arg-type]  # false for NaN too; ints too large for a float compare exactly
+        _refuse(param or name, f"{name} is {_shown(value)}; it must be {limits.text}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _integer(name: str, value: object, limits: _Range, param: str | None = None) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        _refuse(param or name, f"{name} is {_shown(value)}; it must be an integer {limits.text}")
+    number = int(value)  # type: ignore[call-overload]
+    if not limits.low <= number <= limits.high:
+        _refuse(param or name, f"{name} is {_shown(value)}; it must be {limits.text}")
+    return int(number)
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, f"{name} is {_shown(value)}; it must be true or false")
+
+
+def _items(name: str, value: object, what: str, limit: int) -> list[Any]:
+    """The items of a list-like value; None is an empty one."""
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        _refuse(name, f"{name} is {_shown(value)}; it must be a list of {what}")
+    items = list(value)  # type: ignore[call-overload]
+    if len(items) > limit:
+        _refuse(name, f"{name} has {len(items):,} entries; the limit is {limit:,}")
+    return items
+
+
+def _strings(name: str, value: object, limit: int) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else _items(name, value, "strings", limit)
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            _refuse(name, f"{name}[{index}] is {_shown(item)}; it must be a string")
+        if not item:
+            _refuse(name, f"{name}[{index}] is empty; it must have at least one character")
+        if len(item) > MAX_STOP_CHARACTERS:
+            _refuse(name, f"{name}[{index}] has {len(item):,} characters; the limit is {MAX_STOP_CHARACTERS:,}")
+    return tuple(items)
+
+
+def _token_ids(name: str, value: object, limit: int) -> tuple[int, ...]:
+    items = _items(name, value, "token ids", limit)
+    return tuple(_integer(f"{name}[{index}]", item, _TOKEN_RANGE, name) for index, item in enumerate(items))
+
+
+def _biases(name: str, value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        _refuse(name, f"{name} is {_shown(value)}; it must map token ids to numbers")
+    pairs = dict(value)  # type: ignore[call-overload]
+    if len(pairs) > MAX_LOGIT_BIASES:
+        _refuse(name, f"{name} has {len(pairs):,} entries; the limit is {MAX_LOGIT_BIASES:,}")
+    return {
+        _integer(f"a key of {name}", key, _TOKEN_RANGE, name): _float(f"{name}[{key!r}]", bias, _BIAS_RANGE, name)
+        for key, bias in pairs.items()
+    }
+
+
+def _key_to_id(key: object) -> object:
+    """A decimal string of at most ten digits as a number; anything else as it is, for the constructor to judge."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key

@@ -69,8 +69,8 @@ class ModelRunnerOutput:
 
     sampled_token_ids: dict[str, int]
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    # rows for prompt positions start + 1 .. start + num_tokens of this step's chunk, where asked for
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    # (start, rows for prompt positions start + 1 and on that this step's chunk computed), where asked for
+    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)  # requests that failed alone, e.g. logits that are not finite
     execute_seconds: float = 0.0
     sample_seconds: float = 0.0

@@ -1,0 +1,289 @@
+"""`LLMEngine`: the step loop. One thread owns it; it knows nothing of who calls it or how."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pellucid.config import EngineConfig
+from pellucid.engine.block_manager import BlockManager
+from pellucid.engine.output import OutputProcessor, RequestState
+from pellucid.engine.plan import ModelRunnerOutput, StepPlan
+from pellucid.engine.request import EngineCoreRequest, RequestStatus
+from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.engine.trace import StepRecord, Trace
+from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.executor.base import Executor
+from pellucid.outputs import RequestOutput, StreamChunk
+from pellucid.params import SamplingParams, check_vocabulary
+from pellucid.sampling.rng import draw_seed
+from pellucid.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a step brought: news of every request that moved, and the requests that ended, whole."""
+
+    chunks: list[StreamChunk] = field(default_factory=list)
+    finished: list[RequestOutput] = field(default_factory=list)
+
+
+class LLMEngine:
+    """Requests in, outputs out, one step at a time: schedule, execute, apply, process, record.
+
+    Not thread-safe: all calls come from one thread.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        check_every_step: bool = False,
+    ) -> None:
+        self.config, self.executor, self.tokenizer = config, executor, tokenizer
+        model = executor.model
+        self.max_model_len: int = model.max_model_len
+        self.vocab_size: int = model.config.vocab_size
+        self.eos_token_ids: tuple[int, ...] = model.eos_token_ids
+        self.block_manager = BlockManager(
+            executor.kv_cache.num_blocks,
+            executor.kv_cache.block_size,
+            config.enable_prefix_caching,
+            model.fingerprint,
+        )
+        scheduler_config = SchedulerConfig(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.max_model_len,
+            "prefill_first" if config.policy == "prefill_first" else "mixed",
+        )
+        self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
+        self.output = OutputProcessor(tokenizer)
+        self.trace = Trace(path=config.trace_path)
+        self._clock, self._check_every_step = clock, check_every_step
+        self._numbers = itertools.count()
+        self._choice_ids: dict[str, list[str]] = {}
+        self._ended_outside: list[TokenEvent] = []
+        self._closed = False
+
+    # ---- commands -------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> str:
+        """Queues a request and gives its id.
+
+        Raises:
+            InvalidRequestError: naming the field, the value and the limit; nothing was queued.
+            EngineDeadError: the engine was closed.
+        """
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+        params = SamplingParams() if params is None else params
+        number = next(self._numbers)
+        request_id = f"req-{number}" if request_id is None else request_id
+        if request_id in self._choice_ids:
+            raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
+        text, token_ids = self._tokenise(prompt)
+        self._check(token_ids, params)
+        seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
+        cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt)
+        added: list[str] = []
+        try:
+            for core in cores:
+                self.scheduler.add(core)
+                added.append(core.request_id)
+        except InvalidRequestError:
+            for choice_id in added:
+                self.scheduler.cancel(choice_id)
+                self.scheduler.forget(choice_id)
+            raise
+        choices = [self.output.new_choice(i, params, seed, token_ids) for i in range(params.n)]
+        state = RequestState(request_id, text, token_ids, params, choices, self._clock())
+        self._choice_ids[request_id] = added
+        self.output.add(state, added)
+        return request_id
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request as aborted; its blocks are free at once. True while it is known, False otherwise."""
+        choice_ids = self._choice_ids.get(request_id)
+        if choice_ids is None:
+            return False
+        for choice_id in choice_ids:
+            if self.scheduler.finish(choice_id, RequestStatus.FINISHED_ABORTED):
+                self._ended_outside.append(TokenEvent(choice_id, None, RequestStatus.FINISHED_ABORTED))
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a step could bring something."""
+        return self.scheduler.has_unfinished or bool(self._ended_outside)
+
+    def close(self) -> None:
+        """Frees the executor and the trace; harmless when called again."""
+        if not self._closed:
+            self._closed = True
+            self.executor.close()
+            self.trace.close()
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepOutputs:
+        """Runs one step. With nothing to do it returns at once.
+
+        Raises:
+            EngineDeadError: the engine was closed.
+        """
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+        began = self._clock()
+        plan = self.scheduler.schedule()
+        scheduled = self._clock()
+        result = self.executor.execute(plan) if plan.entries or plan.finished else ModelRunnerOutput({})
+        executed = self._clock()
+        self._book_admissions(plan, scheduled)
+        self._book_prompt_logprobs(result)
+        events = self.scheduler.apply(plan, result, self.output.stop_check)
+        outputs = self._process(self._ended_outside + events, result, executed)
+        self._ended_outside = []
+        if plan.entries:
+            seconds = (scheduled - began, executed - scheduled, self._clock() - executed)
+            self.trace.record(self._record(plan, events, seconds))
+        if self._check_every_step or not self.scheduler.has_unfinished:
+            self.scheduler.check_invariants()
+        return outputs
+
+    def _process(self, events: Sequence[TokenEvent], result: ModelRunnerOutput, now: float) -> StepOutputs:
+        moved: dict[str, RequestState] = {}
+        for event in events:
+            state = self.output.state_of(event.request_id)
+            moved[state.request_id] = state
+            if event.token_id is not None:
+                logprobs = result.logprobs.get(event.request_id)
+                self.output.add_token(event.request_id, event.token_id, logprobs, now)
+            if event.finish_status is not None:
+                self._finish(state, event, now)
+        chunks = [chunk for state in moved.values() for chunk in self.output.take_chunks(state)]
+        finished = [state for state in moved.values() if state.finished]
+        for state in finished:
+            del self._choice_ids[state.request_id]
+        return StepOutputs(chunks, [state.to_output() for state in finished])
+
+    def _finish(self, state: RequestState, event: TokenEvent, now: float) -> None:
+        request = self.scheduler.get(event.request_id)
+        if request is not None:
+            state.num_preemptions += request.num_preemptions
+            self.scheduler.forget(event.request_id)
+        if event.finish_status is not None:
+            self.output.finish(event.request_id, event.finish_status, event.stop_reason, event.error, now)
+
+    def _book_admissions(self, plan: StepPlan, now: float) -> None:
+        for new in plan.new_requests:
+            state = self.output.state_of(new.request_id)
+            state.scheduled_at = now if state.scheduled_at is None else state.scheduled_at
+        running = RequestStatus.RUNNING
+        for entry in plan.entries:
+            state = self.output.state_of(entry.request_id)
+            state.num_cached_tokens = max(state.num_cached_tokens, entry.num_cached_tokens)
+            self.output.set_status(entry.request_id, running)
+        for request_id in plan.preempted:
+            self.output.set_status(request_id, RequestStatus.PREEMPTED)
+
+    def _book_prompt_logprobs(self, result: ModelRunnerOutput) -> None:
+        for choice_id, (start, rows) in result.prompt_logprobs.items():
+            self.output.add_prompt_logprobs(choice_id, start, rows)
+
+    def _record(self, plan: StepPlan, events: list[TokenEvent], seconds: tuple[float, float, float]) -> StepRecord:
+        used = self.block_manager.num_used_blocks
+        return StepRecord(
+            step=plan.step_id,
+            kind=plan.kind,
+            waiting=[request.request_id for request in self.scheduler.waiting],
+            running=[request.request_id for request in self.scheduler.running],
+            request_outputs=[event.request_id for event in events if event.token_id is not None],
+            finished_requests=[event.request_id for event in events if event.finish_status is not None],
+            n_reserved_blocks=used,
+            n_used_blocks=used,
+            n_free_blocks=self.block_manager.num_free_blocks,
+            n_prefix_hits=sum(1 for entry in plan.entries if entry.num_cached_tokens),
+            tokens={entry.request_id: entry.num_tokens for entry in plan.entries},
+            preempted=list(plan.preempted),
+            schedule_seconds=seconds[0],
+            execute_seconds=seconds[1],
+            output_seconds=seconds[2],
+            waiting_reasons=dict(plan.waiting),
+        )
+
+    # ---- checking a request ---------------------------------------------------------------------------------------
+
+    def _tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError("prompt is text, but the model has no tokenizer: give token ids", "prompt")
+            return prompt, self.tokenizer.encode(prompt)
+        token_ids = list(prompt)
+        for index, token in enumerate(token_ids):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise InvalidRequestError(f"prompt[{index}] is {token!r}; token ids are integers", "prompt")
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"prompt[{index}] is {token:,}; token ids are in [0, {self.vocab_size:,})", "prompt"
+                )
+        return None, token_ids
+
+    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
+        if len(token_ids) + 1 > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt has {len(token_ids):,} tokens and needs room for 1 more; max_model_len is "
+                f"{self.max_model_len:,}",
+                "prompt",
+            )
+        check_vocabulary(params, self.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
+        if params.bad_words and self.tokenizer is None:
+            raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+
+    def _choices(
+        self,
+        request_id: str,
+        token_ids: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        priority: int,
+        cache_salt: str | None,
+    ) -> list[EngineCoreRequest]:
+        room = self.max_model_len - len(token_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        now, many = self._clock(), params.n > 1
+        return [
+            EngineCoreRequest(
+                request_id=f"{request_id}/{index}" if many else request_id,
+                prompt_token_ids=token_ids,
+                sampling_params=params,
+                seed=seed,
+                max_tokens=max_tokens,
+                choice_index=index,
+                group_id=request_id if many else None,
+                priority=priority,
+                cache_salt=cache_salt,
+                arrival_time=now,
+                eos_token_ids=self.eos_token_ids,
+            )
+            for index in range(params.n)
+        ]

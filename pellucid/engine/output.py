@@ -1,0 +1,216 @@
+"""From sampled tokens to what callers read: text, stop strings, logprobs; the choices of a request put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pellucid.engine.plan import TokenLogprobs
+from pellucid.engine.request import FINISH_REASONS, RequestStatus
+from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
+from pellucid.params import SamplingParams
+from pellucid.text.detokenizer import IncrementalDetokenizer
+from pellucid.text.stop import StopChecker
+from pellucid.text.tokenizer import Tokenizer
+
+
+@dataclass
+class ChoiceState:
+    """One choice while it runs."""
+
+    output: CompletionOutput
+    detokenizer: IncrementalDetokenizer | None
+    stop: StopChecker | None
+    unsent_text: str = ""
+    unsent_token_ids: list[int] = field(default_factory=list)
+    unsent_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    end_sent: bool = False
+
+
+@dataclass
+class RequestState:
+    """One request with all its choices."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    choices: list[ChoiceState]
+    submitted_at: float
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """True when every choice has ended."""
+        return all(choice.output.finished for choice in self.choices)
+
+    @property
+    def status(self) -> str:
+        """Of the first choice that has not ended, else of choice 0."""
+        for choice in self.choices:
+            if not choice.output.finished:
+                return choice.status.value
+        return self.choices[0].status.value
+
+    def to_output(self) -> RequestOutput:
+        """What the caller gets."""
+        since = self.submitted_at
+        metrics = RequestMetrics(
+            queue_time=None if self.scheduled_at is None else self.scheduled_at - since,
+            time_to_first_token=None if self.first_token_at is None else self.first_token_at - since,
+            e2e_time=None if self.finished_at is None else self.finished_at - since,
+            num_preemptions=self.num_preemptions,
+        )
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[choice.output for choice in self.choices],
+            finished=self.finished,
+            status=self.status,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=metrics,
+        )
+
+
+class OutputProcessor:
+    """Keeps the caller's side of every request that runs. `choice_id` is the scheduler's request id of one choice."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self.requests: dict[str, RequestState] = {}
+        self._choices: dict[str, tuple[RequestState, ChoiceState]] = {}
+
+    def add(self, state: RequestState, choice_ids: list[str]) -> None:
+        """Begins to follow a request."""
+        self.requests[state.request_id] = state
+        for choice_id, choice in zip(choice_ids, state.choices, strict=True):
+            self._choices[choice_id] = (state, choice)
+
+    def new_choice(self, index: int, params: SamplingParams, seed: int, prompt_token_ids: list[int]) -> ChoiceState:
+        """An empty choice with its own detokeniser and stop strings."""
+        detokenizer = stop = None
+        if self.tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+            )
+            stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+        output = CompletionOutput(index, seed=None if params.is_greedy else seed)
+        if params.logprobs is not None:
+            output.logprobs, output.cumulative_logprob = [], 0.0
+        return ChoiceState(output, detokenizer, stop)
+
+    def state_of(self, choice_id: str) -> RequestState:
+        """The request that a choice belongs to."""
+        return self._choices[choice_id][0]
+
+    def stop_check(self, choice_id: str, token_id: int) -> str | None:
+        """Takes a token that is neither eos nor a stop token into the text; the stop string that it completes, if any."""
+        state, choice = self._choices[choice_id]
+        if choice.detokenizer is None:
+            return None
+        delta = choice.detokenizer.add([token_id])
+        if choice.stop is None:
+            self._release(choice, delta)
+            return None
+        released, matched = choice.stop.push(delta)
+        self._release(choice, released)
+        # A stop string that ends before the least number of tokens is part of the text.
+        if matched is not None and len(choice.output.token_ids) + 1 <= state.params.min_tokens:
+            self._release(choice, "" if state.params.include_stop_str_in_output else matched)
+            choice.stop = StopChecker(state.params.stop, state.params.include_stop_str_in_output)
+            return None
+        return matched
+
+    def add_token(self, choice_id: str, token_id: int, logprobs: TokenLogprobs | None, now: float) -> None:
+        """Books a token; its text came through `stop_check`, unless it ended the request by itself."""
+        state, choice = self._choices[choice_id]
+        choice.output.token_ids.append(token_id)
+        choice.unsent_token_ids.append(token_id)
+        state.first_token_at = now if state.first_token_at is None else state.first_token_at
+        if logprobs is not None and choice.output.logprobs is not None:
+            entry = self.logprob_dict(logprobs)
+            choice.output.logprobs.append(entry)
+            choice.unsent_logprobs.append(entry)
+            choice.output.cumulative_logprob = (choice.output.cumulative_logprob or 0.0) + logprobs.logprob
+
+    def add_prompt_logprobs(self, choice_id: str, start: int, rows: list[TokenLogprobs]) -> None:
+        """Books the rows of prompt positions `start` + 1 and on; position 0 has none. Positions computed twice are kept once."""
+        state, _ = self._choices[choice_id]
+        if state.prompt_logprobs is None:
+            state.prompt_logprobs = [None]
+        del state.prompt_logprobs[start + 1 :]
+        state.prompt_logprobs += [self.logprob_dict(row) for row in rows]
+
+    def set_status(self, choice_id: str, status: RequestStatus) -> None:
+        """Notes where a choice stands."""
+        self._choices[choice_id][1].status = status
+
+    def finish(
+        self, choice_id: str, status: RequestStatus, stop_reason: int | str | None, error: str | None, now: float
+    ) -> RequestState:
+        """Ends a choice: text that was held back is released, unless a stop string cut it."""
+        state, choice = self._choices.pop(choice_id)
+        if choice.detokenizer is not None:
+            tail = choice.detokenizer.flush()
+            if choice.stop is None:
+                self._release(choice, tail)
+            elif not (status is RequestStatus.FINISHED_STOPPED and isinstance(stop_reason, str)):
+                released, _ = choice.stop.push(tail)
+                self._release(choice, released + choice.stop.flush())
+        choice.status = status
+        choice.output.finish_reason = FINISH_REASONS[status]
+        choice.output.stop_reason, choice.output.error = stop_reason, error
+        if state.finished:
+            state.finished_at = now
+            del self.requests[state.request_id]
+        return state
+
+    def take_chunks(self, state: RequestState) -> list[StreamChunk]:
+        """What is new in each choice since the last call; each choice has exactly one chunk with a finish reason."""
+        chunks = []
+        for choice in state.choices:
+            ends = choice.output.finished and not choice.end_sent
+            if choice.unsent_text or choice.unsent_token_ids or ends:
+                choice.end_sent = choice.output.finished
+                chunks.append(self._chunk(state, choice))
+        return chunks
+
+    def _chunk(self, state: RequestState, choice: ChoiceState) -> StreamChunk:
+        chunk = StreamChunk(
+            state.request_id,
+            choice.output.index,
+            choice.unsent_text,
+            choice.unsent_token_ids,
+            choice.unsent_logprobs if choice.output.logprobs is not None else None,
+            choice.output.finish_reason,
+            choice.output.stop_reason,
+        )
+        choice.unsent_text, choice.unsent_token_ids, choice.unsent_logprobs = "", [], []
+        return chunk
+
+    def logprob_dict(self, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+        """By token id: the most likely first, the chosen one always among them."""
+        text = self._token_text
+        entry = {token: Logprob(value, rank, text(token)) for rank, (token, value) in enumerate(logprobs.top, start=1)}
+        chosen = Logprob(logprobs.logprob, logprobs.rank, text(logprobs.token_id))
+        return entry if logprobs.token_id in entry else {**entry, logprobs.token_id: chosen}
+
+    @property
+    def _token_text(self) -> Callable[[int], str | None]:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return lambda token_id: None
+        return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+
+    @staticmethod
+    def _release(choice: ChoiceState, text: str) -> None:
+        choice.output.text += text
+        choice.unsent_text += text

@@ -1,0 +1,1 @@
+"""Executors: what turns a step's plan into sampled tokens."""

@@ -1,0 +1,53 @@
+"""What the engine asks of an executor, and what an executor asks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pellucid.engine.plan import ModelRunnerOutput, StepPlan
+from pellucid.ops.batch import BatchInput
+
+F32 = npt.NDArray[np.float32]
+
+
+class Executable(Protocol):
+    """A loaded model that runs batches: a native program, or a module run eagerly."""
+
+    def run(self, batch: BatchInput) -> F32:
+        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`, valid until the next call."""
+
+    def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
+        """Logits [L, V] of rows of the last batch."""
+
+    def hidden(self) -> F32:
+        """Hidden states [T, D] of the last batch: the exact input of the language-model head."""
+
+    def close(self) -> None:
+        """Frees the cache and the buffers."""
+
+
+@dataclass(frozen=True)
+class KVCacheSize:
+    """How the cache was laid out, and what a token and all of it cost in bytes."""
+
+    num_blocks: int
+    block_size: int
+    bytes_per_token: int
+    total_bytes: int
+
+
+class Executor(Protocol):
+    """Runs the model for an engine: here in one process, later across several."""
+
+    kv_cache: KVCacheSize
+    model: Any  # pellucid.executor.loader.LoadedModel
+
+    def execute(self, plan: StepPlan) -> ModelRunnerOutput:
+        """Computes a plan's tokens and samples where it says so."""
+
+    def close(self) -> None:
+        """Frees everything."""

@@ -1,0 +1,1 @@
+"""Text in and out: vocabulary, chat template, incremental detokenising, stop strings."""

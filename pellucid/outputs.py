@@ -12,6 +12,16 @@ _KEYS = ("request_id", "status", "finish_reason", "token_ids", "text", "usage")
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position under the model's own distribution (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = most likely
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first, ties by lower id
+
+
+@dataclass(frozen=True)
 class Logprob:
     """One candidate at one position: its log-probability, its rank (1 = most likely) and its text."""
 

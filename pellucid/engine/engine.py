@@ -270,7 +270,7 @@ class LLMEngine:
     ) -> list[EngineCoreRequest]:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        now, many = self._clock(), params.n > 1
+        now, many, bad_words = self._clock(), params.n > 1, self._bad_words(params)
         return [
             EngineCoreRequest(
                 request_id=f"{request_id}/{index}" if many else request_id,
@@ -284,6 +284,15 @@ class LLMEngine:
                 cache_salt=cache_salt,
                 arrival_time=now,
                 eos_token_ids=self.eos_token_ids,
+                bad_words_token_ids=bad_words,
             )
             for index in range(params.n)
         ]
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each bad word as it is tokenised at the start of a text and behind a space."""
+        if self.tokenizer is None:
+            return ()
+        spellings = [text for word in params.bad_words for text in (word, " " + word.lstrip())]
+        encoded = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in spellings]
+        return tuple(dict.fromkeys(encoded))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pellucid.engine.plan import TokenLogprobs
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
-from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
+from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
 from pellucid.params import SamplingParams
 from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.stop import StopChecker

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 
 StepKind = Literal["prefill", "decode", "mixed", "none"]
@@ -21,6 +22,8 @@ class NewRequest:
     seed: int
     choice_index: int
     block_ids: tuple[int, ...]  # all blocks held before this step's `new_block_ids`
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,6 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(entry.num_tokens for entry in self.entries)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one position under the model's own distribution (before penalties and temperature)."""
-
-    token_id: int
-    logprob: float
-    rank: int  # 1 = most likely
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first, ties by lower id
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class EngineCoreRequest:
     cache_salt: str | None = None
     arrival_time: float = 0.0
     eos_token_ids: tuple[int, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     adapter: str | None = None
 
 

@@ -514,6 +514,8 @@ class _Step:
                 seed=request.core.seed,
                 choice_index=request.core.choice_index,
                 block_ids=tuple(request.block_table[:num_shared]),
+                bad_words_token_ids=request.core.bad_words_token_ids,
+                eos_token_ids=request.core.eos_token_ids,
             )
         )
         self._scheduler._admit(request)

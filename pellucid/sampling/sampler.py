@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.engine.plan import TokenLogprobs
+from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray, IdArray
@@ -22,7 +22,7 @@ from pellucid.sampling.rng import uniform
 
 @dataclass(frozen=True)
 class RowStats:
-    """What the core's sample operation says of each row. The logprob of a logit x is (x - max) - log_sum_exp, in float32."""
+    """What the core's sample operation says of each row. A logit x has logprob (x - max) - log_sum_exp, in float32."""
 
     argmax: npt.NDArray[np.int64]  # [L] lowest id of the greatest logit
     max: npt.NDArray[np.float32]  # [L]
@@ -68,8 +68,8 @@ class _Counts:
 class SamplingRow:
     """The sampling state of one request, kept by the model runner from step to step.
 
-    The runner appends each sampled token to `output_token_ids`; the position of the next draw is its length. The list may only grow,
-    except through `truncate`.
+    The runner appends each sampled token to `output_token_ids`; the position of the next draw is its length. The list may
+    only grow, except through `truncate`.
     """
 
     sampling_params: SamplingParams
@@ -152,7 +152,7 @@ class SamplingRow:
 
 
 class Sampler:
-    """Samples rows of logits over a vocabulary of `vocab_size` tokens. One thread at a time: it owns two rows of scratch."""
+    """Samples rows of logits over `vocab_size` tokens. For one thread at a time: it owns two rows of scratch."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -176,7 +176,7 @@ class Sampler:
     def prompt_logprobs(
         self, logits: FloatArray, stats: RowStats, target_ids: Sequence[int], top_n: int
     ) -> list[TokenLogprobs]:
-        """The logprobs of `target_ids` [L], each under the row of `logits` [L, V] at its place, with the `top_n` most likely beside.
+        """The logprobs of `target_ids` [L] under the rows of `logits` [L, V], with the `top_n` most likely beside.
 
         Raises:
             ValueError: when the shapes do not agree.
@@ -202,14 +202,15 @@ class Sampler:
         token_id = self._choose(logits_V, int(stats.argmax[index]), greatest, row)
         if token_id is None:
             return _failed(
-                f"no token can be sampled: all {self.vocab_size:,} are excluded by allowed_token_ids, bad_words or min_tokens"
+                f"no token can be sampled: all {self.vocab_size:,} are excluded"
+                " by allowed_token_ids, bad_words or min_tokens"
             )
         top_n = row.sampling_params.logprobs
         logprobs = None if top_n is None else _token_logprobs(logits_V, stats, index, token_id, top_n)
         return SampledToken(token_id, logprobs)
 
     def _choose(self, logits_V: FloatArray, argmax: int, greatest: float, row: SamplingRow) -> int | None:
-        """The token of one row, or None when none is left. `argmax` and `greatest` describe `logits_V`, which is finite."""
+        """The token of one row, or None when none is left. `argmax` and `greatest` describe `logits_V`."""
         if row.edits_logits:
             np.copyto(self._edited_V, logits_V)
             logits_V = self._edited_V
@@ -253,7 +254,7 @@ def _token_logprobs(logits_V: FloatArray, stats: RowStats, index: int, token_id:
 
 
 def _most_likely(logits_V: FloatArray, top_n: int, greatest: float) -> IdArray:
-    """The ids of the `top_n` greatest logits, greatest first, equal ones by ascending id; all of them when there are fewer."""
+    """The ids of the `top_n` greatest logits, or of all, greatest first and equal ones by ascending id."""
     if top_n == 0:
         return np.empty(0, dtype=np.int64)
     is_all = top_n >= logits_V.size

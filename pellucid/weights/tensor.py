@@ -20,7 +20,7 @@ MAX_ELEMENTS = 2**48  # far beyond any real tensor and far below the overflow of
 
 
 class StorageType(NamedTuple):
-    """Rows are blocks of `block_length` values in `block_bytes` bytes; `pld_dtype` is None if the core lacks the type."""
+    """Rows are blocks of `block_length` values in `block_bytes` bytes. `pld_dtype` is None when not in the core."""
 
     block_length: int
     block_bytes: int

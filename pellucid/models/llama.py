@@ -34,7 +34,7 @@ class LlamaAttention(Module):
         self.o_proj = Linear(widths[0], config.hidden_size, bias=self.output_bias(config))
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, groups=heads) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, groups=kv_heads) if qk_norm else None
-        self.attn = Attention(layer, heads, kv_heads, head_dim, window=window_of(config, layer))
+        self.attn = Attention(layer, heads, kv_heads, head_dim, window=config.layer_window(layer) or 0)
 
     def output_bias(self, config: ModelConfig) -> bool:
         """Whether the output projection has a bias too."""
@@ -46,13 +46,6 @@ class LlamaAttention(Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(self.attn(q, k, v, table))
-
-
-def window_of(config: ModelConfig, layer: int) -> int:
-    """Positions that a query of this layer sees, itself included; 0 for all."""
-    if config.layer_types is not None and config.layer_types[layer] != "sliding_attention":
-        return 0
-    return config.sliding_window or 0
 
 
 class LlamaBlock(Module):

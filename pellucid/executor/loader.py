@@ -1,0 +1,227 @@
+"""Loading: a model's files become a packed program, kept in the user's cache and mapped at the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pellucid import __version__
+from pellucid.config import EngineConfig
+from pellucid.errors import ConfigError, TokenizerError, WeightFormatError
+from pellucid.models.config import ModelConfig
+from pellucid.models.registry import ModelRegistry
+from pellucid.ops import abi
+from pellucid.program.builder import FORMAT_VERSION, build_program_file
+from pellucid.program.file import ProgramFile, open_program_file
+from pellucid.text.tokenizer import Tokenizer
+from pellucid.weights.hub import cache_dir, resolve_model
+
+# Rooms whose code decides what a program is: a change there makes cached programs stale.
+_CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "text", "weights")
+_CORE_DTYPES = {"float32": abi.F32, "bfloat16": abi.BF16}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what the engine must know of it."""
+
+    config: ModelConfig
+    generation_config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    file: ProgramFile
+    fingerprint: str
+    dtype: str  # float32 or bfloat16
+    from_cache: bool
+    max_model_len: int = 0
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a request: the generation config's, else the model's, and the tokenizer's."""
+        given = self.generation_config.get("eos_token_id")
+        found = (given,) if isinstance(given, int) else tuple(given or ())
+        found = found or self.config.eos_token_ids
+        own = self.tokenizer.eos_token_ids if self.tokenizer is not None else ()
+        return tuple(dict.fromkeys((*found, *own)))
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that a model consists of: weights, configuration, tokenizer; sorted."""
+    if path.is_file():
+        return [path]
+    suffixes = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+    return sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+
+
+def _stamps(files: Iterator[Path] | list[Path]) -> list[tuple[str, int, int]]:
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _code_stamps() -> list[tuple[str, int, int]]:
+    package = Path(__file__).resolve().parent.parent
+    return [stamp for room in _CODE_OF_A_PROGRAM for stamp in _stamps(sorted((package / room).glob("*.py")))]
+
+
+def fingerprint(path: Path, config: EngineConfig) -> str:
+    """Names a program: changes with the model's files, the settings that shape it, and the code that made it."""
+    tokenizer = [] if config.tokenizer is None else _stamps(model_files(Path(config.tokenizer)))
+    parts = (
+        FORMAT_VERSION,
+        __version__,
+        str(path.resolve()),
+        _stamps(model_files(path)),
+        tokenizer,
+        config.dtype,
+        ModelRegistry.registered_digest(),
+        _code_stamps(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def load_model(config: EngineConfig, context: abi.Context, progress: Progress | None = None) -> LoadedModel:
+    """The model as a mapped program: from the cache, or traced and packed into it first.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, ConfigError, WeightFormatError, TokenizerError: what is wrong with it.
+    """
+    path = resolve_model(config.model)
+    key = fingerprint(path, config)
+    cached = cache_dir() / "programs" / f"{key}.pld"
+    if cached.is_file():
+        try:
+            return _read(cached, key, config, from_cache=True)
+        except WeightFormatError:
+            cached.unlink(missing_ok=True)  # damaged: it is made again
+    build_program(path, config, context, cached, progress)
+    _drop_stale(cached, path)
+    return _read(cached, key, config, from_cache=False)
+
+
+def build_program(
+    path: Path, config: EngineConfig, context: abi.Context, target: Path, progress: Progress | None = None
+) -> None:
+    """Traces the model of a checkpoint and packs it into `target`."""
+    from pellucid.program.tracer import trace
+    from pellucid.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    model_config = ModelConfig.from_dict(checkpoint.config)
+    model = ModelRegistry.resolve(model_config.architecture)(model_config)
+    model.load_weights(checkpoint.tensors())
+    recording = trace(model)
+    dtype = resolve_dtype(config.dtype, model_config, [view.dtype for view in _views(model)])
+    tokenizer = load_tokenizer(path, config, checkpoint)
+    meta = {"kind": "program", "model": path.name, "source": str(path.resolve()), "dtype": dtype}
+    texts = {
+        "config": json.dumps(checkpoint.config).encode(),
+        "generation_config": json.dumps(checkpoint.generation_config).encode(),
+        "tokenizer": json.dumps(None if tokenizer is None else tokenizer.to_bundle()).encode(),
+    }
+    build_program_file(
+        target,
+        recording,
+        context,
+        matrix_dtype=_CORE_DTYPES[dtype],
+        vocab_size=model_config.vocab_size,
+        meta=meta,
+        texts=texts,
+        progress=progress,
+    )
+
+
+def _views(model: Any) -> Iterator[Any]:
+    for _, parameter in model.named_parameters():
+        yield from parameter.pieces
+
+
+def load_tokenizer(path: Path, config: EngineConfig, checkpoint: Any) -> Tokenizer | None:
+    """The tokenizer named by the config, else the model's own; None when it has none."""
+    if config.tokenizer is not None:
+        return Tokenizer.from_directory(Path(config.tokenizer))
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_directory(folder)
+    if checkpoint.gguf is not None and "tokenizer.ggml.model" in checkpoint.gguf.metadata:
+        return Tokenizer.from_gguf(checkpoint.gguf.metadata)
+    return None
+
+
+def resolve_dtype(asked: str, config: ModelConfig, stored: list[str]) -> str:
+    """auto: float32 for a checkpoint whose tensors are all stored so, else bfloat16."""
+    if asked != "auto":
+        return asked
+    return "float32" if stored and all(dtype == "F32" for dtype in stored) else "bfloat16"
+
+
+def _read(path: Path, key: str, config: EngineConfig, *, from_cache: bool) -> LoadedModel:
+    file = open_program_file(path)
+    bundle = file.text("tokenizer")
+    try:
+        tokenizer = None if bundle is None else Tokenizer.from_bundle(bundle)
+    except TokenizerError as error:
+        raise WeightFormatError(f"{path.name}: the tokenizer is damaged: {error}") from None
+    model_config = ModelConfig.from_dict(file.text("config"))
+    return LoadedModel(
+        config=model_config,
+        generation_config=file.text("generation_config"),
+        tokenizer=tokenizer,
+        file=file,
+        fingerprint=key,
+        dtype=str(file.meta["dtype"]),
+        from_cache=from_cache,
+    )
+
+
+def _drop_stale(made: Path, source: Path) -> None:
+    """Removes older programs of the same model files and dtype: their key can never be asked for again."""
+    fresh = open_program_file(made).meta
+    for other in made.parent.glob("*.pld"):
+        if other == made:
+            continue
+        try:
+            meta = open_program_file(other).meta
+        except (WeightFormatError, OSError):
+            continue
+        if (meta.get("source"), meta.get("dtype")) == (fresh["source"], fresh["dtype"]):
+            other.unlink(missing_ok=True)
+
+
+def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes of keys and values that one token occupies in all layers."""
+    width = 4 if kv_dtype == "float32" else 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+
+
+def resolve_max_model_len(asked: int | None, config: ModelConfig) -> int:
+    """The model's own limit, or a lower one that was asked for.
+
+    Raises:
+        ConfigError: more was asked for than the model has positions.
+    """
+    limit = config.max_position_embeddings
+    if asked is None:
+        return limit
+    if asked > limit:
+        raise ConfigError(f"max_model_len is {asked:,}; the model has {limit:,} positions")
+    return asked
+
+
+def resolve_num_blocks(config: EngineConfig, max_model_len: int, bytes_per_token: int, available: int) -> int:
+    """As asked; else enough for all requests at full length, within 40 % of the memory that is available.
+
+    Raises:
+        ConfigError: not even one block fits.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    wanted = config.max_num_seqs * math.ceil(max_model_len / config.block_size)
+    fitting = int(available * 0.4) // (bytes_per_token * config.block_size)
+    if fitting < 1:
+        raise ConfigError(f"no block of {bytes_per_token * config.block_size:,} bytes fits: {available:,} bytes are free")
+    return min(wanted, fitting)

@@ -1,0 +1,87 @@
+"""The executor of one process: the model, its cache and its runner, called directly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+
+from pellucid.config import EngineConfig
+from pellucid.engine.plan import ModelRunnerOutput, StepPlan
+from pellucid.executor.base import Executable, KVCacheSize
+from pellucid.executor.loader import (
+    LoadedModel,
+    kv_bytes_per_token,
+    load_model,
+    resolve_max_model_len,
+    resolve_num_blocks,
+)
+from pellucid.executor.model_runner import ModelRunner
+from pellucid.executor.row_stats import native_row_stats
+from pellucid.ops import abi
+from pellucid.program.runner import NativeProgram
+
+
+class UniProcExecutor:
+    """Loads the model and runs plans in this process and thread."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        self.context = abi.Context(num_threads=config.num_threads, isa=config.isa)
+        try:
+            loaded = load_model(config, self.context, progress)
+            max_model_len = resolve_max_model_len(config.max_model_len, loaded.config)
+            self.model: LoadedModel = replace(loaded, max_model_len=max_model_len)
+            self.kv_cache, kv = make_kv_cache(config, self.model)
+            executable = self._executable(config, kv)
+        except BaseException:
+            self.context.close()
+            raise
+        self.runner = ModelRunner(
+            executable,
+            native_row_stats(self.context),
+            vocab_size=self.model.config.vocab_size,
+            block_size=config.block_size,
+            max_blocks_per_request=math.ceil(max_model_len / config.block_size),
+            max_logit_rows=config.max_num_seqs,
+        )
+
+    def _executable(self, config: EngineConfig, kv: abi.KVCache) -> Executable:
+        if config.enforce_eager:
+            from pellucid.executor.eager import EagerModel
+
+            return EagerModel(config, self.model, self.context, kv)
+        return NativeProgram(
+            self.context,
+            self.model.file,
+            kv,
+            max_tokens=config.max_num_batched_tokens,
+            max_logit_rows=config.max_num_seqs,
+        )
+
+    def execute(self, plan: StepPlan) -> ModelRunnerOutput:
+        """Computes a plan's tokens and samples where it says so."""
+        return self.runner.execute(plan)
+
+    def close(self) -> None:
+        """Frees the program, the cache and the threads."""
+        self.runner.executable.close()
+        self.context.close()
+
+
+def make_kv_cache(config: EngineConfig, model: LoadedModel) -> tuple[KVCacheSize, abi.KVCache]:
+    """The cache, sized by the config or by the memory that is free."""
+    dtype = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    per_token = kv_bytes_per_token(model.config, dtype)
+    available = psutil.virtual_memory().available
+    num_blocks = resolve_num_blocks(config, model.max_model_len, per_token, available)
+    kv = abi.KVCache(
+        n_layers=model.config.num_hidden_layers,
+        n_kv_heads=model.config.num_key_value_heads,
+        head_dim=model.config.head_dim,
+        block_size=config.block_size,
+        n_blocks=num_blocks,
+        dtype=abi.F32 if dtype == "float32" else abi.BF16,
+    )
+    return KVCacheSize(num_blocks, config.block_size, per_token, per_token * config.block_size * num_blocks), kv

@@ -1,0 +1,561 @@
+"""The C ABI of csrc/include/pellucid.h over ctypes: structures, library lookup, handles. Calls release the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import pellucid
+from pellucid.errors import ConfigError, NativeError
+from pellucid.ops.batch import BatchInput
+
+ABI_VERSION = 1
+MAX_IN, MAX_OUT, MAX_WEIGHTS = 3, 2, 2
+F32, BF16 = 0, 1
+ROW_MAJOR, PANELS = 0, 1
+ISA_NAMES = {0: "auto", 1: "portable", 2: "avx2", 3: "avx512"}
+ISA_CODES = {name: code for code, name in ISA_NAMES.items()}
+STATUS_NAMES = {
+    0: "ok",
+    1: "no space",
+    2: "aborted",
+    -1: "invalid batch",
+    -2: "invalid argument",
+    -3: "out of memory",
+    -4: "not supported",
+    -5: "internal",
+}
+# A sanitizer build of the core is chosen by path: there is no other way to reach a test process that is started by pytest.
+LIBRARY_VARIABLE = "PELLUCID_LIBRARY"
+
+OP_DTYPE = np.dtype(
+    [
+        ("kind", "<i4"),
+        ("in", "<i4", (MAX_IN,)),
+        ("in_col", "<i4", (MAX_IN,)),
+        ("in_width", "<i4", (MAX_IN,)),
+        ("out", "<i4", (MAX_OUT,)),
+        ("out_width", "<i4", (MAX_OUT,)),
+        ("weight", "<i4", (MAX_WEIGHTS,)),
+        ("i", "<i4", (6,)),
+        ("f", "<f4", (4,)),
+    ]
+)
+BUFFER_DTYPE = np.dtype([("width", "<i4"), ("domain", "<i4"), ("slot", "<i4"), ("reserved", "<i4")])
+
+AnyArray = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+F32Array = npt.NDArray[np.float32]
+
+
+class CpuInfoStruct(Structure):
+    """pld_cpu_info."""
+
+    _fields_ = [  # noqa: RUF012
+        ("struct_size", c_size_t),
+        ("physical_cores", c_int32),
+        ("logical_cores", c_int32),
+        ("has_avx2", c_int32),
+        ("has_avx512", c_int32),
+        ("has_avx512_bf16", c_int32),
+        ("has_avx512_vnni", c_int32),
+        ("best_isa", c_int32),
+        ("model_name", c_char * 128),
+    ]
+
+
+class ContextParamsStruct(Structure):
+    """pld_context_params."""
+
+    _fields_ = [("struct_size", c_size_t), ("num_threads", c_int32), ("isa", c_int32), ("spin_us", c_int32)]  # noqa: RUF012
+
+
+class WeightStruct(Structure):
+    """pld_weight."""
+
+    _fields_ = [  # noqa: RUF012
+        ("data", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("dtype", c_int32),
+        ("layout", c_int32),
+    ]
+
+
+class KVParamsStruct(Structure):
+    """pld_kv_params."""
+
+    _fields_ = [  # noqa: RUF012
+        ("struct_size", c_size_t),
+        ("n_layers", c_int32),
+        ("n_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("n_blocks", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class BatchStruct(Structure):
+    """pld_batch."""
+
+    _fields_ = [  # noqa: RUF012
+        ("struct_size", c_size_t),
+        ("n_tokens", c_int32),
+        ("n_seqs", c_int32),
+        ("n_logit_rows", c_int32),
+        ("block_table_width", c_int32),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("logit_rows", c_void_p),
+    ]
+
+
+class OpCallStruct(Structure):
+    """pld_op_call."""
+
+    _fields_ = [  # noqa: RUF012
+        ("struct_size", c_size_t),
+        ("op", c_void_p),
+        ("rows", c_int64),
+        ("in_", c_void_p * MAX_IN),
+        ("in_stride", c_int64 * MAX_IN),
+        ("out", c_void_p * MAX_OUT),
+        ("out_stride", c_int64 * MAX_OUT),
+        ("weight", WeightStruct * MAX_WEIGHTS),
+        ("batch", c_void_p),
+        ("kv", c_void_p),
+    ]
+
+
+class ProgramDescStruct(Structure):
+    """pld_program_desc."""
+
+    _fields_ = [  # noqa: RUF012
+        ("struct_size", c_size_t),
+        ("n_ops", c_int32),
+        ("n_forward_ops", c_int32),
+        ("n_buffers", c_int32),
+        ("n_weights", c_int32),
+        ("ops", c_void_p),
+        ("buffers", c_void_p),
+        ("weights", c_void_p),
+        ("hidden", c_int32),
+        ("logits", c_int32),
+        ("max_tokens", c_int32),
+        ("max_logit_rows", c_int32),
+        ("vocab_size", c_int32),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "pld_last_error": (c_char_p, []),
+    "pld_abi_version": (c_int32, []),
+    "pld_cpu_info_get": (c_int32, [POINTER(CpuInfoStruct)]),
+    "pld_context_default_params": (ContextParamsStruct, []),
+    "pld_context_create": (c_int32, [POINTER(ContextParamsStruct), POINTER(c_void_p)]),
+    "pld_context_destroy": (None, [c_void_p]),
+    "pld_context_num_threads": (c_int32, [c_void_p]),
+    "pld_context_isa": (c_int32, [c_void_p]),
+    "pld_row_bytes": (c_int64, [c_int32, c_int64]),
+    "pld_packed_bytes": (c_int64, [c_int64, c_int64, c_int32]),
+    "pld_convert": (
+        c_int32,
+        [c_void_p, c_void_p, c_int64, c_int32, c_int64, c_int64, c_void_p, c_int64, c_int32],
+    ),
+    "pld_pack": (
+        c_int32,
+        [c_void_p, c_void_p, c_int64, c_int32, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32],
+    ),
+    "pld_kv_default_params": (KVParamsStruct, []),
+    "pld_kv_create": (c_int32, [POINTER(KVParamsStruct), POINTER(c_void_p)]),
+    "pld_kv_destroy": (None, [c_void_p]),
+    "pld_kv_bytes": (c_int64, [POINTER(KVParamsStruct)]),
+    "pld_kv_read": (c_int32, [c_void_p, c_int32, c_int64, c_void_p, c_void_p]),
+    "pld_op_run": (c_int32, [c_void_p, POINTER(OpCallStruct)]),
+    "pld_program_create": (c_int32, [c_void_p, POINTER(ProgramDescStruct), POINTER(c_void_p)]),
+    "pld_program_destroy": (None, [c_void_p]),
+    "pld_program_arena_bytes": (c_int64, [c_void_p]),
+    "pld_program_run": (c_int32, [c_void_p, c_void_p, POINTER(BatchStruct)]),
+    "pld_program_logits": (c_int32, [c_void_p, c_void_p, c_int32]),
+    "pld_program_hidden": (c_void_p, [c_void_p]),
+    "pld_program_logits_data": (c_void_p, [c_void_p]),
+}
+
+
+def _candidates() -> list[Path]:
+    chosen = os.environ.get(LIBRARY_VARIABLE)
+    if chosen:
+        return [Path(chosen)]
+    names = ("libpellucid.so", "libpellucid.dylib", "pellucid.dll")
+    return [Path(folder) / "_lib" / name for folder in pellucid.__path__ for name in names]
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The loaded core.
+
+    Raises:
+        NativeError: it is not there, cannot be loaded, or has another ABI version.
+    """
+    paths = _candidates()
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        looked = ", ".join(str(path) for path in paths)
+        raise NativeError(f"the native core was not found; looked at {looked}. Install the package, or `make build`", -5)
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"the native core {path.name} cannot be loaded: {error}", -5) from None
+    version = lib.pld_abi_version()
+    if version != ABI_VERSION:
+        raise NativeError(f"the native core has ABI version {version}; this package needs {ABI_VERSION}", -5)
+    return lib
+
+
+def check(status: int) -> None:
+    """Raises NativeError with the core's text unless the status is ok."""
+    if status != 0:
+        text = library().pld_last_error()
+        message = text.decode(errors="replace") if text else STATUS_NAMES.get(status, f"status {status}")
+        raise NativeError(message, status)
+
+
+def _address(array: AnyArray) -> int:
+    return int(array.ctypes.data)
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """What the machine has, as the core sees it."""
+
+    physical_cores: int
+    logical_cores: int
+    has_avx2: bool
+    has_avx512: bool
+    has_avx512_bf16: bool
+    has_avx512_vnni: bool
+    best_isa: str
+    model_name: str
+
+
+def cpu_info() -> CpuInfo:
+    """Detects the processor."""
+    info = CpuInfoStruct(struct_size=ctypes.sizeof(CpuInfoStruct))
+    check(library().pld_cpu_info_get(byref(info)))
+    return CpuInfo(
+        info.physical_cores,
+        info.logical_cores,
+        bool(info.has_avx2),
+        bool(info.has_avx512),
+        bool(info.has_avx512_bf16),
+        bool(info.has_avx512_vnni),
+        ISA_NAMES[info.best_isa],
+        info.model_name.decode(errors="replace"),
+    )
+
+
+class _Handle:
+    """Owns one handle of the core; `close` may be called again."""
+
+    _destroy = ""
+
+    def __init__(self, handle: int | None) -> None:
+        self._handle = handle
+
+    @property
+    def handle(self) -> int:
+        """The pointer. Raises NativeError once closed."""
+        if self._handle is None:
+            raise NativeError(f"{type(self).__name__} is closed", -2)
+        return self._handle
+
+    def close(self) -> None:
+        """Frees the handle."""
+        if self._handle is not None:
+            getattr(library(), self._destroy)(self._handle)
+            self._handle = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+class Context(_Handle):
+    """A thread pool and the kernels of one instruction set."""
+
+    _destroy = "pld_context_destroy"
+
+    def __init__(self, num_threads: int = 0, isa: str = "auto", spin_us: int = -1) -> None:
+        super().__init__(None)
+        if isa not in ISA_CODES:
+            raise ConfigError(f"isa is {isa!r}; it must be one of: {', '.join(ISA_CODES)}")
+        params = library().pld_context_default_params()
+        params.num_threads, params.isa, params.spin_us = num_threads, ISA_CODES[isa], spin_us
+        handle = c_void_p()
+        check(library().pld_context_create(byref(params), byref(handle)))
+        self._handle = handle.value
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that run kernels, the caller's among them."""
+        return int(library().pld_context_num_threads(self.handle))
+
+    @property
+    def isa(self) -> str:
+        """The kernels chosen: portable, avx2 or avx512."""
+        return ISA_NAMES[library().pld_context_isa(self.handle)]
+
+
+def row_bytes(dtype: int, cols: int) -> int:
+    """Bytes of one row; 0 when `cols` does not fit the storage type."""
+    return int(library().pld_row_bytes(dtype, cols))
+
+
+def packed_bytes(rows: int, cols: int, dtype: int) -> int:
+    """Bytes of a packed [rows, cols] weight; 0 when out of range."""
+    return int(library().pld_packed_bytes(rows, cols, dtype))
+
+
+def convert_bytes(
+    context: Context, source: Bytes, source_dtype: int, rows: int, cols: int, target: Bytes, target_dtype: int
+) -> None:
+    """Converts [rows, cols] of any storage type to row-major F32 or BF16 bytes."""
+    lib = library()
+    check(
+        lib.pld_convert(
+            context.handle,
+            _address(source),
+            source.nbytes,
+            source_dtype,
+            rows,
+            cols,
+            _address(target),
+            target.nbytes,
+            target_dtype,
+        )
+    )
+
+
+def convert(context: Context, source: Bytes, source_dtype: int, rows: int, cols: int, target: F32Array) -> None:
+    """Converts [rows, cols] of any storage type to float32."""
+    convert_bytes(context, source, source_dtype, rows, cols, target.reshape(-1).view(np.uint8), F32)
+
+
+def pack(
+    context: Context,
+    source: Bytes,
+    source_dtype: int,
+    rows: int,
+    cols: int,
+    row_offset: int,
+    target_rows: int,
+    target: Bytes,
+    target_dtype: int,
+) -> None:
+    """Packs [rows, cols] into rows [row_offset, row_offset + rows) of a zeroed weight in panels [target_rows, cols]."""
+    lib = library()
+    check(
+        lib.pld_pack(
+            context.handle,
+            _address(source),
+            source.nbytes,
+            source_dtype,
+            rows,
+            cols,
+            row_offset,
+            target_rows,
+            _address(target),
+            target.nbytes,
+            target_dtype,
+        )
+    )
+
+
+def aligned_bytes(nbytes: int, alignment: int = 64) -> Bytes:
+    """Zeroed bytes that begin at a multiple of `alignment`."""
+    raw = np.zeros(nbytes + alignment, np.uint8)
+    start = -_address(raw) % alignment
+    return raw[start : start + nbytes]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in memory: `data` is kept alive by whoever uses it."""
+
+    data: Bytes
+    rows: int
+    cols: int
+    dtype: int
+    layout: int
+
+    def struct(self) -> WeightStruct:
+        """As pld_weight."""
+        return WeightStruct(_address(self.data), self.rows, self.cols, self.dtype, self.layout)
+
+
+class KVCache(_Handle):
+    """Keys and values of `n_blocks` blocks of `block_size` positions."""
+
+    _destroy = "pld_kv_destroy"
+
+    def __init__(
+        self, *, n_layers: int, n_kv_heads: int, head_dim: int, block_size: int, n_blocks: int, dtype: int
+    ) -> None:
+        super().__init__(None)
+        params = library().pld_kv_default_params()
+        params.n_layers, params.n_kv_heads, params.head_dim = n_layers, n_kv_heads, head_dim
+        params.block_size, params.n_blocks, params.dtype = block_size, n_blocks, dtype
+        self.n_kv_heads, self.head_dim, self.block_size, self.n_blocks = n_kv_heads, head_dim, block_size, n_blocks
+        self.n_layers, self.dtype = n_layers, dtype
+        self.nbytes = int(library().pld_kv_bytes(byref(params)))
+        handle = c_void_p()
+        check(library().pld_kv_create(byref(params), byref(handle)))
+        self._handle = handle.value
+
+    def read(self, layer: int, cell: int) -> tuple[F32Array, F32Array]:
+        """Keys and values [G, E] of one cell as stored, widened to float32."""
+        k, v = (np.empty((self.n_kv_heads, self.head_dim), np.float32) for _ in range(2))
+        check(library().pld_kv_read(self.handle, layer, cell, _address(k), _address(v)))
+        return k, v
+
+
+def batch_struct(batch: BatchInput) -> BatchStruct:
+    """As pld_batch; the arrays of `batch` must outlive it."""
+    return BatchStruct(
+        ctypes.sizeof(BatchStruct),
+        batch.num_tokens,
+        batch.num_seqs,
+        len(batch.logit_rows),
+        batch.block_tables.shape[1],
+        _address(batch.input_ids_T),
+        _address(batch.positions_T),
+        _address(batch.query_start),
+        _address(batch.seq_lens),
+        _address(batch.block_tables),
+        _address(batch.slot_mapping_T),
+        _address(batch.logit_rows),
+    )
+
+
+class Program(_Handle):
+    """A program of the core. `weights` are kept alive as long as it lives."""
+
+    _destroy = "pld_program_destroy"
+
+    def __init__(
+        self,
+        context: Context,
+        ops: AnyArray,
+        buffers: AnyArray,
+        weights: Sequence[Weight],
+        *,
+        n_forward_ops: int,
+        hidden: int,
+        logits: int,
+        vocab_size: int,
+        max_tokens: int,
+        max_logit_rows: int,
+    ) -> None:
+        super().__init__(None)
+        ops, buffers = np.ascontiguousarray(ops), np.ascontiguousarray(buffers)
+        if ops.dtype != OP_DTYPE or buffers.dtype != BUFFER_DTYPE:
+            raise ValueError(f"ops are {ops.dtype} and buffers {buffers.dtype}; expected pld_op and pld_buffer structs")
+        if not (0 <= hidden < len(buffers) and 0 <= logits < len(buffers)):
+            raise ValueError(f"hidden {hidden} and logits {logits} must be buffers, of which there are {len(buffers)}")
+        self._context, self._weights = context, list(weights)
+        self._width_hidden = int(buffers[hidden]["width"])
+        self._width_logits = int(buffers[logits]["width"])
+        self._rows = 0
+        table = (WeightStruct * max(1, len(weights)))(*[weight.struct() for weight in weights])
+        desc = ProgramDescStruct(
+            ctypes.sizeof(ProgramDescStruct),
+            len(ops),
+            n_forward_ops,
+            len(buffers),
+            len(weights),
+            _address(ops),
+            _address(buffers),
+            ctypes.addressof(table),
+            hidden,
+            logits,
+            max_tokens,
+            max_logit_rows,
+            vocab_size,
+        )
+        handle = c_void_p()
+        check(library().pld_program_create(context.handle, byref(desc), byref(handle)))
+        self._handle = handle.value
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of activations."""
+        return int(library().pld_program_arena_bytes(self.handle))
+
+    def run(self, kv: KVCache, batch: BatchInput) -> None:
+        """One step."""
+        check(library().pld_program_run(self.handle, kv.handle, byref(batch_struct(batch))))
+        self._rows = batch.num_tokens
+
+    def run_logits(self, rows: npt.NDArray[np.int32]) -> None:
+        """Logits of rows of the last step."""
+        rows = np.ascontiguousarray(rows, np.int32)
+        check(library().pld_program_logits(self.handle, _address(rows), len(rows)))
+
+    def hidden(self) -> F32Array:
+        """[T, D] of the last step: a view, valid until the next."""
+        return _view(library().pld_program_hidden(self.handle), self._rows, self._width_hidden)
+
+    def logits(self, num_rows: int) -> F32Array:
+        """[L, V] of the last call: a view, valid until the next."""
+        return _view(library().pld_program_logits_data(self.handle), num_rows, self._width_logits)
+
+
+def _view(address: int | None, rows: int, width: int) -> F32Array:
+    if address is None or rows == 0:
+        return np.zeros((0, width), np.float32)
+    pointer = ctypes.cast(address, POINTER(c_float * (rows * width)))
+    return np.frombuffer(pointer.contents, np.float32).reshape(rows, width)
+
+
+def run_op(
+    context: Context,
+    op: AnyArray,
+    rows: int,
+    inputs: Sequence[tuple[int, int] | None],
+    outputs: Sequence[tuple[int, int]],
+    weights: Sequence[Weight | None],
+    batch: BatchStruct | None = None,
+    kv: KVCache | None = None,
+) -> None:
+    """One op on the caller's memory. `inputs` and `outputs` are (address, row stride in floats)."""
+    call = OpCallStruct(struct_size=ctypes.sizeof(OpCallStruct), op=_address(op), rows=rows)
+    for i, operand in enumerate(inputs):
+        if operand is not None:
+            call.in_[i], call.in_stride[i] = operand
+    for i, operand in enumerate(outputs):
+        call.out[i], call.out_stride[i] = operand
+    for i, weight in enumerate(weights):
+        if weight is not None:
+            call.weight[i] = weight.struct()
+    if batch is not None:
+        call.batch = ctypes.addressof(batch)
+    if kv is not None:
+        call.kv = kv.handle
+    check(library().pld_op_run(context.handle, byref(call)))

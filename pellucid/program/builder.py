@@ -1,0 +1,152 @@
+"""From a recording to a program file: ops and buffers as the C structs, weights packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pellucid.ops import abi
+from pellucid.ops.spec import OP_KINDS
+from pellucid.program.file import Bytes, aligned, write_program_file
+from pellucid.program.planner import assign_slots
+from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
+from pellucid.weights.tensor import TensorView, from_float32
+
+FORMAT_VERSION = 1
+_NO_OPERAND = (-1, 0, 0)
+_DOMAINS = {"T": 0, "L": 1}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Where a weight lies in the data section, and how."""
+
+    name: str
+    rows: int
+    cols: int
+    dtype: int
+    layout: int
+    offset: int
+    nbytes: int
+
+    def as_meta(self) -> list[Any]:
+        """For the header."""
+        return [self.name, self.rows, self.cols, self.dtype, self.layout, self.offset, self.nbytes]
+
+
+def _padded(values: tuple[Any, ...], length: int, fill: Any) -> list[Any]:
+    return [*values, *[fill] * (length - len(values))]
+
+
+def encode_ops(recording: Recording) -> np.ndarray[Any, Any]:
+    """The ops as `pld_op` structs."""
+    table = np.zeros(len(recording.ops), abi.OP_DTYPE)
+    for row, op in zip(table, recording.ops, strict=True):
+        _encode_op(row, op, recording.widths)
+    return table
+
+
+def _encode_op(row: Any, op: RecordedOp, widths: list[int]) -> None:
+    operands = _padded(tuple(o or _NO_OPERAND for o in op.inputs), abi.MAX_IN, _NO_OPERAND)
+    row["kind"] = OP_KINDS[op.kind]
+    row["in"], row["in_col"], row["in_width"] = zip(*operands, strict=True)
+    row["out"] = _padded(op.outputs, abi.MAX_OUT, -1)
+    row["out_width"] = _padded(tuple(widths[buffer] for buffer in op.outputs), abi.MAX_OUT, 0)
+    row["weight"] = _padded(tuple(-1 if w is None else w for w in op.weights), abi.MAX_WEIGHTS, -1)
+    row["i"] = _padded(op.ints, 6, 0)
+    row["f"] = _padded(op.floats, 4, 0.0)
+
+
+def encode_buffers(recording: Recording) -> np.ndarray[Any, Any]:
+    """The buffers as `pld_buffer` structs, with their slots."""
+    table = np.zeros(len(recording.widths), abi.BUFFER_DTYPE)
+    table["width"] = recording.widths
+    table["domain"] = [_DOMAINS[domain] for domain in recording.domains]
+    table["slot"] = assign_slots(recording)
+    return table
+
+
+def place_weights(recording: Recording, matrix_dtype: int) -> list[PackedWeight]:
+    """Layout, size and place of every weight: matrices in panels, gathered tables in rows, vectors in float32."""
+    placed, offset = [], 0
+    for weight in recording.weights:
+        cols = weight.shape[-1]
+        rows = int(np.prod(weight.shape[:-1], dtype=np.int64))
+        dtype = abi.F32 if weight.kind == "vector" else matrix_dtype
+        layout = abi.PANELS if weight.kind == "matrix" else abi.ROW_MAJOR
+        nbytes = abi.packed_bytes(rows, cols, dtype) if layout == abi.PANELS else rows * abi.row_bytes(dtype, cols)
+        placed.append(PackedWeight(weight.name, rows, cols, dtype, layout, offset, nbytes))
+        offset = aligned(offset + nbytes)
+    return placed
+
+
+def _pieces(weight: RecordedWeight) -> list[TensorView]:
+    values = constant(weight)
+    if values is not None:
+        return [from_float32(weight.name, values)]
+    return list(weight.source.pieces)
+
+
+def pack_weight(context: abi.Context, weight: RecordedWeight, place: PackedWeight, data: Bytes) -> None:
+    """Converts a weight's pieces, in the order of their rows, into its place."""
+    target = data[place.offset : place.offset + place.nbytes]
+    row = 0
+    for piece in _pieces(weight):
+        rows = piece.rows if len(weight.shape) > 1 else 1
+        cols = piece.cols
+        if place.layout == abi.PANELS:
+            abi.pack(context, piece.data, piece.pld_dtype, rows, cols, row, place.rows, target, place.dtype)
+            row += rows
+        else:
+            width = rows * abi.row_bytes(place.dtype, cols)
+            abi.convert_bytes(
+                context, piece.data, piece.pld_dtype, rows, cols, target[row : row + width], place.dtype
+            )
+            row += width
+
+
+def build_program_file(
+    path: Path,
+    recording: Recording,
+    context: abi.Context,
+    *,
+    matrix_dtype: int,
+    vocab_size: int,
+    meta: Mapping[str, Any],
+    texts: Mapping[str, bytes],
+    progress: Progress | None = None,
+) -> None:
+    """Plans a recording, packs its weights and writes both to one file.
+
+    `meta` and `texts` (JSON documents) are kept beside the program. `progress(done, total)` is told bytes packed.
+    """
+    placed = place_weights(recording, matrix_dtype)
+    total = placed[-1].offset + placed[-1].nbytes if placed else 0
+
+    def fill(data: Bytes) -> None:
+        for weight, place in zip(recording.weights, placed, strict=True):
+            pack_weight(context, weight, place, data)
+            if progress is not None:
+                progress(place.offset + place.nbytes, total)
+
+    header = {
+        **meta,
+        "format_version": FORMAT_VERSION,
+        "n_forward_ops": recording.n_forward_ops,
+        "hidden": recording.hidden,
+        "logits": recording.logits,
+        "vocab_size": vocab_size,
+        "weights": [place.as_meta() for place in placed],
+    }
+    small = {
+        "ops": encode_ops(recording).tobytes(),
+        "buffers": encode_buffers(recording).tobytes(),
+        **texts,
+    }
+    write_program_file(path, header, small, total, fill)

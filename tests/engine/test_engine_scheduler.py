@@ -1,0 +1,568 @@
+"""Steps as tables: a scenario in words, then every step that must come of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from utils.scheduler_world import EOS, World, make_request, next_token
+
+from pellucid.engine.block_manager import BlockManager
+from pellucid.engine.plan import ModelRunnerOutput, StepPlan
+from pellucid.engine.request import EngineCoreRequest, RequestStatus
+from pellucid.engine.scheduler import WAIT_REASONS, RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+
+BEHIND = "head of the queue waits"
+SHARED = "waits for the shared prompt of its first choice"
+
+# kind, {request: (start, tokens)}, preempted, {waiting request: reason}
+Row = tuple[str, dict[str, tuple[int, int]], list[str], dict[str, str]]
+
+
+def world(
+    policy: str = "mixed",
+    num_blocks: int = 8,
+    block_size: int = 4,
+    caching: bool = False,
+    max_num_seqs: int = 8,
+    budget: int = 16,
+    max_model_len: int = 64,
+    chunk: int | None = None,
+) -> World:
+    config = SchedulerConfig(max_num_seqs, budget, max_model_len, policy, chunk)  # type: ignore[arg-type]
+    return World(config, num_blocks, block_size, caching)
+
+
+def prompt_of(start: int, length: int) -> tuple[int, ...]:
+    """A prompt that shares its beginning with no other start."""
+    return tuple(range(start, start + length))
+
+
+def row_of(plan: StepPlan) -> Row:
+    entries = {entry.request_id: (entry.start, entry.num_tokens) for entry in plan.entries}
+    return plan.kind, entries, list(plan.preempted), plan.waiting
+
+
+def assert_steps(a_world: World, rows: list[Row]) -> None:
+    """The next steps are these rows, and then all has ended well."""
+    for index, row in enumerate(rows):
+        assert row_of(a_world.step()) == row, f"row {index}"
+    assert not a_world.scheduler.has_unfinished
+    a_world.check_end()
+
+
+# ---- mixed -------------------------------------------------------------------------------------------------
+
+
+def test_mixed_when_prompts_exceed_the_budget_then_the_last_is_cut_and_decodes_go_first() -> None:
+    """Budget 8. a (6 tokens) and b (5) arrive: b gets only 2 tokens at first. c (9) arrives and fills what is left."""
+    a_world = world(budget=8)
+    a_world.add(make_request("a", prompt_of(10, 6), max_tokens=3))
+    a_world.add(make_request("b", prompt_of(20, 5), max_tokens=2))
+    a_world.add(make_request("c", prompt_of(30, 9), max_tokens=1))
+    spent = "token budget of 8 spent"
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (0, 6), "b": (0, 2)}, [], {"c": spent}),
+            ("mixed", {"a": (6, 1), "b": (2, 3), "c": (0, 4)}, [], {}),
+            ("mixed", {"a": (7, 1), "b": (5, 1), "c": (4, 5)}, [], {}),
+        ],
+    )
+
+
+def test_mixed_with_a_chunk_limit_when_a_prompt_is_long_then_others_come_in_beside_it() -> None:
+    """Budget 8, chunks of at most 3: a long prompt leaves room for two more in its first step."""
+    a_world = world(budget=8, chunk=3)
+    a_world.add(make_request("long", prompt_of(10, 7), max_tokens=1))
+    a_world.add(make_request("b", prompt_of(20, 3), max_tokens=2))
+    a_world.add(make_request("c", prompt_of(30, 4), max_tokens=1))
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"long": (0, 3), "b": (0, 3), "c": (0, 2)}, [], {}),
+            ("mixed", {"long": (3, 3), "b": (3, 1), "c": (2, 2)}, [], {}),
+            ("prefill", {"long": (6, 1)}, [], {}),
+        ],
+    )
+
+
+def test_mixed_when_max_num_seqs_is_reached_then_the_head_waits_for_a_place() -> None:
+    a_world = world(max_num_seqs=1)
+    for name in "abc":
+        a_world.add(make_request(name, 2, max_tokens=1))
+    full = "max_num_seqs 1 reached"
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (0, 2)}, [], {"b": full, "c": BEHIND}),
+            ("prefill", {"b": (0, 2)}, [], {"c": full}),
+            ("prefill", {"c": (0, 2)}, [], {}),
+        ],
+    )
+
+
+def test_mixed_when_blocks_run_out_then_the_newest_is_preempted_and_resumes_with_its_outputs() -> None:
+    """4 blocks of 2. a and b (3 tokens each) hold two blocks each; a needs a third: b gives way, nothing new comes in
+    although c would fit, and b resumes over prompt + outputs as one prefill as soon as a has ended."""
+    a_world = world(num_blocks=4, block_size=2)
+    a_world.add(make_request("a", prompt_of(10, 3), max_tokens=3))
+    a_world.add(make_request("b", prompt_of(20, 3), max_tokens=4))
+    a_world.add(make_request("c", prompt_of(30, 1), max_tokens=1))
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (0, 3), "b": (0, 3)}, [], {"c": "no free blocks: needs 1, 0 free"}),
+            ("decode", {"a": (3, 1), "b": (3, 1)}, [], {"c": "no free blocks: needs 1, 0 free"}),
+            ("decode", {"a": (4, 1)}, ["b"], {"b": "blocks are short: 1 preempted in this step", "c": BEHIND}),
+            ("prefill", {"b": (0, 5), "c": (0, 1)}, [], {}),
+            ("decode", {"b": (5, 1)}, [], {}),
+        ],
+    )
+    assert a_world.records["b"].num_preemptions == 1
+
+
+def test_mixed_when_blocks_run_out_then_the_least_important_gives_way_though_it_came_first() -> None:
+    """3 blocks of 2. The unimportant a (priority 5) runs when b comes. Both fill their blocks; a needs a third, finds
+    itself the least important and gives way."""
+    a_world = world(num_blocks=3, block_size=2)
+    a_world.add(make_request("a", prompt_of(10, 3), max_tokens=3, priority=5))
+    a_world.step()
+    a_world.add(make_request("b", prompt_of(20, 1), max_tokens=4, priority=0))
+    assert_steps(
+        a_world,
+        [
+            ("mixed", {"a": (3, 1), "b": (0, 1)}, [], {}),
+            ("decode", {"b": (1, 1)}, ["a"], {"a": "blocks are short: 1 preempted in this step"}),
+            ("decode", {"b": (2, 1)}, [], {"a": "no free blocks: needs 3, 1 free"}),
+            ("decode", {"b": (3, 1)}, [], {"a": "no free blocks: needs 3, 1 free"}),
+            ("prefill", {"a": (0, 5)}, [], {}),
+        ],
+    )
+
+
+def test_victim_that_was_already_taken_when_it_gives_way_then_its_tokens_leave_the_step() -> None:
+    """6 blocks of 1. The unimportant a runs before b comes, is taken first in each step, gets the last block, and then
+    loses all to b."""
+    a_world = world(num_blocks=6, block_size=1)
+    a_world.add(make_request("a", prompt_of(10, 1), max_tokens=5, priority=1))
+    a_world.step()
+    a_world.add(make_request("b", prompt_of(20, 1), max_tokens=4, priority=0))
+    short = "blocks are short: 1 preempted in this step"
+    assert_steps(
+        a_world,
+        [
+            ("mixed", {"a": (1, 1), "b": (0, 1)}, [], {}),
+            ("decode", {"a": (2, 1), "b": (1, 1)}, [], {}),
+            ("decode", {"b": (2, 1)}, ["a"], {"a": short}),
+            ("decode", {"b": (3, 1)}, [], {"a": "no free blocks: needs 4, 3 free"}),
+            ("prefill", {"a": (0, 4)}, [], {}),
+            ("decode", {"a": (4, 1)}, [], {}),
+        ],
+    )
+
+
+def test_important_request_when_it_comes_late_then_it_is_admitted_before_those_who_wait() -> None:
+    a_world = world(max_num_seqs=1)
+    a_world.add(make_request("a", 2, max_tokens=1, priority=1))
+    a_world.add(make_request("b", 2, max_tokens=1, priority=1))
+    a_world.add(make_request("c", 2, max_tokens=1, priority=0))
+    assert [next(iter(a_world.step().entries)).request_id for _ in range(3)] == ["c", "a", "b"]
+
+
+def test_cached_prompt_when_admitted_then_only_the_rest_is_computed() -> None:
+    """Caching on. b's 8 first tokens are a's prompt; they count as cached and do not cost budget."""
+    a_world = world(caching=True, budget=8)
+    a_world.add(make_request("a", 8, max_tokens=1))
+    a_world.step()
+    a_world.add(make_request("b", 13, max_tokens=1))
+    a_world.add(make_request("c", 8, max_tokens=1))
+    plan = a_world.step()
+    assert row_of(plan) == ("prefill", {"b": (8, 5), "c": (7, 1)}, [], {})
+    assert [entry.num_cached_tokens for entry in plan.entries] == [8, 7]
+    assert [new.block_ids for new in plan.new_requests] == [(0, 1), (0, 1)]
+    assert [len(entry.new_block_ids) for entry in plan.entries] == [2, 0]
+    a_world.check_end()
+
+
+def test_equal_prompts_in_one_step_when_caching_is_on_then_each_computes_its_own() -> None:
+    """What is computed in a step can be shared from the next step on, not within it."""
+    a_world = world(caching=True)
+    a_world.add(make_request("a", 5, max_tokens=1))
+    a_world.add(make_request("b", 5, max_tokens=1))
+    assert_steps(a_world, [("prefill", {"a": (0, 5), "b": (0, 5)}, [], {})])
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_choices_of_one_request_when_scheduled_then_the_first_computes_the_prompt_for_all(caching: bool) -> None:
+    """Three choices of a 9-token prompt: the first alone for two chunks of 6, then two that compute one token each."""
+    a_world = world(caching=caching, budget=6)
+    for index in range(3):
+        a_world.add(
+            make_request(f"r-{index}", 9, max_tokens=2 if index else 3, group_id="r", choice_index=index, seed=index)
+        )
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"r-0": (0, 6)}, [], {"r-1": "token budget of 6 spent", "r-2": BEHIND}),
+            ("prefill", {"r-0": (6, 3)}, [], {"r-1": SHARED, "r-2": BEHIND}),
+            ("mixed", {"r-0": (9, 1), "r-1": (8, 1), "r-2": (8, 1)}, [], {}),
+            ("decode", {"r-0": (10, 1), "r-1": (9, 1), "r-2": (9, 1)}, [], {}),
+        ],
+    )
+    assert a_world.blocks.stats()["prefix_hits"] == (2 if caching else 0)
+
+
+def test_first_choice_when_it_is_cancelled_within_its_prompt_then_the_next_takes_its_part() -> None:
+    a_world = world(budget=4)
+    for index in range(3):
+        a_world.add(make_request(f"r-{index}", 8, max_tokens=2, group_id="r", choice_index=index))
+    assert row_of(a_world.step())[1] == {"r-0": (0, 4)}
+    a_world.cancel("r-0")
+    assert row_of(a_world.step())[1] == {"r-1": (0, 4)}
+    assert row_of(a_world.step())[1] == {"r-1": (4, 4)}
+    assert row_of(a_world.step())[1] == {"r-1": (8, 1), "r-2": (7, 1)}
+    a_world.drain(10)
+    a_world.check_end()
+
+
+# ---- prefill_first -----------------------------------------------------------------------------------------
+
+
+def test_prefill_first_when_prompts_come_then_decodes_wait_until_no_prefill_is_possible() -> None:
+    """Budget 8, at most 2 running. a and b are prefilled together; c arrives but there is no place until a has ended;
+    then c is prefilled in a step of its own while b waits for its next token."""
+    a_world = world("prefill_first", budget=8, max_num_seqs=2)
+    a_world.add(make_request("a", prompt_of(10, 4), max_tokens=2))
+    a_world.add(make_request("b", prompt_of(20, 4), max_tokens=3))
+    a_world.add(make_request("c", prompt_of(30, 3), max_tokens=2))
+    full = "max_num_seqs 2 reached"
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (0, 4), "b": (0, 4)}, [], {"c": full}),
+            ("decode", {"a": (4, 1), "b": (4, 1)}, [], {"c": full}),
+            ("prefill", {"c": (0, 3)}, [], {}),
+            ("decode", {"b": (5, 1), "c": (3, 1)}, [], {}),
+        ],
+    )
+
+
+def test_prefill_first_when_the_head_does_not_fit_then_nobody_passes_it() -> None:
+    """Budget 8: a (5) leaves 3; b (4) does not fit and stops c (1), which would."""
+    a_world = world("prefill_first", budget=8)
+    a_world.add(make_request("a", prompt_of(10, 5), max_tokens=2))
+    a_world.add(make_request("b", prompt_of(20, 4), max_tokens=1))
+    a_world.add(make_request("c", prompt_of(30, 1), max_tokens=1))
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (0, 5)}, [], {"b": "token budget of 8: needs 4, 3 left", "c": BEHIND}),
+            ("prefill", {"b": (0, 4), "c": (0, 1)}, [], {}),
+            ("decode", {"a": (5, 1)}, [], {}),
+        ],
+    )
+
+
+def test_prefill_first_when_blocks_are_short_then_a_resumed_request_longer_than_a_step_is_cut() -> None:
+    """4 blocks of 2, budget 4. b is preempted with 5 tokens and resumes with 4; the last is a decode like any other."""
+    a_world = world("prefill_first", num_blocks=4, block_size=2, budget=4)
+    a_world.add(make_request("a", prompt_of(10, 3), max_tokens=3))
+    a_world.add(make_request("b", prompt_of(20, 3), max_tokens=4))
+    short = "blocks are short: 1 preempted in this step"
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (0, 3)}, [], {"b": "token budget of 4: needs 3, 1 left"}),
+            ("prefill", {"b": (0, 3)}, [], {}),
+            ("decode", {"a": (3, 1), "b": (3, 1)}, [], {}),
+            ("decode", {"a": (4, 1)}, ["b"], {"b": short}),
+            ("prefill", {"b": (0, 4)}, [], {}),
+            ("decode", {"b": (4, 1)}, [], {}),
+            ("decode", {"b": (5, 1)}, [], {}),
+        ],
+    )
+
+
+def test_prefill_first_when_the_beginning_is_cached_then_only_the_rest_must_fit_the_budget() -> None:
+    a_world = world("prefill_first", caching=True, budget=9)
+    a_world.add(make_request("a", 8, max_tokens=1))
+    a_world.step()
+    a_world.add(make_request("b", prompt_of(40, 8), max_tokens=1))
+    a_world.add(make_request("c", 9, max_tokens=1))
+    assert row_of(a_world.step())[1] == {"b": (0, 8), "c": (8, 1)}
+
+
+# ---- endings -----------------------------------------------------------------------------------------------
+
+
+def run_tokens(
+    core: EngineCoreRequest,
+    tokens: list[int],
+    stop_strings: dict[int, str] | None = None,
+    max_model_len: int = 64,
+    num_blocks: int = 8,
+) -> list[TokenEvent]:
+    """Feed tokens to one request until it ends."""
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=max_model_len)
+    scheduler = RequestScheduler(config, BlockManager(num_blocks, 4))
+    scheduler.add(core)
+    events: list[TokenEvent] = []
+    for token in tokens:
+        plan = scheduler.schedule()
+        output = ModelRunnerOutput({core.request_id: token})
+        events += scheduler.apply(plan, output, lambda _, token_id: (stop_strings or {}).get(token_id))
+        scheduler.check_invariants()
+    return events
+
+
+STOPPED, LENGTH, ERROR = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH,
+    RequestStatus.FINISHED_ERROR,
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "stop_strings", "status", "stop_reason"),
+    [
+        pytest.param({"eos": (EOS,)}, [5, EOS], {}, STOPPED, None, id="eos"),
+        pytest.param({"eos": (1, 2)}, [5, 2], {}, STOPPED, None, id="the second of two eos"),
+        pytest.param({"eos": (EOS,), "stop_token_ids": [EOS]}, [EOS], {EOS: "x"}, STOPPED, None, id="eos before all"),
+        pytest.param(
+            {"eos": (EOS,), "ignore_eos": True, "stop_token_ids": [EOS]},
+            [EOS],
+            {},
+            STOPPED,
+            EOS,
+            id="stop id, eos ignored",
+        ),
+        pytest.param({"stop_token_ids": [7]}, [5, 7], {7: "x"}, STOPPED, 7, id="stop id before stop string"),
+        pytest.param({}, [5, 7], {7: "x"}, STOPPED, "x", id="stop string"),
+        pytest.param({"max_tokens": 2}, [5, 7], {7: "x"}, STOPPED, "x", id="stop string before length"),
+        pytest.param({"max_tokens": 2}, [5, 7], {}, LENGTH, None, id="length"),
+        pytest.param({"eos": (EOS,), "max_tokens": 1}, [EOS], {}, STOPPED, None, id="eos before length"),
+        pytest.param(
+            {"eos": (EOS,), "ignore_eos": True, "max_tokens": 2}, [EOS, EOS], {}, LENGTH, None, id="ignored eos"
+        ),
+        pytest.param({"eos": (EOS,), "min_tokens": 2}, [EOS, EOS, EOS], {}, STOPPED, None, id="eos within min_tokens"),
+        pytest.param({"stop_token_ids": [7], "min_tokens": 1}, [7, 7], {}, STOPPED, 7, id="stop id within min_tokens"),
+        pytest.param({"min_tokens": 1}, [7, 7], {7: "x"}, STOPPED, "x", id="stop string within min_tokens"),
+    ],
+)
+def test_request_when_a_token_could_end_it_then_the_first_rule_in_order_does(
+    options: dict[str, object],
+    tokens: list[int],
+    stop_strings: dict[int, str],
+    status: RequestStatus,
+    stop_reason: int | str | None,
+) -> None:
+    core = make_request("r", 3, **options)  # type: ignore[arg-type]
+    events = run_tokens(core, tokens, stop_strings)
+    assert [event.token_id for event in events] == tokens
+    assert [event.finish_status for event in events[:-1]] == [None] * (len(tokens) - 1)
+    assert (events[-1].finish_status, events[-1].stop_reason) == (status, stop_reason)
+
+
+def test_request_when_it_reaches_max_model_len_then_it_ends_by_length() -> None:
+    events = run_tokens(make_request("r", 3, max_tokens=10), [5, 5], max_model_len=5)
+    assert [event.finish_status for event in events] == [None, LENGTH]
+
+
+def test_request_when_it_outgrows_all_blocks_then_it_ends_with_both_numbers() -> None:
+    """2 blocks of 4 hold 8 tokens; the 9th could never be computed."""
+    events = run_tokens(make_request("r", 7, max_tokens=10), [5, 6], num_blocks=2)
+    assert [(event.token_id, event.finish_status) for event in events] == [(5, None), (6, ERROR)]
+    assert events[-1].error == "the request has grown to 9 tokens, which need 3 blocks of 4; 2 exist"
+
+
+def test_request_that_ends_exactly_when_all_blocks_are_full_then_it_ends_by_length() -> None:
+    events = run_tokens(make_request("r", 7, max_tokens=2), [5, 6], num_blocks=2)
+    assert events[-1].finish_status is LENGTH
+
+
+def test_two_requests_when_one_fails_in_the_executor_then_it_ends_alone_and_its_blocks_are_not_trusted() -> None:
+    a_world = world(caching=True)
+    a_world.add(make_request("bad", 8, max_tokens=3))
+    a_world.add(make_request("good", prompt_of(40, 8), max_tokens=3))
+    events = a_world.finish(a_world.schedule(), fail=frozenset({"bad"}))
+    assert events[0] == TokenEvent("bad", None, ERROR, None, "logits are not finite")
+    assert events[1].finish_status is None
+    assert a_world.blocks.lookup(a_world.records["bad"]) == ([], 0)
+    a_world.drain(5)
+    a_world.check_end()
+
+
+def test_executor_when_it_returns_no_token_for_a_sampling_entry_then_that_request_fails() -> None:
+    scheduler = world().scheduler
+    scheduler.add(make_request("r", 3))
+    (event,) = scheduler.apply(scheduler.schedule(), ModelRunnerOutput({}))
+    assert (event.finish_status, event.error) == (ERROR, "step 0 + 3 tokens gave no sampled token")
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "message", "param"),
+    [
+        ({}, (), "the prompt is empty; it needs at least 1 token", "prompt"),
+        ({}, 64, "prompt has 64 tokens and needs room for 1 more; max_model_len is 64", "prompt"),
+        ({}, 32, "prompt of 32 tokens + 1 needs 9 blocks of 4 tokens; 8 exist", "prompt"),
+        ({"max_tokens": 0}, 3, "max_tokens is 0; it must be at least 1", "max_tokens"),
+    ],
+)
+def test_impossible_request_when_added_then_it_is_refused_with_the_numbers(
+    options: dict[str, int], prompt: tuple[int, ...] | int, message: str, param: str
+) -> None:
+    scheduler = world().scheduler
+    core = make_request("r", prompt)
+    if "max_tokens" in options:
+        core = EngineCoreRequest("r", core.prompt_token_ids, core.sampling_params, seed=0, **options)
+    with pytest.raises(InvalidRequestError, match=re.escape(message)) as caught:
+        scheduler.add(core)
+    assert caught.value.param == param
+    assert not scheduler.has_unfinished
+
+
+def test_prompt_longer_than_a_step_when_added_then_only_mixed_takes_it() -> None:
+    world(budget=4).scheduler.add(make_request("r", 5))
+    with pytest.raises(InvalidRequestError, match=r"prompt has 5 tokens;.* max_num_batched_tokens is 4"):
+        world("prefill_first", budget=4).scheduler.add(make_request("r", 5))
+
+
+def test_request_id_when_in_use_then_refused_and_when_forgotten_then_free_again() -> None:
+    scheduler = world().scheduler
+    scheduler.add(make_request("r", 3))
+    with pytest.raises(InvalidRequestError, match="'r' is in use"):
+        scheduler.add(make_request("r", 3))
+    with pytest.raises(InvariantError, match="before it ends"):
+        scheduler.forget("r")
+    scheduler.cancel("r")
+    assert scheduler.forget("r")
+    assert not scheduler.forget("r")
+    scheduler.add(make_request("r", 3))
+    plan = scheduler.schedule()
+    assert plan.finished == ("r",)
+    assert [new.request_id for new in plan.new_requests] == ["r"]
+
+
+def test_cancel_when_waiting_running_ended_or_unknown_then_it_says_whether_it_is_known() -> None:
+    a_world = world(max_num_seqs=1)
+    a_world.add(make_request("runs", 3))
+    a_world.add(make_request("waits", 3))
+    a_world.step()
+    for name in ("runs", "waits"):
+        a_world.cancel(name)
+        assert a_world.records[name].finish_reason == "abort"
+    assert a_world.blocks.num_used_blocks == 0
+    assert a_world.scheduler.cancel("runs")
+    assert not a_world.scheduler.cancel("unknown")
+    plan = a_world.scheduler.schedule()
+    assert (plan.kind, plan.finished) == ("none", ("runs", "waits"))
+    assert a_world.scheduler.schedule().finished == ()
+
+
+def test_finish_from_outside_when_a_request_runs_then_it_ends_once_with_its_reason() -> None:
+    scheduler = world().scheduler
+    request = scheduler.add(make_request("r", 3))
+    scheduler.schedule()
+    assert scheduler.finish("r", STOPPED, stop_reason="\n\n")
+    assert not scheduler.finish("r", ERROR, error="too late")
+    assert (request.status, request.stop_reason, request.error) == (STOPPED, "\n\n", None)
+    with pytest.raises(InvariantError, match="cannot finish as running"):
+        scheduler.finish("r", RequestStatus.RUNNING)
+
+
+def test_request_cancelled_and_its_id_reused_when_the_old_plan_is_applied_then_the_new_one_is_untouched() -> None:
+    scheduler = world().scheduler
+    scheduler.add(make_request("r", 3))
+    old = scheduler.schedule()
+    scheduler.cancel("r")
+    scheduler.forget("r")
+    request = scheduler.add(make_request("r", 3))
+    assert scheduler.apply(old, ModelRunnerOutput({"r": 1})) == []
+    assert (request.output_token_ids, request.num_computed_tokens) == ([], 0)
+
+
+def test_plan_when_applied_twice_then_it_is_an_error() -> None:
+    scheduler = world().scheduler
+    scheduler.add(make_request("r", 3))
+    plan = scheduler.schedule()
+    scheduler.apply(plan, ModelRunnerOutput({"r": 1}))
+    with pytest.raises(InvariantError, match="step 0 is not in flight"):
+        scheduler.apply(plan, ModelRunnerOutput({"r": 1}))
+
+
+def test_second_plan_when_made_before_the_first_is_applied_then_it_takes_only_known_tokens() -> None:
+    """Budget 4: a (6 tokens) is cut; the second plan takes the rest of a and the beginning of b; the third takes nothing
+    of a, whose next token is not known yet."""
+    a_world = world(budget=4)
+    a_world.add(make_request("a", prompt_of(10, 6), max_tokens=2))
+    a_world.add(make_request("b", prompt_of(20, 5), max_tokens=1))
+    plans = [a_world.schedule() for _ in range(3)]
+    assert [row_of(plan)[1] for plan in plans] == [{"a": (0, 4)}, {"a": (4, 2), "b": (0, 2)}, {"b": (2, 3)}]
+    for plan in plans:
+        a_world.finish(plan)
+    a_world.drain(2)
+    a_world.check_end()
+
+
+def test_queue_when_iterated_then_running_come_before_waiting_in_order() -> None:
+    a_world = world(max_num_seqs=1)
+    for name, priority in (("a", 2), ("b", 1), ("c", 0)):
+        a_world.add(make_request(name, 3, priority=priority))
+        a_world.step()
+    assert [request.request_id for request in a_world.scheduler] == ["a", "c", "b"]
+    assert (a_world.scheduler.num_running, a_world.scheduler.num_waiting) == (1, 2)
+
+
+def test_empty_scheduler_when_asked_then_the_plan_is_none_and_steps_are_still_counted() -> None:
+    scheduler = world().scheduler
+    plans = [scheduler.schedule() for _ in range(3)]
+    assert [(plan.step_id, plan.kind, plan.entries) for plan in plans] == [
+        (0, "none", ()),
+        (1, "none", ()),
+        (2, "none", ()),
+    ]
+    assert scheduler.apply(plans[0], ModelRunnerOutput({})) == []
+    assert not scheduler.has_unfinished
+
+
+def test_preempted_request_when_admitted_again_then_the_executor_gets_all_of_it_again() -> None:
+    a_world = world(num_blocks=4, block_size=2)
+    a_world.add(make_request("a", prompt_of(10, 3), max_tokens=3))
+    b = make_request("b", prompt_of(20, 3), max_tokens=4, seed=9)
+    a_world.add(b)
+    plans = [a_world.step() for _ in range(4)]
+    (new,) = plans[3].new_requests
+    first = next_token(list(b.prompt_token_ids), 9, 0)
+    second = next_token([*b.prompt_token_ids, first], 9, 0)
+    assert (new.request_id, new.prompt_token_ids, new.output_token_ids) == ("b", b.prompt_token_ids, (first, second))
+    assert (new.seed, new.choice_index, new.block_ids) == (9, 0, ())
+    assert plans[3].finished == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"max_model_len": 0}, "max_model_len is 0"),
+        ({"max_prefill_chunk": 0}, "max_prefill_chunk is 0"),
+        ({"policy": "best"}, "policy 'best' is not known; policies: mixed, prefill_first"),
+        (
+            {"policy": "prefill_first", "max_prefill_chunk": 4},
+            "max_prefill_chunk 4: prefill_first computes whole prompts",
+        ),
+    ],
+)
+def test_config_when_a_value_cannot_be_honoured_then_it_is_refused(options: dict[str, object], message: str) -> None:
+    fields = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 16, **options}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SchedulerConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_reasons_to_wait_when_listed_then_each_is_told_apart() -> None:
+    assert len(set(WAIT_REASONS)) == len(WAIT_REASONS)

@@ -229,7 +229,7 @@ def pull(name: str, *, progress: bool = True, force: bool = False) -> Path:
 
 
 def resolve_model(name: str | Path, *, progress: bool = True) -> Path:
-    """The path of a model: an existing folder or .gguf file as it is, else a packaged model or hub id, pulled if needed.
+    """The path of a model: an existing folder or .gguf file as it is, else a packaged model or hub id, pulled at need.
 
     Raises ModelNotFoundError saying what was tried, or DownloadError.
     """

@@ -64,10 +64,10 @@ _TOKEN_RANGE = _Range(0, MAX_TOKEN_ID, f"in [0, {MAX_TOKEN_ID:,}]")
 class SamplingParams:
     """Sampling parameters, with vLLM's names and defaults.
 
-    Greedy when `temperature` is 0 or `top_k` is 1. `top_k` 0 or -1 means all. `logprobs` is the number of most likely tokens reported
-    beside the chosen one (0: the chosen one alone; None: nothing). `max_tokens` None means as many as the model length allows.
-    `logit_bias` maps token ids to values in [-100, 100]. `seed` None: the engine draws one and reports it. Sequences are kept as
-    tuples, numbers as plain `int` and `float`.
+    Greedy when `temperature` is 0 or `top_k` is 1. `top_k` 0 or -1 means all. `logprobs` is the number of most likely
+    tokens reported beside the chosen one (0: the chosen one alone; None: nothing). `max_tokens` None means as many as
+    the model length allows. `logit_bias` maps token ids to values in [-100, 100]. `seed` None: the engine draws one and
+    reports it. Sequences are kept as tuples, numbers as plain `int` and `float`.
 
     Raises:
         InvalidRequestError: naming the field, the value and the limit.
@@ -127,7 +127,7 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """The parameters of a JSON object. Decimal strings are accepted as keys of `logit_bias`, for JSON has no others.
+        """The parameters of a JSON object. Keys of `logit_bias` may be decimal strings, for JSON has no others.
 
         Raises:
             TypeError: naming an unknown parameter.
@@ -215,7 +215,7 @@ def _items(name: str, value: object, what: str, limit: int) -> list[Any]:
         return []
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         _refuse(name, f"{name} is {_shown(value)}; it must be a list of {what}")
-    items = list(value)  # type: ignore[call-overload]
+    items: list[Any] = list(value)  # type: ignore[call-overload]
     if len(items) > limit:
         _refuse(name, f"{name} has {len(items):,} entries; the limit is {limit:,}")
     return items

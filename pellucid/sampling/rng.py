@@ -1,8 +1,8 @@
 """The counter-based random generator of the sampler: a draw is a pure function of (seed, position, choice index).
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011),
-https://doi.org/10.1145/2063384.2063405. The seed is the 64-bit key; the 128-bit counter holds the position (64 bits), the choice
-index (32 bits) and the purpose of the draw (32 bits), so that draws for different purposes never coincide.
+https://doi.org/10.1145/2063384.2063405. The seed is the 64-bit key; the 128-bit counter holds the position (64 bits),
+the choice index (32 bits) and the purpose of the draw (32 bits), so that draws for different purposes never coincide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PURPOSE_SEED = 1
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The four 32-bit output words of Philox4x32-10 for a counter of four and a key of two 32-bit words, low word first."""
+    """The four output words of Philox4x32-10 for a counter of four and a key of two 32-bit words, low word first."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -50,7 +50,7 @@ def uniform(seed: int, position: int, choice_index: int) -> float:
 
 
 def draw_seed(engine_seed: int, request_number: int) -> int:
-    """The seed, in [0, 2**63), of a request that came without one: a function of the engine's seed and the request's number."""
+    """The seed, in [0, 2**63), of request `request_number`, which came to the engine without one."""
     low, high, _, _ = _block(engine_seed, request_number, 0, _PURPOSE_SEED)
     return (high >> 1) << 32 | low
 

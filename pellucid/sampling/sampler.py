@@ -68,8 +68,8 @@ class _Counts:
 class SamplingRow:
     """The sampling state of one request, kept by the model runner from step to step.
 
-    The runner appends each sampled token to `output_token_ids`; the position of the next draw is its length. The list may
-    only grow, except through `truncate`.
+    The runner appends each sampled token to `output_token_ids`; the position of the next draw is its length. The list
+    may only grow, except through `truncate`.
     """
 
     sampling_params: SamplingParams

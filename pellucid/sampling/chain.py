@@ -116,7 +116,7 @@ class Candidates:
         return index if self.ids is None else self.ids[index]
 
     def narrow(self, stays: npt.NDArray[np.bool_]) -> Candidates:
-        """The candidates where `stays` holds. Where most do, the others are kept at weight 0: copies would cost more."""
+        """The candidates where `stays` holds. Where most do, the others stay at weight 0: a copy would cost more."""
         if 2 * np.count_nonzero(stays) > stays.size > _SORT_LIMIT:
             return Candidates(self.logits, self.weights * stays, self.ids)
         index: IdArray = np.flatnonzero(stays)

@@ -9,6 +9,7 @@ import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 from pellucid.errors import TokenizerError
@@ -306,14 +307,19 @@ def _merges_by_score(vocab: Mapping[str, int], scores: Mapping[str, float]) -> l
 
     SentencePiece joins the neighbours whose union scores best, so a score is the rank of a merge.
     """
-    merges = [
-        (score, cut, len(token) - cut, token)
-        for token, score in scores.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    ]
-    merges.sort(key=operator.itemgetter(0, 1, 2), reverse=True)
-    return [(token[:cut], token[cut:]) for _, cut, _, token in merges]
+    best_first = sorted(scores.items(), key=operator.itemgetter(1), reverse=True)
+    merges: list[tuple[str, str]] = []
+    for _, group in groupby(best_first, key=operator.itemgetter(1)):
+        cuts = [
+            (left, right)
+            for token, _ in group
+            for cut in range(len(token) - 1, 0, -1)
+            if (left := token[:cut]) in vocab and (right := token[cut:]) in vocab
+        ]
+        if len(cuts) > 1:
+            cuts.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
+        merges += cuts
+    return merges
 
 
 # --- shared ----------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pellucid.errors import InvalidRequestError, TokenizerError
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 _BUNDLE_FORMAT = 1
 _ID_LIMIT = 1 << 32
@@ -198,11 +201,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
         chat_template: str | None = None,
+        clock: Callable[[], datetime] | None = None,
         **template_kwargs: object,
     ) -> str:
         """Renders a conversation with the model's chat template (or the given one).
 
-        With `tools`, a template named "tool_use" is preferred where the model has one.
+        With `tools`, a template named "tool_use" is preferred where the model has one. The template sees the
+        special tokens ("bos_token", …) and `template_kwargs` as variables, and `clock` (default: local time)
+        through `strftime_now`.
 
         Raises:
             InvalidRequestError: malformed messages (names the index), or the template refuses them.
@@ -217,8 +223,14 @@ class Tokenizer:
         source = source if source is not None else self.chat_template
         if source is None:
             raise TokenizerError("this model has no chat template; pass `chat_template` or use raw text")
-        variables = {**self._special.names, **template_kwargs}
-        return render_chat(source, messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
+        return render_chat(
+            source,
+            messages,
+            {**self._special.names, **template_kwargs},
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            clock=clock,
+        )
 
     def encode_chat(
         self,
@@ -227,6 +239,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
         chat_template: str | None = None,
+        clock: Callable[[], datetime] | None = None,
         **template_kwargs: object,
     ) -> list[int]:
         """The ids of the rendered conversation. No special tokens are added: the template has written them."""
@@ -235,6 +248,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             chat_template=chat_template,
+            clock=clock,
             **template_kwargs,
         )
         return self.encode(text, add_special_tokens=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,6 +13,8 @@ from pellucid.errors import UnsupportedModelError, WeightFormatError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from pellucid.ops.abi import Context
 
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**48  # far beyond any real tensor and far below the overflow of a byte count in 64 bits
@@ -110,9 +111,10 @@ def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=1)
-def _convert_context() -> Any:
+def _convert_context() -> Context:
     """One thread is enough: large matrices are packed by the engine, not converted here."""
-    abi = importlib.import_module("pellucid.ops.abi")
+    from pellucid.ops import abi
+
     return abi.Context(num_threads=1)
 
 
@@ -192,7 +194,8 @@ class TensorView:
         code = self.pld_dtype
         out = np.empty(self.shape, dtype=np.float32)
         if out.size:
-            abi = importlib.import_module("pellucid.ops.abi")
+            from pellucid.ops import abi
+
             abi.convert(_convert_context(), self.data, code, self.rows, self.cols, out)
         return out
 

@@ -1,0 +1,177 @@
+#include "kv.hpp"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "error.hpp"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#define PLD_HAS_MMAP 1
+#else
+#define PLD_HAS_MMAP 0
+#endif
+
+namespace pld {
+namespace {
+
+constexpr int32_t kMaxHeadDim = 2048;  // bounds what attention keeps in its thread scratch
+constexpr int64_t kGroup = 16;         // positions of a K group
+
+bool multiply(int64_t a, int64_t b, int64_t *product) { return !__builtin_mul_overflow(a, b, product); }
+int64_t value_bytes(pld_dtype dtype) { return dtype == PLD_F32 ? 4 : 2; }
+
+struct Field {
+  const char *name;
+  int32_t value, limit;
+};
+
+// Everything but the memory. The three sizes fit int64, and so does their sum.
+pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes) {
+  if (pld_status status = check_size(params, "kv_params")) return status;
+  const Field fields[] = {{"n_layers", params->n_layers, INT32_MAX},
+                          {"n_kv_heads", params->n_kv_heads, INT32_MAX},
+                          {"head_dim", params->head_dim, kMaxHeadDim},
+                          {"block_size", params->block_size, INT32_MAX},
+                          {"n_blocks", params->n_blocks, INT32_MAX}};
+  for (const Field &field : fields)
+    if (field.value < 1 || field.value > field.limit)
+      return fail(PLD_INVALID_ARGUMENT, "kv %s is %d; it must be in [1, %d]", field.name, field.value, field.limit);
+  if (params->head_dim % 2 != 0)
+    return fail(PLD_INVALID_ARGUMENT, "kv head_dim is %d; it must be even", params->head_dim);
+  if (params->dtype != PLD_F32 && params->dtype != PLD_BF16)
+    return fail(PLD_INVALID_ARGUMENT, "kv dtype is %d; it must be F32 (%d) or BF16 (%d)", params->dtype, PLD_F32,
+                PLD_BF16);
+  *kv = {};
+  kv->n_layers = params->n_layers;
+  kv->n_kv_heads = params->n_kv_heads;
+  kv->head_dim = params->head_dim;
+  kv->block_size = params->block_size;
+  kv->n_blocks = params->n_blocks;
+  kv->dtype = params->dtype;
+  kv->n_cells = static_cast<int64_t>(params->n_blocks) * params->block_size;
+  kv->n_groups = kv->n_cells / kGroup + (kv->n_cells % kGroup != 0);
+  int64_t cell_bytes = 0, k_bytes = 0, v_bytes = 0;
+  bool fits = multiply(params->n_kv_heads, params->head_dim * value_bytes(params->dtype), &cell_bytes) &&
+              multiply(kv->n_groups * kGroup, cell_bytes, &kv->k_layer_bytes);
+  if (fits) {
+    int64_t exact = kv->n_cells * cell_bytes;
+    kv->v_layer_bytes = exact > INT64_MAX - 63 ? INT64_MAX : (exact + 63) / 64 * 64;
+    fits = multiply(kv->k_layer_bytes, params->n_layers, &k_bytes) &&
+           multiply(kv->v_layer_bytes, params->n_layers, &v_bytes) &&
+           !__builtin_add_overflow(k_bytes, v_bytes, total_bytes) &&
+           static_cast<uint64_t>(*total_bytes) <= SIZE_MAX / 2;
+  }
+  if (!fits)
+    return fail(PLD_INVALID_ARGUMENT,
+                "a kv cache of %d layers, %d heads of %d and %d blocks of %d does not fit the address space",
+                params->n_layers, params->n_kv_heads, params->head_dim, params->n_blocks, params->block_size);
+  return PLD_OK;
+}
+
+size_t k_bytes(const pld_kv &kv) { return static_cast<size_t>(kv.k_layer_bytes) * static_cast<size_t>(kv.n_layers); }
+size_t v_bytes(const pld_kv &kv) { return static_cast<size_t>(kv.v_layer_bytes) * static_cast<size_t>(kv.n_layers); }
+
+// Zeroed memory of which untouched pages cost nothing; null when there is none.
+std::byte *reserve(size_t bytes) {
+#if PLD_HAS_MMAP
+  void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return memory == MAP_FAILED ? nullptr : static_cast<std::byte *>(memory);
+#else
+  void *raw = std::calloc(bytes + 128, 1);
+  if (raw == nullptr) return nullptr;
+  auto address = (reinterpret_cast<uintptr_t>(raw) + 127) / 64 * 64;
+  std::memcpy(reinterpret_cast<void *>(address - sizeof raw), &raw, sizeof raw);
+  return reinterpret_cast<std::byte *>(address);
+#endif
+}
+
+void release(std::byte *memory, size_t bytes) {
+  if (memory == nullptr) return;
+#if PLD_HAS_MMAP
+  munmap(memory, bytes);
+#else
+  (void)bytes;
+  void *raw;
+  std::memcpy(&raw, memory - sizeof raw, sizeof raw);
+  std::free(raw);
+#endif
+}
+
+pld_status create_kv(const pld_kv_params *params, pld_kv **out) {
+  if (out == nullptr) return fail(PLD_INVALID_ARGUMENT, "out is null");
+  *out = nullptr;
+  pld_kv planned;
+  int64_t total = 0;
+  if (pld_status status = plan_kv(params, &planned, &total)) return status;
+  planned.k = reserve(k_bytes(planned));
+  planned.v = planned.k == nullptr ? nullptr : reserve(v_bytes(planned));
+  pld_kv *kv = planned.v == nullptr ? nullptr : new (std::nothrow) pld_kv(planned);
+  if (kv == nullptr) {
+    release(planned.k, k_bytes(planned));
+    release(planned.v, v_bytes(planned));
+    return fail(PLD_OUT_OF_MEMORY, "no memory for a kv cache of %lld bytes", static_cast<long long>(total));
+  }
+  *out = kv;
+  return PLD_OK;
+}
+
+float widen(const std::byte *base, int64_t index, pld_dtype dtype) {
+  uint32_t bits = 0;
+  if (dtype == PLD_F32) {
+    std::memcpy(&bits, base + index * 4, 4);
+  } else {
+    uint16_t half;
+    std::memcpy(&half, base + index * 2, 2);
+    bits = static_cast<uint32_t>(half) << 16;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+pld_status read_kv(const pld_kv *kv, int32_t layer, int64_t cell, float *k, float *v) {
+  if (kv == nullptr || k == nullptr || v == nullptr) return fail(PLD_INVALID_ARGUMENT, "kv, k or v is null");
+  if (layer < 0 || layer >= kv->n_layers)
+    return fail(PLD_INVALID_ARGUMENT, "layer is %d; the cache has %d", layer, kv->n_layers);
+  if (cell < 0 || cell >= kv->n_cells)
+    return fail(PLD_INVALID_ARGUMENT, "cell is %lld; the cache has %lld", static_cast<long long>(cell),
+                static_cast<long long>(kv->n_cells));
+  const std::byte *k_layer = kv->k + layer * kv->k_layer_bytes, *v_layer = kv->v + layer * kv->v_layer_bytes;
+  int64_t heads = kv->n_kv_heads, width = kv->head_dim, pair = kv->dtype == PLD_F32 ? 1 : 2;
+  for (int64_t g = 0; g < heads; ++g) {
+    int64_t k_head = (cell / kGroup * heads + g) * width * kGroup, v_head = (cell * heads + g) * width;
+    for (int64_t e = 0; e < width; ++e) {
+      int64_t index = (e / pair * kGroup + cell % kGroup) * pair + e % pair;
+      k[g * width + e] = widen(k_layer, k_head + index, kv->dtype);
+      v[g * width + e] = widen(v_layer, v_head + e, kv->dtype);
+    }
+  }
+  return PLD_OK;
+}
+
+}  // namespace
+}  // namespace pld
+
+extern "C" pld_kv_params pld_kv_default_params(void) { return {sizeof(pld_kv_params), 1, 1, 64, 16, 1, PLD_BF16}; }
+
+extern "C" pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out) {
+  return pld::guard([&] { return pld::create_kv(params, out); });
+}
+
+extern "C" void pld_kv_destroy(pld_kv *kv) {
+  if (kv == nullptr) return;
+  pld::release(kv->k, pld::k_bytes(*kv));
+  pld::release(kv->v, pld::v_bytes(*kv));
+  delete kv;
+}
+
+extern "C" int64_t pld_kv_bytes(const pld_kv_params *params) {
+  pld_kv planned;
+  int64_t total = -1;
+  return pld::guard([&] { return pld::plan_kv(params, &planned, &total); }) == PLD_OK ? total : -1;
+}
+
+extern "C" pld_status pld_kv_read(const pld_kv *kv, int32_t layer, int64_t cell, float *k, float *v) {
+  return pld::guard([&] { return pld::read_kv(kv, layer, cell, k, v); });
+}

@@ -1,0 +1,100 @@
+#include "context.hpp"
+
+#include <algorithm>
+
+#include "cpu.hpp"
+#include "error.hpp"
+
+namespace pld {
+
+static constexpr int kMaxThreads = 256;
+static constexpr int kDefaultSpinUs = 50;
+static constexpr int kMaxSpinUs = 1000000;
+
+void Scratch::reserve(size_t bytes) {
+  if (bytes <= capacity_) return;
+  storage_.reset(new std::byte[bytes + 64]);
+  size_t misaligned = reinterpret_cast<uintptr_t>(storage_.get()) % 64;
+  data_ = storage_.get() + (64 - misaligned) % 64;
+  capacity_ = bytes;
+}
+
+static const KernelTable &table_of(pld_isa isa) {
+#if defined(__x86_64__)
+  if (isa == PLD_ISA_AVX512) return avx512::kernels();
+  if (isa == PLD_ISA_AVX2) return avx2::kernels();
+#endif
+  (void)isa;
+  return portable::kernels();
+}
+
+void run_stages(const Kernel &kernel, const OpArgs &args, pld_context &context, Counter *counters, int thread) {
+  int n_threads = context.pool.n_threads();
+  std::byte *scratch = context.thread_scratch[static_cast<size_t>(thread)].data();
+  for (int stage = 0; stage < kernel.n_stages; ++stage) {
+    int64_t n_tasks = kernel.n_tasks(args, stage, n_threads);
+    for (int64_t task; (task = counters[stage].next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;)
+      kernel.run(args, stage, task, n_threads, scratch);
+    context.pool.barrier().wait();
+  }
+}
+
+void run_op(pld_context &context, OpArgs &args) {
+  const Kernel &kernel = context.table.ops[args.op->kind];
+  if (kernel.scratch_bytes != nullptr) {
+    context.op_scratch.reserve(kernel.scratch_bytes(*args.op, args.weight, args.rows));
+    args.scratch = context.op_scratch.data();
+  }
+  struct Region {
+    const Kernel &kernel;
+    const OpArgs &args;
+    pld_context &context;
+    Counter counters[kMaxStages];
+  } region{kernel, args, context, {}};
+  context.pool.run(
+      [](void *argument, int thread) {
+        Region &r = *static_cast<Region *>(argument);
+        run_stages(r.kernel, r.args, r.context, r.counters, thread);
+      },
+      &region);
+}
+
+static pld_status create_context(const pld_context_params *params, pld_context **out) {
+  if (out == nullptr) return fail(PLD_INVALID_ARGUMENT, "out is null");
+  *out = nullptr;
+  if (pld_status status = check_size(params, "context_params")) return status;
+  if (params->num_threads < 0 || params->num_threads > kMaxThreads)
+    return fail(PLD_INVALID_ARGUMENT, "num_threads is %d; it must be in [0, %d]", params->num_threads, kMaxThreads);
+  if (params->isa < PLD_ISA_AUTO || params->isa > PLD_ISA_AVX512)
+    return fail(PLD_INVALID_ARGUMENT, "isa is %d; it must be in [0, %d]", params->isa, PLD_ISA_AVX512);
+  if (params->spin_us > kMaxSpinUs)
+    return fail(PLD_INVALID_ARGUMENT, "spin_us is %d; it must be at most %d", params->spin_us, kMaxSpinUs);
+  pld_cpu_info cpu = detect_cpu();
+  if (params->isa > cpu.best_isa)
+    return fail(PLD_NOT_SUPPORTED, "isa is %d; this machine has at most %d", params->isa, cpu.best_isa);
+  int n_threads = params->num_threads > 0 ? params->num_threads : std::min(cpu.physical_cores, kMaxThreads);
+  pld_isa isa = params->isa == PLD_ISA_AUTO ? cpu.best_isa : params->isa;
+  *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa);
+  return PLD_OK;
+}
+
+}  // namespace pld
+
+pld_context::pld_context(int n_threads, int spin_us, pld_isa isa_)
+    : pool(n_threads, spin_us), isa(isa_), table(pld::table_of(isa_)), thread_scratch(static_cast<size_t>(n_threads)) {
+  for (pld::Scratch &scratch : thread_scratch) scratch.reserve(pld::kThreadScratchBytes);
+}
+
+extern "C" pld_context_params pld_context_default_params(void) {
+  return {sizeof(pld_context_params), 0, PLD_ISA_AUTO, -1};
+}
+extern "C" pld_status pld_context_create(const pld_context_params *params, pld_context **out) {
+  return pld::guard([&] { return pld::create_context(params, out); });
+}
+extern "C" void pld_context_destroy(pld_context *context) { delete context; }
+extern "C" int32_t pld_context_num_threads(const pld_context *context) {
+  return context == nullptr ? 0 : context->pool.n_threads();
+}
+extern "C" pld_isa pld_context_isa(const pld_context *context) {
+  return context == nullptr ? PLD_ISA_AUTO : context->isa;
+}

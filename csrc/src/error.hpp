@@ -1,0 +1,40 @@
+// Failure across the ABI: a status, and its text on the calling thread.
+#pragma once
+
+#include <exception>
+#include <new>
+
+#include "pellucid.h"
+
+namespace pld {
+
+// Sets the thread's error text and gives back the status.
+pld_status fail(pld_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void clear_error();
+
+// Runs a function that returns a status; no exception leaves it.
+template <typename Function>
+pld_status guard(Function &&function) {
+  clear_error();
+  try {
+    return function();
+  } catch (const std::bad_alloc &) {
+    return fail(PLD_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception &error) {
+    return fail(PLD_INTERNAL, "internal error: %s", error.what());
+  } catch (...) {
+    return fail(PLD_INTERNAL, "internal error");
+  }
+}
+
+// Params structs begin with their size: smaller ones come from callers built against another header.
+template <typename Struct>
+pld_status check_size(const Struct *value, const char *name) {
+  if (value == nullptr) return fail(PLD_INVALID_ARGUMENT, "%s is null", name);
+  if (value->struct_size < sizeof(Struct))
+    return fail(PLD_INVALID_ARGUMENT, "%s.struct_size is %zu; this core needs %zu", name, value->struct_size,
+                sizeof(Struct));
+  return PLD_OK;
+}
+
+}  // namespace pld

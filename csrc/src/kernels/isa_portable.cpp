@@ -1,0 +1,3 @@
+// The kernels for any machine.
+#define PLD_ISA_NS portable
+#include "isa.inl"

@@ -1,0 +1,305 @@
+// Programs: ops on numbered buffers, checked once, then run as one parallel region a step.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "batch.hpp"
+#include "context.hpp"
+#include "error.hpp"
+#include "kv.hpp"
+#include "op.hpp"
+
+struct pld_program {
+  pld_context *context;
+  std::vector<pld_op> ops;
+  std::vector<pld_buffer> buffers;
+  std::vector<pld_weight> weights;
+  int32_t n_forward_ops, hidden, logits, vocab_size;
+  int64_t max_rows[2];  // by domain
+
+  pld::Scratch arena;
+  int64_t arena_bytes = 0;
+  std::vector<int64_t> offset;  // of each buffer in the arena
+  pld::Scratch op_scratch;
+  std::vector<pld::OpArgs> args;
+  std::unique_ptr<pld::Counter[]> counters;  // kMaxStages an op
+  pld::CellMarks marks;
+  int32_t rows_left = 0;  // hidden rows that the last run left
+};
+
+namespace pld {
+namespace {
+
+constexpr int32_t kMaxOps = 1 << 20;
+
+pld_status check_desc(const pld_program_desc *d) {
+  if (pld_status status = check_size(d, "program_desc")) return status;
+  if (!d->ops || !d->buffers || (d->n_weights > 0 && !d->weights))
+    return fail(PLD_INVALID_ARGUMENT, "program_desc: a table is null");
+  if (d->n_ops < 1 || d->n_ops > kMaxOps || d->n_forward_ops < 1 || d->n_forward_ops > d->n_ops)
+    return fail(PLD_INVALID_ARGUMENT, "n_ops is %d and n_forward_ops %d; they must be in [1, %d]", d->n_ops,
+                d->n_forward_ops, kMaxOps);
+  if (d->n_buffers < 1 || d->n_buffers > 2 * kMaxOps || d->n_weights < 0 || d->n_weights > kMaxOps)
+    return fail(PLD_INVALID_ARGUMENT, "n_buffers is %d and n_weights %d; the limit is %d", d->n_buffers, d->n_weights,
+                kMaxOps);
+  if (d->max_tokens < 1 || d->max_tokens > (1 << 20) || d->max_logit_rows < 1 || d->max_logit_rows > (1 << 20))
+    return fail(PLD_INVALID_ARGUMENT, "max_tokens is %d and max_logit_rows %d; they must be in [1, %d]", d->max_tokens,
+                d->max_logit_rows, 1 << 20);
+  if (d->hidden < 0 || d->hidden >= d->n_buffers || d->logits < 0 || d->logits >= d->n_buffers || d->vocab_size < 1)
+    return fail(PLD_INVALID_ARGUMENT, "hidden %d, logits %d or vocab_size %d is out of range", d->hidden, d->logits,
+                d->vocab_size);
+  for (int32_t b = 0; b < d->n_buffers; ++b) {
+    const pld_buffer &buffer = d->buffers[b];
+    if (buffer.width < 1 || buffer.width > (1 << 26) || buffer.slot < 0 || buffer.slot >= d->n_buffers ||
+        (buffer.domain != PLD_ROWS_T && buffer.domain != PLD_ROWS_L))
+      return fail(PLD_INVALID_ARGUMENT, "buffer %d: width %d, slot %d or domain %d is out of range", b, buffer.width,
+                  buffer.slot, buffer.domain);
+  }
+  if (d->buffers[d->hidden].domain != PLD_ROWS_T || d->buffers[d->logits].domain != PLD_ROWS_L ||
+      d->buffers[d->logits].width != d->vocab_size)
+    return fail(PLD_INVALID_ARGUMENT, "hidden must be [T, D] and logits [L, vocab_size %d]", d->vocab_size);
+  for (int32_t w = 0; w < d->n_weights; ++w)
+    if (pld_status status = check_weight(d->weights[w], w)) return status;
+  return PLD_OK;
+}
+
+pld_domain domain_of(const pld_program_desc &d, int32_t index) {
+  return index < d.n_forward_ops ? PLD_ROWS_T : PLD_ROWS_L;
+}
+
+// Operands in range, of the right domain, written before they are read, and not overwritten by a later buffer of their slot.
+pld_status check_operands(const pld_program_desc &d, int32_t index, std::vector<int32_t> &owner) {
+  const pld_op &op = d.ops[index];
+  for (int i = 0; i < PLD_MAX_IN; ++i) {
+    if (op.in[i] < 0) continue;
+    if (op.in[i] >= d.n_buffers || op.in_col[i] < 0 || op.in_width[i] < 1 ||
+        static_cast<int64_t>(op.in_col[i]) + op.in_width[i] > d.buffers[op.in[i]].width)
+      return fail(PLD_INVALID_ARGUMENT, "op %d: input %d is buffer %d, columns [%d, +%d]: out of range", index, i,
+                  op.in[i], op.in_col[i], op.in_width[i]);
+    bool gathers = op.kind == PLD_OP_GATHER_ROWS;
+    if (d.buffers[op.in[i]].domain != (gathers ? PLD_ROWS_T : domain_of(d, index)))
+      return fail(PLD_INVALID_ARGUMENT, "op %d: input %d is of the wrong domain", index, i);
+    if (gathers && op.in[i] != d.hidden)
+      return fail(PLD_INVALID_ARGUMENT, "op %d: rows are gathered from the hidden states alone", index);
+    if (owner[static_cast<size_t>(d.buffers[op.in[i]].slot)] != op.in[i])
+      return fail(PLD_INVALID_ARGUMENT, "op %d: input %d, buffer %d, was not written or is overwritten", index, i, op.in[i]);
+  }
+  for (int i = 0; i < PLD_MAX_OUT; ++i) {
+    if (op.out[i] < 0) continue;
+    if (op.out[i] >= d.n_buffers || d.buffers[op.out[i]].width != op.out_width[i] ||
+        d.buffers[op.out[i]].domain != domain_of(d, index))
+      return fail(PLD_INVALID_ARGUMENT, "op %d: output %d is buffer %d: out of range or of another width", index, i,
+                  op.out[i]);
+    for (int j = 0; j < PLD_MAX_IN; ++j)
+      if (op.in[j] >= 0 && d.buffers[op.in[j]].slot == d.buffers[op.out[i]].slot)
+        return fail(PLD_INVALID_ARGUMENT, "op %d: output %d shares the slot of input %d", index, i, j);
+  }
+  if (op.out[1] >= 0 && d.buffers[op.out[0]].slot == d.buffers[op.out[1]].slot)
+    return fail(PLD_INVALID_ARGUMENT, "op %d: its outputs share a slot", index);
+  for (int i = 0; i < PLD_MAX_OUT; ++i)
+    if (op.out[i] >= 0) owner[static_cast<size_t>(d.buffers[op.out[i]].slot)] = op.out[i];
+  return PLD_OK;
+}
+
+pld_status check_program(const pld_program_desc &d) {
+  std::vector<int32_t> owner(static_cast<size_t>(d.n_buffers), -1);
+  std::vector<int8_t> domain(static_cast<size_t>(d.n_buffers), -1);
+  for (int32_t b = 0; b < d.n_buffers; ++b) {
+    int8_t &slot_domain = domain[static_cast<size_t>(d.buffers[b].slot)];
+    if (slot_domain >= 0 && slot_domain != d.buffers[b].domain)
+      return fail(PLD_INVALID_ARGUMENT, "buffer %d: slot %d holds buffers of both domains", b, d.buffers[b].slot);
+    slot_domain = static_cast<int8_t>(d.buffers[b].domain);
+  }
+  for (int32_t index = 0; index < d.n_ops; ++index) {
+    const pld_op &op = d.ops[index];
+    const pld_weight *weight[PLD_MAX_WEIGHTS];
+    for (int i = 0; i < PLD_MAX_WEIGHTS; ++i) {
+      if (op.weight[i] >= d.n_weights)
+        return fail(PLD_INVALID_ARGUMENT, "op %d: weight %d is %d; there are %d", index, i, op.weight[i], d.n_weights);
+      weight[i] = op.weight[i] >= 0 ? &d.weights[op.weight[i]] : nullptr;
+    }
+    if (pld_status status = check_op(op, weight)) return status;
+    bool in_forward = index < d.n_forward_ops;
+    if ((op.kind == PLD_OP_GATHER_ROWS) == in_forward && (in_forward || index == d.n_forward_ops))
+      return fail(PLD_INVALID_ARGUMENT, "op %d: the second part, and only it, begins with gather_rows", index);
+    if (!in_forward && (op.kind == PLD_OP_ATTENTION || op.kind == PLD_OP_EMBEDDING || op.kind == PLD_OP_ROPE_TABLE))
+      return fail(PLD_INVALID_ARGUMENT, "op %d: kind %d cannot stand in the second part", index, op.kind);
+    if (op.kind == PLD_OP_EMBEDDING && weight[0]->rows < d.vocab_size)
+      return fail(PLD_INVALID_ARGUMENT, "op %d: the embedding has %lld rows; vocab_size is %d", index,
+                  (long long)weight[0]->rows, d.vocab_size);
+    if (pld_status status = check_operands(d, index, owner)) return status;
+  }
+  if (owner[static_cast<size_t>(d.buffers[d.hidden].slot)] != d.hidden ||
+      owner[static_cast<size_t>(d.buffers[d.logits].slot)] != d.logits)
+    return fail(PLD_INVALID_ARGUMENT, "hidden or logits is not written, or is overwritten");
+  return PLD_OK;
+}
+
+void place_buffers(pld_program &p) {
+  std::vector<int64_t> width(p.buffers.size(), 0), start(p.buffers.size(), 0);
+  std::vector<pld_domain> domain(p.buffers.size(), PLD_ROWS_T);
+  for (const pld_buffer &buffer : p.buffers) {
+    int64_t &slot_width = width[static_cast<size_t>(buffer.slot)];
+    slot_width = std::max<int64_t>(slot_width, buffer.width);
+    domain[static_cast<size_t>(buffer.slot)] = buffer.domain;
+  }
+  int64_t bytes = 0;
+  for (size_t slot = 0; slot < width.size(); ++slot) {
+    start[slot] = bytes;
+    bytes += (width[slot] * p.max_rows[domain[slot]] * 4 + 63) / 64 * 64;
+  }
+  p.offset.resize(p.buffers.size());
+  for (size_t b = 0; b < p.buffers.size(); ++b) p.offset[b] = start[static_cast<size_t>(p.buffers[b].slot)];
+  p.arena_bytes = bytes;
+  p.arena.reserve(static_cast<size_t>(bytes));
+}
+
+// Everything of an op's arguments but the batch, the cache and the number of rows.
+void resolve_args(pld_program &p) {
+  size_t scratch = 0;
+  p.args.assign(p.ops.size(), {});
+  for (size_t index = 0; index < p.ops.size(); ++index) {
+    const pld_op &op = p.ops[index];
+    OpArgs &args = p.args[index];
+    args.op = &op;
+    for (int i = 0; i < PLD_MAX_IN; ++i) {
+      if (op.in[i] < 0) continue;
+      size_t buffer = static_cast<size_t>(op.in[i]);
+      args.in[i] = reinterpret_cast<float *>(p.arena.data() + p.offset[buffer]) + op.in_col[i];
+      args.in_stride[i] = p.buffers[buffer].width;
+      args.in_width[i] = op.in_width[i];
+    }
+    for (int i = 0; i < PLD_MAX_OUT; ++i) {
+      if (op.out[i] < 0) continue;
+      size_t buffer = static_cast<size_t>(op.out[i]);
+      args.out[i] = reinterpret_cast<float *>(p.arena.data() + p.offset[buffer]);
+      args.out_stride[i] = args.out_width[i] = p.buffers[buffer].width;
+    }
+    for (int i = 0; i < PLD_MAX_WEIGHTS; ++i)
+      args.weight[i] = op.weight[i] >= 0 ? &p.weights[static_cast<size_t>(op.weight[i])] : nullptr;
+    const Kernel &kernel = p.context->table.ops[op.kind];
+    if (kernel.scratch_bytes != nullptr) {
+      int64_t rows = p.max_rows[static_cast<int32_t>(index) < p.n_forward_ops ? PLD_ROWS_T : PLD_ROWS_L];
+      scratch = std::max(scratch, kernel.scratch_bytes(op, args.weight, rows));
+    }
+  }
+  p.op_scratch.reserve(scratch);
+  for (OpArgs &args : p.args) args.scratch = p.op_scratch.data();
+  p.arena_bytes += static_cast<int64_t>(scratch);
+}
+
+pld_status create_program(pld_context *context, const pld_program_desc *desc, pld_program **out) {
+  if (out == nullptr || context == nullptr) return fail(PLD_INVALID_ARGUMENT, "context or out is null");
+  *out = nullptr;
+  if (pld_status status = check_desc(desc)) return status;
+  if (pld_status status = check_program(*desc)) return status;
+  auto program = std::make_unique<pld_program>();
+  program->context = context;
+  program->ops.assign(desc->ops, desc->ops + desc->n_ops);
+  program->buffers.assign(desc->buffers, desc->buffers + desc->n_buffers);
+  program->weights.assign(desc->weights, desc->weights + desc->n_weights);
+  program->n_forward_ops = desc->n_forward_ops;
+  program->hidden = desc->hidden;
+  program->logits = desc->logits;
+  program->vocab_size = desc->vocab_size;
+  program->max_rows[PLD_ROWS_T] = desc->max_tokens;
+  program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
+  program->counters = std::make_unique<Counter[]>(static_cast<size_t>(desc->n_ops) * kMaxStages);
+  place_buffers(*program);
+  resolve_args(*program);
+  *out = program.release();
+  return PLD_OK;
+}
+
+struct Region {
+  pld_program &program;
+  size_t begin, end;
+};
+
+// Ops [begin, end) as one region: all threads walk them together.
+void run_ops(pld_program &p, size_t begin, size_t end, const pld_batch &batch, pld_kv *kv) {
+  for (size_t index = begin; index < end; ++index) {
+    OpArgs &args = p.args[index];
+    args.batch = &batch;
+    args.kv = kv;
+    args.rows = static_cast<int32_t>(index) < p.n_forward_ops ? batch.n_tokens : batch.n_logit_rows;
+    for (int stage = 0; stage < kMaxStages; ++stage)
+      p.counters[index * kMaxStages + static_cast<size_t>(stage)].next.store(0, std::memory_order_relaxed);
+  }
+  Region region{p, begin, end};
+  p.context->pool.run(
+      [](void *argument, int thread) {
+        Region &r = *static_cast<Region *>(argument);
+        for (size_t index = r.begin; index < r.end; ++index) {
+          const OpArgs &args = r.program.args[index];
+          const Kernel &kernel = r.program.context->table.ops[args.op->kind];
+          run_stages(kernel, args, *r.program.context, &r.program.counters[index * kMaxStages], thread);
+        }
+      },
+      &region);
+}
+
+pld_status check_layers(const pld_program &p, const pld_kv &kv) {
+  for (const pld_op &op : p.ops)
+    if (op.kind == PLD_OP_ATTENTION && (op.i[0] >= kv.n_layers || op.i[2] != kv.n_kv_heads || op.i[3] != kv.head_dim))
+      return fail(PLD_INVALID_ARGUMENT, "attention of layer %d has kv heads %d of %d; the cache has %d layers, %d of %d",
+                  op.i[0], op.i[2], op.i[3], kv.n_layers, kv.n_kv_heads, kv.head_dim);
+  return PLD_OK;
+}
+
+pld_status run_program(pld_program *p, pld_kv *kv, const pld_batch *batch) {
+  if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
+  std::lock_guard<std::mutex> lock(p->context->mutex);
+  if (pld_status status = check_layers(*p, *kv)) return status;
+  BatchLimits limits{p->max_rows[PLD_ROWS_T], p->max_rows[PLD_ROWS_L], p->vocab_size};
+  if (pld_status status = check_batch(batch, *kv, limits, p->marks)) return status;
+  size_t n_ops = batch->n_logit_rows > 0 ? p->ops.size() : static_cast<size_t>(p->n_forward_ops);
+  run_ops(*p, 0, n_ops, *batch, kv);
+  p->rows_left = batch->n_tokens;
+  return PLD_OK;
+}
+
+pld_status run_logits(pld_program *p, const int32_t *rows, int32_t n_rows) {
+  if (p == nullptr || rows == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or rows is null");
+  std::lock_guard<std::mutex> lock(p->context->mutex);
+  if (n_rows < 1 || n_rows > p->max_rows[PLD_ROWS_L])
+    return fail(PLD_INVALID_BATCH, "n_rows is %d; it must be in [1, %lld]", n_rows, (long long)p->max_rows[PLD_ROWS_L]);
+  for (int32_t l = 0; l < n_rows; ++l)
+    if (rows[l] < 0 || rows[l] >= p->rows_left)
+      return fail(PLD_INVALID_BATCH, "rows[%d] is %d; the last run left %d", l, rows[l], p->rows_left);
+  pld_batch batch = {};
+  batch.struct_size = sizeof batch;
+  batch.n_tokens = p->rows_left;
+  batch.n_logit_rows = n_rows;
+  batch.logit_rows = rows;
+  run_ops(*p, static_cast<size_t>(p->n_forward_ops), p->ops.size(), batch, nullptr);
+  return PLD_OK;
+}
+
+const float *buffer_data(const pld_program *p, int32_t buffer) {
+  auto *program = const_cast<pld_program *>(p);
+  return reinterpret_cast<const float *>(program->arena.data() + program->offset[static_cast<size_t>(buffer)]);
+}
+
+}  // namespace
+}  // namespace pld
+
+extern "C" pld_status pld_program_create(pld_context *context, const pld_program_desc *desc, pld_program **out) {
+  return pld::guard([&] { return pld::create_program(context, desc, out); });
+}
+extern "C" void pld_program_destroy(pld_program *program) { delete program; }
+extern "C" int64_t pld_program_arena_bytes(const pld_program *program) {
+  return program == nullptr ? 0 : program->arena_bytes;
+}
+extern "C" pld_status pld_program_run(pld_program *program, pld_kv *kv, const pld_batch *batch) {
+  return pld::guard([&] { return pld::run_program(program, kv, batch); });
+}
+extern "C" pld_status pld_program_logits(pld_program *program, const int32_t *rows, int32_t n_rows) {
+  return pld::guard([&] { return pld::run_logits(program, rows, n_rows); });
+}
+extern "C" const float *pld_program_hidden(const pld_program *program) {
+  return program == nullptr ? nullptr : pld::buffer_data(program, program->hidden);
+}
+extern "C" const float *pld_program_logits_data(const pld_program *program) {
+  return program == nullptr ? nullptr : pld::buffer_data(program, program->logits);
+}

@@ -156,9 +156,30 @@ def test_victim_that_was_already_taken_when_it_gives_way_then_its_tokens_leave_t
             ("mixed", {"a": (1, 1), "b": (0, 1)}, [], {}),
             ("decode", {"a": (2, 1), "b": (1, 1)}, [], {}),
             ("decode", {"b": (2, 1)}, ["a"], {"a": short}),
-            ("decode", {"b": (3, 1)}, [], {"a": "no free blocks: needs 4, 3 free"}),
+            ("decode", {"b": (3, 1)}, [], {"a": "no free blocks: needs 4, 2 free"}),
             ("prefill", {"a": (0, 4)}, [], {}),
             ("decode", {"a": (4, 1)}, [], {}),
+        ],
+    )
+
+
+def test_victim_within_its_prompt_when_it_gives_way_then_its_budget_goes_to_those_behind_it() -> None:
+    """11 blocks of 1, budget 4, chunks of 2. a is within its prompt when b lacks a block; d then gets a chunk of 2."""
+    a_world = world(num_blocks=11, block_size=1, budget=4, chunk=2)
+    a_world.add(make_request("a", prompt_of(10, 7), max_tokens=1, priority=1))
+    a_world.step()
+    a_world.add(make_request("b", prompt_of(20, 1), max_tokens=2))
+    a_world.add(make_request("d", prompt_of(30, 3), max_tokens=1))
+    short = "blocks are short: 1 preempted in this step"
+    assert_steps(
+        a_world,
+        [
+            ("prefill", {"a": (2, 2), "b": (0, 1), "d": (0, 1)}, [], {}),
+            ("mixed", {"b": (1, 1), "d": (1, 2)}, ["a"], {"a": short}),
+            ("prefill", {"a": (0, 2)}, [], {}),
+            ("prefill", {"a": (2, 2)}, [], {}),
+            ("prefill", {"a": (4, 2)}, [], {}),
+            ("prefill", {"a": (6, 1)}, [], {}),
         ],
     )
 
@@ -496,8 +517,8 @@ def test_plan_when_applied_twice_then_it_is_an_error() -> None:
 
 
 def test_second_plan_when_made_before_the_first_is_applied_then_it_takes_only_known_tokens() -> None:
-    """Budget 4: a (6 tokens) is cut; the second plan takes the rest of a and the beginning of b; the third takes nothing
-    of a, whose next token is not known yet."""
+    """Budget 4: a (6 tokens) is cut; the second plan takes the rest of a and the beginning of b; the third
+    takes nothing of a, whose next token is not known yet."""
     a_world = world(budget=4)
     a_world.add(make_request("a", prompt_of(10, 6), max_tokens=2))
     a_world.add(make_request("b", prompt_of(20, 5), max_tokens=1))
@@ -506,6 +527,25 @@ def test_second_plan_when_made_before_the_first_is_applied_then_it_takes_only_kn
     for plan in plans:
         a_world.finish(plan)
     a_world.drain(2)
+    a_world.check_end()
+
+
+def test_request_preempted_by_a_second_plan_when_the_first_is_applied_then_its_old_part_is_passed_over() -> None:
+    """10 blocks of 1, budget 4. b resumes with 5 tokens in two plans; the second one takes its blocks away for a."""
+    a_world = world("prefill_first", num_blocks=10, block_size=1, budget=4)
+    a_world.add(make_request("a", prompt_of(10, 1), max_tokens=7))
+    a_world.add(make_request("x", prompt_of(20, 1), max_tokens=9))
+    a_world.add(make_request("b", prompt_of(30, 2), max_tokens=5))
+    for _ in range(5):
+        a_world.step()
+    a_world.cancel("x")
+    plans = [a_world.schedule(), a_world.schedule()]
+    assert row_of(plans[0])[1:3] == ({"b": (0, 4)}, [])
+    assert row_of(plans[1])[1:3] == ({"a": (5, 1)}, ["b"])
+    assert a_world.finish(plans[0]) == []
+    assert a_world.records["b"].num_computed_tokens == 0
+    a_world.finish(plans[1])
+    a_world.drain(10)
     a_world.check_end()
 
 

@@ -17,6 +17,9 @@ _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special"
 def read_directory(directory: Path) -> tuple[Any, SpecialTokens]:
     """(tokenizers.Tokenizer, special tokens) of a model directory.
 
+    What stands around a sequence is what tokenizer.json stores; the flags `add_bos_token` and `add_eos_token` of
+    tokenizer_config.json are for vocabularies without that file and are not read.
+
     Raises:
         TokenizerError: no tokenizer.json, or a file that is not what its name says.
     """
@@ -28,12 +31,6 @@ def read_directory(directory: Path) -> tuple[Any, SpecialTokens]:
     names = _named_tokens(config, _read_json(directory / "special_tokens_map.json"))
     _add_missing_tokens(backend, config, names)
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos, eos = (
-            (names[name], ids[name]) if config.get(f"add_{name}") and name in names else None
-            for name in ("bos_token", "eos_token")
-        )
-        set_surrounding_tokens(backend, bos, eos)
     special = SpecialTokens(
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=_eos_token_ids(directory, ids.get("eos_token")),
@@ -42,19 +39,6 @@ def read_directory(directory: Path) -> tuple[Any, SpecialTokens]:
         chat_templates=_chat_templates(directory, config),
     )
     return backend, special
-
-
-def set_surrounding_tokens(backend: Any, bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> None:
-    """Makes `encode` put these (text, id) around a sequence, and nothing else."""
-    from tokenizers.processors import TemplateProcessing
-
-    # Tokens are named by a stand-in, because the template syntax gives meaning to spaces, ":" and "$".
-    single = f"{'BOS:0 ' if bos else ''}$A:0{' EOS:0' if eos else ''}"
-    pair = f"{single}{' BOS:1' if bos else ''} $B:1{' EOS:1' if eos else ''}"
-    special = [
-        {"id": name, "ids": [token[1]], "tokens": [token[0]]} for name, token in (("BOS", bos), ("EOS", eos)) if token
-    ]
-    backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
 
 def _read_text(file: Path) -> str:

@@ -14,7 +14,7 @@ struct F32Panels {
   using Word = float;
   static constexpr int64_t words(int64_t k) { return k; }
   template <int M, int V>
-  static PLD_INLINE void tile(const float *x, int64_t x_stride, const void *panel, int first, int64_t steps, vf acc[M][V]) {
+  PLD_INLINE void tile(const float *x, int64_t x_stride, const void *panel, int first, int64_t steps, vf acc[M][V]) {
     const float *w = (const float *)panel + first;
     for (int64_t k = 0; k < steps; ++k, w += kPanel) {
       vf b[V];
@@ -31,7 +31,7 @@ struct BF16Panels {
   using Word = uint32_t;
   static constexpr int64_t words(int64_t k) { return (k + 1) / 2; }
   template <int M, int V>
-  static PLD_INLINE void tile(const uint32_t *x, int64_t x_stride, const void *panel, int first, int64_t steps,
+  PLD_INLINE void tile(const uint32_t *x, int64_t x_stride, const void *panel, int first, int64_t steps,
                               vf acc[M][V]) {
     const uint32_t *w = (const uint32_t *)panel + first;
     for (int64_t k = 0; k < steps; ++k, w += kPanel) {

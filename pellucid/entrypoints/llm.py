@@ -1,0 +1,263 @@
+"""`LLM`: the offline API. Prompts in, outputs out, in the same process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pellucid.config import EngineConfig
+from pellucid.engine.client import EngineClient
+from pellucid.engine.engine import LLMEngine, Prompt
+from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.executor.uniproc import UniProcExecutor
+from pellucid.outputs import RequestOutput, StreamChunk
+from pellucid.params import SamplingParams
+from pellucid.text.tokenizer import Tokenizer
+
+Inputs = str | Sequence[str] | Sequence[Sequence[int]]
+Params = SamplingParams | Sequence[SamplingParams] | None
+Message = Mapping[str, Any]
+
+_INPUTS_ERROR = "inputs must be str, list[str], or list[list[int]] for batch mode"
+
+
+class LLM:
+    """A model for offline use. Keyword arguments are the fields of `EngineConfig`; `max_batch_size` is an alias of `max_num_seqs`.
+
+    Raises:
+        TypeError: an unknown keyword, by name.
+        ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError: what cannot be loaded, and why.
+    """
+
+    def __init__(self, model: str | Path | None = None, **kwargs: Any) -> None:
+        if model is None:
+            model = kwargs.pop("model_path", None) or EngineConfig.model
+        elif "model_path" in kwargs:
+            raise TypeError("LLM() got 'model' twice: as 'model_path' too")
+        self.config = EngineConfig.from_kwargs(model, kwargs)
+        executor = UniProcExecutor(self.config)
+        try:
+            engine = LLMEngine(self.config, executor, executor.model.tokenizer)
+        except BaseException:
+            executor.close()
+            raise
+        self.client = EngineClient(engine)
+
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine behind; its `trace` has a record of every step."""
+        return self.client.engine
+
+    # ---- generating -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        inputs: Inputs,
+        sampling_params: Params = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Completes raw texts or token ids; no chat template. Outputs stand in the order of the inputs, also for one prompt.
+
+        Args:
+            inputs: one text, a list of texts, or a list of lists of token ids.
+            sampling_params: one for all, or one each.
+            priority: lower is served first; one for all, or one each.
+            cache_salt: requests share cached prompt blocks only with requests of the same salt.
+            use_tqdm: a progress bar; by default on a terminal and for more than one prompt.
+
+        Raises:
+            TypeError: the inputs are of another shape.
+            ValueError: a list of parameters has another length than the inputs, or a request is refused: then nothing runs.
+        """
+        prompts = _prompts(inputs)
+        params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams())
+        priorities = _one_each("priority", priority, len(prompts), 0)
+        ids: list[str] = []
+        try:
+            for prompt, one, rank in zip(prompts, params, priorities, strict=True):
+                ids.append(self.client.submit(prompt, one, priority=rank, cache_salt=cache_salt))
+            return self._finish(ids, use_tqdm)
+        except BaseException:
+            self._abandon(ids)
+            raise
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, through the model's chat template.
+
+        Raises:
+            TokenizerError: the model has no chat template, or it cannot take these messages.
+            ValueError, TypeError: as `generate`.
+        """
+        tokenizer = self.get_tokenizer()
+        is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_one else list(messages)
+        prompts = [
+            tokenizer.encode_chat(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, cache_salt: str | None = None
+    ) -> Iterator[StreamChunk]:
+        """Yields news of one request as it is made; leaving the loop early cancels it."""
+        if not isinstance(prompt, str):
+            prompt = _prompts([prompt])[0]
+        request_id = self.client.submit(prompt, sampling_params, cache_salt=cache_salt)
+        try:
+            while not self.client.is_finished(request_id):
+                for chunk in self.client.step_outputs().chunks:
+                    if chunk.request_id == request_id:
+                        yield chunk
+        finally:
+            self._abandon([request_id])
+
+    def score(self, prompts: Sequence[str | Sequence[int]], continuations: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of each token of given continuations, each behind its prompt.
+
+        Raises:
+            ValueError: the lengths differ, or a prompt or a continuation is empty.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
+        pairs = [(self._ids(p, True), self._ids(c, False)) for p, c in zip(prompts, continuations, strict=True)]
+        for index, (prompt, continuation) in enumerate(pairs):
+            if not prompt or not continuation:
+                raise InvalidRequestError(f"prompts[{index}] or continuations[{index}] has no tokens", "inputs")
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        outputs = self.generate([prompt + continuation for prompt, continuation in pairs], params, use_tqdm=False)
+        scores = []
+        for output, (prompt, continuation) in zip(outputs, pairs, strict=True):
+            rows = (output.prompt_logprobs or [])[len(prompt) :]
+            scores.append([row[token].logprob for row, token in zip(rows, continuation, strict=True) if row is not None])
+        return scores
+
+    def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as `generate` would compute them."""
+        tokenizer = self.get_tokenizer()
+        return [tokenizer.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InvalidRequestError: the model has none.
+        """
+        if self.engine.tokenizer is None:
+            raise InvalidRequestError("the model has no tokenizer: give token ids", "inputs")
+        return self.engine.tokenizer
+
+    # ---- the engine -----------------------------------------------------------------------------------------------
+
+    def kv_cache_stats(self) -> dict[str, int | float]:
+        """Blocks in use and free, and what the prefix cache saved."""
+        return self.client.kv_cache_stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached blocks; False while requests hold blocks."""
+        return self.client.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Frees the model; harmless when called again."""
+        self.client.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def _ids(self, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+        if isinstance(text, str):
+            return self.get_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+        return list(text)
+
+    def _finish(self, ids: Sequence[str], use_tqdm: bool | None) -> list[RequestOutput]:
+        advance, done = _progress(len(ids), use_tqdm)
+        pending = set(ids)
+        try:
+            while pending:
+                if not self.client.has_unfinished:
+                    raise EngineDeadError(f"{len(pending)} requests did not end although the engine is idle")
+                for output in self.client.step():
+                    if output.request_id in pending:
+                        pending.discard(output.request_id)
+                        advance()
+        finally:
+            done()
+        outputs = [self.client.collect(request_id) for request_id in ids]
+        for request_id in ids:
+            self.client.release(request_id)
+        return [output for output in outputs if output is not None]
+
+    def _abandon(self, ids: Sequence[str]) -> None:
+        """Cancels what still runs, so that nothing is left behind."""
+        for request_id in ids:
+            if not self.client.is_finished(request_id) and self.client.cancel(request_id):
+                self.client.step()
+            self.client.release(request_id)
+
+
+def _prompts(inputs: Any) -> list[Prompt]:
+    if isinstance(inputs, str):
+        return [inputs]
+    if isinstance(inputs, (bytes, Mapping)) or not isinstance(inputs, Sequence):
+        raise TypeError(_INPUTS_ERROR)
+    if all(isinstance(item, str) for item in inputs):
+        return list(inputs)
+    is_ids = all(isinstance(item, Sequence) and not isinstance(item, (str, bytes)) for item in inputs)
+    if not is_ids:
+        raise TypeError(_INPUTS_ERROR)
+    return [list(item) for item in inputs]
+
+
+def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
+    if given is None:
+        return [default] * count
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != count:
+            raise ValueError(f"{name} has {len(given)} entries; there are {count} inputs")
+        return list(given)
+    if not isinstance(given, type(default)):
+        raise TypeError(f"{name} is {given!r}; it must be one {type(default).__name__}, or a list with one each")
+    return [given] * count
+
+
+def _progress(total: int, wanted: bool | None) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(advance, done) of a progress bar on standard error."""
+    show = sys.stderr.isatty() and total > 1 if wanted is None else wanted
+    if not show:
+        return (lambda: None), (lambda: None)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    task = bar.add_task("requests", total=total)
+    bar.start()
+    return (lambda: bar.advance(task)), bar.stop

@@ -405,8 +405,10 @@ def test_request_that_ends_exactly_when_all_blocks_are_full_then_it_ends_by_leng
 
 def test_two_requests_when_one_fails_in_the_executor_then_it_ends_alone_and_its_blocks_are_not_trusted() -> None:
     a_world = world(caching=True)
-    a_world.add(make_request("bad", 8, max_tokens=3))
+    a_world.add(make_request("bad", 20, max_tokens=3))
     a_world.add(make_request("good", prompt_of(40, 8), max_tokens=3))
+    a_world.step()
+    assert len(a_world.blocks.lookup(a_world.records["bad"])[0]) == 4  # its first chunk of 16 is cached by now
     events = a_world.finish(a_world.schedule(), fail=frozenset({"bad"}))
     assert events[0] == TokenEvent("bad", None, ERROR, None, "logits are not finite")
     assert events[1].finish_status is None

@@ -1,0 +1,491 @@
+// Attention through the cache. One recipe for prefill and decode, so that a row's bits depend on nothing but its own
+// sequence: a (query row, head) pair walks tiles of 64 absolute positions in ascending order with an online softmax
+// (https://arxiv.org/abs/1805.02867), scores by multiply-adds over E ascending, values added position by position
+// ascending. Which pairs share the loads of a tile is a matter of speed alone.
+//
+// K is read as "words" of 4 bytes, sixteen positions a vector: one float32, or a pair of bfloat16 (even, odd).
+#include "../kv.hpp"
+
+namespace pld {
+namespace PLD_ISA_NS {
+
+constexpr int kTile = 64;
+constexpr int kTileVectors = kTile / kLanes;
+constexpr int kWordGroupBytes = 64;  // one word of sixteen positions
+#if defined(__AVX512F__)
+constexpr int kMaxPairs = 6;    // pairs in registers at once
+constexpr int kMaxVectors = 4;  // times vectors
+#else
+constexpr int kMaxPairs = 4;
+constexpr int kMaxVectors = 1;
+#endif
+constexpr int kWriteRows = 16;          // tokens a task of stage 0 writes
+constexpr int kMaxQueryRows = 16;       // query rows of a task of stage 1
+constexpr int64_t kTasksPerThread = 8;  // enough to even out causal work
+constexpr int64_t kMaxChunkPairs = 64;
+
+// What a thread keeps while it works on a chunk of pairs of one sequence and one kv head.
+struct AttentionScratch {
+  float *scores;   // [pairs, kTile]: scores, then weights
+  float *q;        // [pairs, E] floats, or E / 2 words
+  float *acc;      // [pairs, width]
+  vf *sum;         // [pairs]: of the weights, a lane each
+  float *max;      // [pairs]
+  char *gathered;  // [kTileVectors, words, 64]: K of groups that do not lie together
+  int64_t max_pairs;
+};
+
+struct AttentionShape {
+  int64_t e;      // E
+  int64_t width;  // E rounded up to vectors
+  int64_t words;  // K words of a position
+  int64_t heads_per_group;
+  int64_t n_kv_heads;
+  float scale, softcap;
+  int64_t window;
+  bool bf16;
+};
+
+PLD_INLINE AttentionShape attention_shape(const OpArgs &args) {
+  const pld_op &op = *args.op;
+  AttentionShape s;
+  s.e = op.i[3];
+  s.width = (s.e + kLanes - 1) / kLanes * kLanes;
+  s.bf16 = args.kv->dtype == PLD_BF16;
+  s.words = s.bf16 ? s.e / 2 : s.e;
+  s.n_kv_heads = op.i[2];
+  s.heads_per_group = op.i[1] / op.i[2];
+  s.scale = op.f[0];
+  s.softcap = op.f[1];
+  s.window = op.i[4];
+  return s;
+}
+
+PLD_INLINE AttentionScratch attention_scratch(const AttentionShape &s, char *memory) {
+  AttentionScratch scratch;
+  scratch.gathered = memory;
+  memory += kTileVectors * s.words * kWordGroupBytes;
+  int64_t pair_bytes = 4 * (kTile + 2 * s.width) + (int64_t)sizeof(vf) + 64;
+  int64_t room = (int64_t)kThreadScratchBytes - kTileVectors * s.words * kWordGroupBytes;
+  int64_t n = room / pair_bytes;
+  n = n < kMaxChunkPairs ? n : kMaxChunkPairs;
+  scratch.max_pairs = n;
+  scratch.scores = (float *)memory;
+  scratch.q = scratch.scores + n * kTile;
+  scratch.acc = scratch.q + n * s.width;
+  scratch.sum = (vf *)(scratch.acc + n * s.width);
+  scratch.max = (float *)(scratch.sum + n);
+  return scratch;
+}
+
+// ---- Stage 0: new keys and values ----------------------------------------------------------------------------------
+
+// n values as cache words: two bfloat16 a word, or the float's own bits.
+PLD_INLINE void to_cache(const float *x, int64_t n, bool bf16, void *target) {
+  if (!bf16) {
+    memcpy(target, x, (size_t)n * 4);
+    return;
+  }
+  uint16_t *half = (uint16_t *)target;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    vh rounded = to_bf16(load(x + i));
+    memcpy(half + i, &rounded, sizeof rounded);
+  }
+  for (; i < n; ++i) half[i] = to_bf16(x[i]);
+}
+
+static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *row) {
+  const AttentionShape s = attention_shape(args);
+  pld_kv &kv = *args.kv;
+  char *k_layer = (char *)kv.k + args.op->i[0] * kv.k_layer_bytes;
+  char *v_layer = (char *)kv.v + args.op->i[0] * kv.v_layer_bytes;
+  int64_t value_bytes = s.bf16 ? 2 : 4;
+  for (int64_t t = first; t < last; ++t) {
+    int64_t cell = args.batch->slot_mapping[t];
+    const float *k = args.in[1] + t * args.in_stride[1], *v = args.in[2] + t * args.in_stride[2];
+    char *group = k_layer + cell / kLanes * s.n_kv_heads * s.words * kWordGroupBytes + cell % kLanes * 4;
+    for (int64_t g = 0; g < s.n_kv_heads; ++g) {
+      to_cache(k + g * s.e, s.e, s.bf16, row);
+      for (int64_t w = 0; w < s.words; ++w, group += kWordGroupBytes) memcpy(group, row + w, 4);
+    }
+    to_cache(v, s.n_kv_heads * s.e, s.bf16, v_layer + cell * s.n_kv_heads * s.e * value_bytes);
+  }
+}
+
+// ---- Stage 1: micro-kernels ----------------------------------------------------------------------------------------
+
+// scores[j][16 v ..] = q_j . k over E ascending, for J pairs and V vectors of sixteen positions.
+template <bool kBf16, int J, int V>
+static void score_block(const float *q, int64_t q_stride, const char *const *groups, int64_t words, float *scores) {
+  vf acc[J][V] = {};
+  const char *k[V];
+  for (int v = 0; v < V; ++v) k[v] = groups[v];
+  for (int64_t w = 0; w < words; ++w) {
+#if defined(__AVX512BF16__)
+    if (kBf16) {
+      __m512bh key[V];
+      for (int v = 0; v < V; ++v) key[v] = (__m512bh)_mm512_loadu_si512(k[v] + w * kWordGroupBytes);
+      for (int j = 0; j < J; ++j) {
+        int32_t pair;
+        memcpy(&pair, q + j * q_stride + w, 4);
+        __m512bh query = (__m512bh)_mm512_set1_epi32(pair);
+        for (int v = 0; v < V; ++v) acc[j][v] = (vf)_mm512_dpbf16_ps((__m512)acc[j][v], key[v], query);
+      }
+      continue;
+    }
+#endif
+    vf key[V];
+    for (int v = 0; v < V; ++v) key[v] = load((const float *)(k[v] + w * kWordGroupBytes));
+    if (kBf16) {
+      for (int v = 0; v < V; ++v) {
+        vf even = (vf)((vu)key[v] << 16), odd = (vf)((vu)key[v] & 0xffff0000u);
+        for (int j = 0; j < J; ++j) acc[j][v] = fma(splat(q[j * q_stride + 2 * w]), even, acc[j][v]);
+        for (int j = 0; j < J; ++j) acc[j][v] = fma(splat(q[j * q_stride + 2 * w + 1]), odd, acc[j][v]);
+      }
+    } else {
+      for (int j = 0; j < J; ++j) {
+        vf query = splat(q[j * q_stride + w]);
+        for (int v = 0; v < V; ++v) acc[j][v] = fma(query, key[v], acc[j][v]);
+      }
+    }
+  }
+  for (int j = 0; j < J; ++j)
+    for (int v = 0; v < V; ++v) store(scores + j * kTile + v * kLanes, acc[j][v]);
+}
+
+template <bool kBf16>
+PLD_INLINE vf load_values(const char *row, int n) {
+  if (kBf16) {
+    vh half = {};
+    if (n == kLanes)
+      memcpy(&half, row, sizeof half);
+    else
+      memcpy(&half, row, (size_t)n * 2);
+    return from_bf16(half);
+  }
+  return n == kLanes ? load((const float *)row) : load_n((const float *)row, n);
+}
+
+// acc[j][0 .. 16 V) += weights[j][p] * value[p] for p in [begin, end) ascending. With kTail (V = 1) only n lanes exist.
+template <bool kBf16, int J, int V, bool kTail>
+static void value_block(const float *weights, const char *const *rows, int64_t offset, int begin, int end, float *acc,
+                        int64_t acc_stride, int n) {
+  vf a[J][V];
+  for (int j = 0; j < J; ++j)
+    for (int v = 0; v < V; ++v) a[j][v] = load(acc + j * acc_stride + v * kLanes);
+  for (int p = begin; p < end; ++p) {
+    const char *row = rows[p] + offset;
+    vf value[V];
+    for (int v = 0; v < V; ++v) value[v] = load_values<kBf16>(row + v * kLanes * (kBf16 ? 2 : 4), kTail ? n : kLanes);
+    for (int j = 0; j < J; ++j) {
+      vf weight = splat(weights[j * kTile + p]);
+      for (int v = 0; v < V; ++v) a[j][v] = fma(weight, value[v], a[j][v]);
+    }
+  }
+  for (int j = 0; j < J; ++j)
+    for (int v = 0; v < V; ++v) store(acc + j * acc_stride + v * kLanes, a[j][v]);
+}
+
+typedef void (*ScoreBlock)(const float *, int64_t, const char *const *, int64_t, float *);
+typedef void (*ValueBlock)(const float *, const char *const *, int64_t, int, int, float *, int64_t, int);
+
+// The kernels of one row count, by log2 of the number of vectors.
+struct PairKernels {
+  ScoreBlock score[3];
+  ValueBlock value[3];
+  ValueBlock value_tail;
+};
+
+template <bool kBf16, int J>
+constexpr PairKernels pair_kernels() {
+#if defined(__AVX512F__)
+  return {{score_block<kBf16, J, 1>, score_block<kBf16, J, 2>, score_block<kBf16, J, 4>},
+          {value_block<kBf16, J, 1, false>, value_block<kBf16, J, 2, false>, value_block<kBf16, J, 4, false>},
+          value_block<kBf16, J, 1, true>};
+#else
+  return {{score_block<kBf16, J, 1>, nullptr, nullptr},
+          {value_block<kBf16, J, 1, false>, nullptr, nullptr},
+          value_block<kBf16, J, 1, true>};
+#endif
+}
+
+// By dtype and number of pairs - 1.
+static const PairKernels kPairKernels[2][kMaxPairs] = {
+    {pair_kernels<false, 1>(), pair_kernels<false, 2>(), pair_kernels<false, 3>(), pair_kernels<false, 4>(),
+#if defined(__AVX512F__)
+     pair_kernels<false, 5>(), pair_kernels<false, 6>()
+#endif
+    },
+    {pair_kernels<true, 1>(), pair_kernels<true, 2>(), pair_kernels<true, 3>(), pair_kernels<true, 4>(),
+#if defined(__AVX512F__)
+     pair_kernels<true, 5>(), pair_kernels<true, 6>()
+#endif
+    }};
+
+// The greatest power of two of vectors that fits, as its exponent.
+PLD_INLINE int vectors_at_once(int64_t n) {
+  int step = 0;
+  while (step < 2 && (2 << step) <= kMaxVectors && (2 << step) <= n) ++step;
+  return step;
+}
+
+PLD_INLINE void add_values(const AttentionShape &s, int n_pairs, const float *weights, const char *const *rows,
+                           int begin, int end, float *acc) {
+  if (begin >= end) return;
+  const PairKernels &kernels = kPairKernels[s.bf16][n_pairs - 1];
+  int64_t value_bytes = s.bf16 ? 2 : 4, full = s.e / kLanes, tail = s.e % kLanes;
+  for (int64_t v = 0; v < full;) {
+    int step = vectors_at_once(full - v);
+    kernels.value[step](weights, rows, v * kLanes * value_bytes, begin, end, acc + v * kLanes, s.width, kLanes);
+    v += 1 << step;
+  }
+  if (tail != 0)
+    kernels.value_tail(weights, rows, full * kLanes * value_bytes, begin, end, acc + full * kLanes, s.width, (int)tail);
+}
+
+// tanh: a polynomial near 0 (Cephes), by exp elsewhere.
+PLD_INLINE vf attention_tanh(vf x) {
+  vf a = vmax(x, -x);
+  vf z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  vf near = fma(p * z, x, x);
+  vf far = 1.0f - 2.0f / (vexp(vmin(a, splat(20.0f)) * 2.0f) + 1.0f);
+  far = select(x < vf{}, -far, far);
+  return select(a < splat(0.625f), near, far);
+}
+
+PLD_INLINE float vector_max(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  return hmax(x);
+#endif
+}
+
+// Scores of positions [begin, end) of a tile become weights; what went before is rescaled to the new maximum.
+PLD_INLINE void soften(const AttentionShape &s, float *scores, int begin, int end, float *max, vf *sum, float *acc) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vf minus_infinity = splat(-__builtin_inff());
+  int first = begin / kLanes, last = (end + kLanes - 1) / kLanes;
+  vf x[kTileVectors];
+  vf top = minus_infinity;
+  for (int v = 0; v < kTileVectors; ++v) {
+    x[v] = minus_infinity;
+    if (v < first || v >= last) continue;
+    vf y = load(scores + v * kLanes) * s.scale;
+    if (s.softcap > 0) y = s.softcap * attention_tanh(y / s.softcap);
+    vi position = lane + v * kLanes;
+    x[v] = select((position >= begin) & (position < end), y, minus_infinity);
+    top = vmax(top, x[v]);
+  }
+  float old_max = *max, new_max = vector_max(top);
+  new_max = new_max > old_max ? new_max : old_max;
+  vf tile_sum[kTileVectors];
+  for (int v = 0; v < kTileVectors; ++v) {
+    tile_sum[v] = vf{};
+    if (v < first || v >= last) continue;
+    tile_sum[v] = vexp(x[v] - new_max);
+    store(scores + v * kLanes, tile_sum[v]);
+  }
+  vf correction = vexp(splat(old_max - new_max));
+  *sum = *sum * correction + ((tile_sum[0] + tile_sum[1]) + (tile_sum[2] + tile_sum[3]));
+  *max = new_max;
+  if (old_max != new_max)
+    for (int64_t e = 0; e < s.width; e += kLanes) store(acc + e, load(acc + e) * correction);
+}
+
+// ---- Stage 1: tiles ------------------------------------------------------------------------------------------------
+
+// Where one tile of one sequence and kv head lies.
+struct TilePlace {
+  const char *keys[kTileVectors];  // groups of sixteen positions
+  const char *values[kTile];       // [E] of each position
+};
+
+// Finds positions [begin, end) (within the tile that starts at `start`); nothing outside is looked at.
+static void find_tile(const OpArgs &args, const AttentionShape &s, int64_t seq, int64_t g, int64_t start, int begin,
+                      int end, char *gathered, TilePlace &place) {
+  const pld_kv &kv = *args.kv;
+  const int32_t *table = args.batch->block_tables + seq * args.batch->block_table_width;
+  const char *k_layer = (const char *)kv.k + args.op->i[0] * kv.k_layer_bytes;
+  const char *v_layer = (const char *)kv.v + args.op->i[0] * kv.v_layer_bytes;
+  int64_t value_bytes = s.e * (s.bf16 ? 2 : 4), cell_bytes = s.n_kv_heads * value_bytes;
+  int64_t head_bytes = s.words * kWordGroupBytes, group_bytes = s.n_kv_heads * head_bytes;
+  int64_t cells[kTile];
+  int64_t block = (start + begin) / kv.block_size, offset = (start + begin) % kv.block_size;
+  for (int p = begin; p < end; ++block, offset = 0) {
+    int64_t cell = (int64_t)table[block] * kv.block_size + offset;
+    int64_t n = kv.block_size - offset < end - p ? kv.block_size - offset : end - p;
+    for (int64_t i = 0; i < n; ++i, ++p, ++cell) {
+      cells[p] = cell;
+      place.values[p] = v_layer + cell * cell_bytes + g * value_bytes;
+    }
+  }
+  for (int v = begin / kLanes; v < (end + kLanes - 1) / kLanes; ++v) {
+    int first = begin > v * kLanes ? begin : v * kLanes;
+    int last = end < (v + 1) * kLanes ? end : (v + 1) * kLanes;
+    bool together = cells[first] % kLanes == first % kLanes;
+    if (kv.block_size % kLanes != 0)
+      for (int p = first + 1; p < last; ++p) together = together && cells[p] == cells[p - 1] + 1;
+    if (together) {
+      place.keys[v] = k_layer + cells[first] / kLanes * group_bytes + g * head_bytes;
+      continue;
+    }
+    char *target = gathered + v * head_bytes;
+    for (int p = first; p < last; ++p) {
+      const char *from = k_layer + cells[p] / kLanes * group_bytes + g * head_bytes + cells[p] % kLanes * 4;
+      for (int64_t w = 0; w < s.words; ++w)
+        memcpy(target + w * kWordGroupBytes + p % kLanes * 4, from + w * kWordGroupBytes, 4);
+    }
+    place.keys[v] = target;
+  }
+}
+
+// Query rows of one sequence: row i stands at position first_position + i and is row first_token + i of the batch.
+struct QuerySpan {
+  int64_t seq, first_token, first_position;
+  int64_t begin(const AttentionShape &s, int64_t row) const {
+    int64_t p = first_position + row - s.window + 1;
+    return s.window > 0 && p > 0 ? p : 0;
+  }
+  int64_t end(int64_t row) const { return first_position + row + 1; }
+};
+
+// One tile for n pairs (n <= kMaxPairs), the first of which is pair `pair` of the span and index `i` of the scratch.
+static void attend_pairs(const AttentionShape &s, const QuerySpan &span, const AttentionScratch &scratch,
+                         const TilePlace &place, int64_t start, int64_t pair, int64_t i, int n) {
+  int begin[kMaxPairs], end[kMaxPairs];
+  int low = kTile, high = 0, shared_begin = 0, shared_end = kTile;
+  for (int j = 0; j < n; ++j) {
+    int64_t row = (pair + j) / s.heads_per_group, b = span.begin(s, row) - start, e = span.end(row) - start;
+    begin[j] = b < 0 ? 0 : (int)b;
+    end[j] = e > kTile ? kTile : (int)e;
+    low = begin[j] < low ? begin[j] : low;
+    high = end[j] > high ? end[j] : high;
+    shared_begin = begin[j] > shared_begin ? begin[j] : shared_begin;
+    shared_end = end[j] < shared_end ? end[j] : shared_end;
+  }
+  const PairKernels &kernels = kPairKernels[s.bf16][n - 1];
+  float *scores = scratch.scores + i * kTile, *acc = scratch.acc + i * s.width;
+  int last = (high + kLanes - 1) / kLanes;
+  for (int v = low / kLanes; v < last;) {
+    int step = vectors_at_once(last - v);
+    kernels.score[step](scratch.q + i * s.width, s.width, place.keys + v, s.words, scores + v * kLanes);
+    v += 1 << step;
+  }
+  for (int j = 0; j < n; ++j)
+    soften(s, scores + j * kTile, begin[j], end[j], scratch.max + i + j, scratch.sum + i + j, acc + j * s.width);
+  if (shared_begin >= shared_end) {
+    for (int j = 0; j < n; ++j) add_values(s, 1, scores + j * kTile, place.values, begin[j], end[j], acc + j * s.width);
+    return;
+  }
+  for (int j = 0; j < n; ++j)
+    add_values(s, 1, scores + j * kTile, place.values, begin[j], shared_begin, acc + j * s.width);
+  add_values(s, n, scores, place.values, shared_begin, shared_end, acc);
+  for (int j = 0; j < n; ++j) add_values(s, 1, scores + j * kTile, place.values, shared_end, end[j], acc + j * s.width);
+}
+
+// Queries as the score kernels read them: rounded to the cache's dtype.
+PLD_INLINE void load_query(const AttentionShape &s, const float *x, float *q) {
+#if defined(__AVX512BF16__)
+  to_cache(x, s.e, s.bf16, q);
+#else
+  for (int64_t e = 0; e < s.e; ++e) q[e] = s.bf16 ? from_bf16(to_bf16(x[e])) : x[e];
+#endif
+}
+
+// Pairs [first_pair, last_pair) of a span with kv head g; as many as the scratch holds.
+static void attend_chunk(const OpArgs &args, const AttentionShape &s, const QuerySpan &span, int64_t g,
+                         int64_t first_pair, int64_t last_pair, const AttentionScratch &scratch) {
+  int64_t n = s.heads_per_group;
+  for (int64_t pair = first_pair; pair < last_pair; ++pair) {
+    int64_t i = pair - first_pair, head = g * n + pair % n;
+    load_query(s, args.in[0] + (span.first_token + pair / n) * args.in_stride[0] + head * s.e, scratch.q + i * s.width);
+    for (int64_t e = 0; e < s.width; e += kLanes) store(scratch.acc + i * s.width + e, vf{});
+    scratch.sum[i] = vf{};
+    scratch.max[i] = -__builtin_inff();
+  }
+  int64_t first_row = first_pair / n, last_row = (last_pair - 1) / n;
+  TilePlace place;
+  for (int64_t start = span.begin(s, first_row) / kTile * kTile; start < span.end(last_row); start += kTile) {
+    int64_t row_a = start - span.first_position;  // the first row that reaches this tile
+    row_a = row_a > first_row ? row_a : first_row;
+    int64_t row_b = last_row;  // the last row whose window has not left it
+    while (span.begin(s, row_b) >= start + kTile) --row_b;
+    int64_t a = row_a * n > first_pair ? row_a * n : first_pair;
+    int64_t b = (row_b + 1) * n < last_pair ? (row_b + 1) * n : last_pair;
+    int64_t low = span.begin(s, row_a) - start, high = span.end(row_b) - start;
+    find_tile(args, s, span.seq, g, start, low < 0 ? 0 : (int)low, high > kTile ? kTile : (int)high, scratch.gathered,
+              place);
+    int64_t n_blocks = (b - a + kMaxPairs - 1) / kMaxPairs, size = (b - a + n_blocks - 1) / n_blocks;
+    for (int64_t pair = a; pair < b; pair += size)
+      attend_pairs(s, span, scratch, place, start, pair, pair - first_pair, (int)(b - pair < size ? b - pair : size));
+  }
+  for (int64_t pair = first_pair; pair < last_pair; ++pair) {
+    int64_t i = pair - first_pair, head = g * n + pair % n;
+    float *out = args.out[0] + (span.first_token + pair / n) * args.out_stride[0] + head * s.e;
+    vf sum = splat(hsum(scratch.sum[i]));
+    for (int64_t e = 0; e < s.e; e += kLanes)
+      store_n(out + e, load(scratch.acc + i * s.width + e) / sum, (int)(s.e - e < kLanes ? s.e - e : kLanes));
+  }
+}
+
+// ---- Stages --------------------------------------------------------------------------------------------------------
+
+PLD_INLINE int64_t query_rows_of_task(const OpArgs &args, int n_threads) {
+  int64_t rows = args.rows * args.op->i[2] / (n_threads * kTasksPerThread);
+  return rows < 1 ? 1 : rows > kMaxQueryRows ? kMaxQueryRows : rows;
+}
+
+static int64_t attention_tasks(const OpArgs &args, int stage, int n_threads) {
+  if (stage == 0) return (args.rows + kWriteRows - 1) / kWriteRows;
+  int64_t rows = query_rows_of_task(args, n_threads);
+  return (args.rows + rows - 1) / rows * args.op->i[2];
+}
+
+// The last tokens first: in a prompt they have the most to do.
+static void attend(const OpArgs &args, int64_t task, int n_threads, char *memory) {
+  const AttentionShape s = attention_shape(args);
+  const AttentionScratch scratch = attention_scratch(s, memory);
+  const pld_batch &batch = *args.batch;
+  int64_t rows = query_rows_of_task(args, n_threads), n_blocks = (args.rows + rows - 1) / rows;
+  int64_t g = task % s.n_kv_heads, token = (n_blocks - 1 - task / s.n_kv_heads) * rows;
+  int64_t last_token = token + rows < args.rows ? token + rows : args.rows;
+  int64_t seq = 0, beyond = batch.n_seqs;  // the last sequence that starts at or before `token`
+  while (beyond - seq > 1) {
+    int64_t middle = (seq + beyond) / 2;
+    if (batch.query_start[middle] <= token)
+      seq = middle;
+    else
+      beyond = middle;
+  }
+  for (; token < last_token; ++seq) {
+    int64_t end = batch.query_start[seq + 1] < last_token ? batch.query_start[seq + 1] : last_token;
+    if (end <= token) continue;
+    QuerySpan span{seq, token, (int64_t)batch.seq_lens[seq] - (batch.query_start[seq + 1] - token)};
+    int64_t n_pairs = (end - token) * s.heads_per_group;
+    for (int64_t pair = 0; pair < n_pairs; pair += scratch.max_pairs)
+      attend_chunk(args, s, span, g, pair, pair + scratch.max_pairs < n_pairs ? pair + scratch.max_pairs : n_pairs,
+                   scratch);
+    token = end;
+  }
+}
+
+static void run_attention(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *thread_scratch) {
+  if (stage == 0) {
+    int64_t first = task * kWriteRows, last = first + kWriteRows;
+    write_kv(args, first, last < args.rows ? last : args.rows, (uint32_t *)thread_scratch);
+  } else {
+    attend(args, task, n_threads, (char *)thread_scratch);
+  }
+}
+
+static const Kernel attention_kernel = {2, attention_tasks, run_attention, nullptr};
+
+}  // namespace PLD_ISA_NS
+}  // namespace pld

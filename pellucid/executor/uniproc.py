@@ -32,8 +32,10 @@ class UniProcExecutor:
         try:
             loaded = load_model(config, self.context, progress)
             max_model_len = resolve_max_model_len(config.max_model_len, loaded.config)
+            self.kv_cache, kv = make_kv_cache(config, loaded, max_model_len)
+            if config.max_model_len is None:  # a lone request has the whole cache, not more
+                max_model_len = min(max_model_len, self.kv_cache.num_blocks * config.block_size)
             self.model: LoadedModel = replace(loaded, max_model_len=max_model_len)
-            self.kv_cache, kv = make_kv_cache(config, self.model)
             executable = self._executable(config, kv)
         except BaseException:
             self.context.close()
@@ -70,12 +72,14 @@ class UniProcExecutor:
         self.context.close()
 
 
-def make_kv_cache(config: EngineConfig, model: LoadedModel) -> tuple[KVCacheSize, abi.KVCache]:
+def make_kv_cache(
+    config: EngineConfig, model: LoadedModel, max_model_len: int
+) -> tuple[KVCacheSize, abi.KVCache]:
     """The cache, sized by the config or by the memory that is free."""
     dtype = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     per_token = kv_bytes_per_token(model.config, dtype)
     available = psutil.virtual_memory().available
-    num_blocks = resolve_num_blocks(config, model.max_model_len, per_token, available)
+    num_blocks = resolve_num_blocks(config, max_model_len, per_token, available)
     kv = abi.KVCache(
         n_layers=model.config.num_hidden_layers,
         n_kv_heads=model.config.num_key_value_heads,

@@ -521,7 +521,6 @@ class _Step:
         self._scheduler._admit(request)
         num_cached = request.num_computed_tokens if self._blocks.enable_prefix_caching else 0
         self._take(request, self._chunk(request), new_block_ids, num_cached)
-        self._prefills.add(request.request_id)
 
 
 def _queue_key(request: Request) -> tuple[int, int]:

@@ -232,7 +232,18 @@ def test_choices_of_one_request_when_scheduled_then_the_first_computes_the_promp
             ("decode", {"r-0": (10, 1), "r-1": (9, 1), "r-2": (9, 1)}, [], {}),
         ],
     )
+    assert [record.num_cached_tokens for record in a_world.records.values()] == ([0, 8, 8] if caching else [0, 0, 0])
     assert a_world.blocks.stats()["prefix_hits"] == (2 if caching else 0)
+
+
+@pytest.mark.parametrize(("caching", "cached"), [(False, 0), (True, 8)])
+def test_second_choice_when_planned_then_only_the_prefix_cache_counts_as_cached(caching: bool, cached: int) -> None:
+    a_world = world(caching=caching)
+    for index in range(2):
+        a_world.add(make_request(f"r-{index}", 9, max_tokens=3, group_id="r", choice_index=index))
+    a_world.step()
+    (entry,) = [entry for entry in a_world.step().entries if entry.request_id == "r-1"]
+    assert (entry.start, entry.num_cached_tokens) == (8, cached)
 
 
 def test_first_choice_when_it_is_cancelled_within_its_prompt_then_the_next_takes_its_part() -> None:
@@ -286,21 +297,21 @@ def test_prefill_first_when_the_head_does_not_fit_then_nobody_passes_it() -> Non
     )
 
 
-def test_prefill_first_when_blocks_are_short_then_a_resumed_request_longer_than_a_step_is_cut() -> None:
-    """4 blocks of 2, budget 4. b is preempted with 5 tokens and resumes with 4; the last is a decode like any other."""
-    a_world = world("prefill_first", num_blocks=4, block_size=2, budget=4)
+def test_prefill_first_when_a_resumed_request_is_longer_than_a_step_then_it_is_cut_and_goes_on_before_others() -> None:
+    """4 blocks of 2, budget 3. b is preempted with 5 tokens and resumes with 3; the 2 left go before c's prompt."""
+    a_world = world("prefill_first", num_blocks=4, block_size=2, budget=3)
     a_world.add(make_request("a", prompt_of(10, 3), max_tokens=3))
     a_world.add(make_request("b", prompt_of(20, 3), max_tokens=4))
+    for _ in range(3):
+        a_world.step()
+    a_world.add(make_request("c", prompt_of(30, 1), max_tokens=1))
     short = "blocks are short: 1 preempted in this step"
     assert_steps(
         a_world,
         [
-            ("prefill", {"a": (0, 3)}, [], {"b": "token budget of 4: needs 3, 1 left"}),
-            ("prefill", {"b": (0, 3)}, [], {}),
-            ("decode", {"a": (3, 1), "b": (3, 1)}, [], {}),
-            ("decode", {"a": (4, 1)}, ["b"], {"b": short}),
-            ("prefill", {"b": (0, 4)}, [], {}),
-            ("decode", {"b": (4, 1)}, [], {}),
+            ("decode", {"a": (4, 1)}, ["b"], {"b": short, "c": BEHIND}),
+            ("prefill", {"b": (0, 3)}, [], {"c": "token budget of 3 spent"}),
+            ("prefill", {"b": (3, 2), "c": (0, 1)}, [], {}),
             ("decode", {"b": (5, 1)}, [], {}),
         ],
     )

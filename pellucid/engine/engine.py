@@ -14,7 +14,7 @@ from pellucid.engine.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
-from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams, check_vocabulary
@@ -152,7 +152,7 @@ class LLMEngine:
         began = self._clock()
         plan = self.scheduler.schedule()
         scheduled = self._clock()
-        result = self.executor.execute(plan) if plan.entries or plan.finished else ModelRunnerOutput({})
+        result = self._execute(plan)
         executed = self._clock()
         self._book_admissions(plan, scheduled)
         self._book_prompt_logprobs(result)
@@ -165,6 +165,15 @@ class LLMEngine:
         if self._check_every_step or not self.scheduler.has_unfinished:
             self.scheduler.check_invariants()
         return outputs
+
+    def _execute(self, plan: StepPlan) -> ModelRunnerOutput:
+        """Runs a plan; when the core refuses it, the requests of the plan end with its reason and the engine lives on."""
+        if not (plan.entries or plan.finished or plan.preempted):
+            return ModelRunnerOutput({})
+        try:
+            return self.executor.execute(plan)
+        except NativeError as error:
+            return ModelRunnerOutput({}, errors={entry.request_id: str(error) for entry in plan.entries})
 
     def _process(self, events: Sequence[TokenEvent], result: ModelRunnerOutput, now: float) -> StepOutputs:
         moved: dict[str, RequestState] = {}

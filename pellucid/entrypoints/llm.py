@@ -132,7 +132,9 @@ class LLM:
         finally:
             self._abandon([request_id])
 
-    def score(self, prompts: Sequence[str | Sequence[int]], continuations: Sequence[str | Sequence[int]]) -> list[list[float]]:
+    def score(
+        self, prompts: Sequence[str | Sequence[int]], continuations: Sequence[str | Sequence[int]]
+    ) -> list[list[float]]:
         """Log-probabilities of each token of given continuations, each behind its prompt.
 
         Raises:
@@ -149,7 +151,9 @@ class LLM:
         scores = []
         for output, (prompt, continuation) in zip(outputs, pairs, strict=True):
             rows = (output.prompt_logprobs or [])[len(prompt) :]
-            scores.append([row[token].logprob for row, token in zip(rows, continuation, strict=True) if row is not None])
+            scores.append(
+                [row[token].logprob for row, token in zip(rows, continuation, strict=True) if row is not None]
+            )
         return scores
 
     def encode(self, texts: str | Sequence[str]) -> list[list[int]]:

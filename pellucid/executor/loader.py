@@ -223,5 +223,7 @@ def resolve_num_blocks(config: EngineConfig, max_model_len: int, bytes_per_token
     wanted = config.max_num_seqs * math.ceil(max_model_len / config.block_size)
     fitting = int(available * 0.4) // (bytes_per_token * config.block_size)
     if fitting < 1:
-        raise ConfigError(f"no block of {bytes_per_token * config.block_size:,} bytes fits: {available:,} bytes are free")
+        raise ConfigError(
+            f"no block of {bytes_per_token * config.block_size:,} bytes fits: {available:,} bytes are free"
+        )
     return min(wanted, fitting)

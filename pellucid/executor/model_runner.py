@@ -45,9 +45,7 @@ class ModelRunner:
         logits = self.executable.run(batch)
         computed = time.perf_counter()
         sampling = [
-            (entry.request_id, request)
-            for entry, request in zip(plan.entries, requests, strict=True)
-            if entry.samples
+            (entry.request_id, request) for entry, request in zip(plan.entries, requests, strict=True) if entry.samples
         ]
         tokens, logprobs, errors = self._sample(sampling, logits)
         prompt_logprobs = self._prompt_logprobs(plan.entries, requests, batch.query_start)

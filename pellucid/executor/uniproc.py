@@ -72,9 +72,7 @@ class UniProcExecutor:
         self.context.close()
 
 
-def make_kv_cache(
-    config: EngineConfig, model: LoadedModel, max_model_len: int
-) -> tuple[KVCacheSize, abi.KVCache]:
+def make_kv_cache(config: EngineConfig, model: LoadedModel, max_model_len: int) -> tuple[KVCacheSize, abi.KVCache]:
     """The cache, sized by the config or by the memory that is free."""
     dtype = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     per_token = kv_bytes_per_token(model.config, dtype)

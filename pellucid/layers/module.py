@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -51,7 +51,7 @@ class PlainModule:
 class PlainModuleList(PlainModule):
     """A list of modules, named by index."""
 
-    def __init__(self, modules: list[PlainModule]) -> None:
+    def __init__(self, modules: Sequence[PlainModule]) -> None:
         for index, module in enumerate(modules):
             setattr(self, str(index), module)
 

@@ -18,7 +18,8 @@ F32 = npt.NDArray[np.float32]
 
 def _plain(theta: float, dim: int) -> F32:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    return (np.float32(1.0) / np.power(np.float32(theta), exponents)).astype(np.float32)
+    inv_freq: F32 = (np.float32(1.0) / np.power(np.float32(theta), exponents)).astype(np.float32)
+    return inv_freq
 
 
 def _linear(inv_freq: F32, scaling: Mapping[str, Any], max_positions: int) -> tuple[F32, float]:
@@ -43,7 +44,8 @@ def _yarn(inv_freq: F32, scaling: Mapping[str, Any], max_positions: int) -> tupl
     original = float(scaling.get("original_max_position_embeddings") or max_positions)
 
     def dimension(rotations: float) -> float:
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        turned: float = dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return turned
 
     low: float = dimension(float(scaling.get("beta_fast") or 32.0))
     high: float = dimension(float(scaling.get("beta_slow") or 1.0))

@@ -60,7 +60,7 @@ F32Array = npt.NDArray[np.float32]
 class CpuInfoStruct(Structure):
     """pld_cpu_info."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_size", c_size_t),
         ("physical_cores", c_int32),
         ("logical_cores", c_int32),
@@ -76,13 +76,13 @@ class CpuInfoStruct(Structure):
 class ContextParamsStruct(Structure):
     """pld_context_params."""
 
-    _fields_ = [("struct_size", c_size_t), ("num_threads", c_int32), ("isa", c_int32), ("spin_us", c_int32)]  # noqa: RUF012
+    _fields_ = [("struct_size", c_size_t), ("num_threads", c_int32), ("isa", c_int32), ("spin_us", c_int32)]
 
 
 class WeightStruct(Structure):
     """pld_weight."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", c_void_p),
         ("rows", c_int64),
         ("cols", c_int64),
@@ -94,7 +94,7 @@ class WeightStruct(Structure):
 class KVParamsStruct(Structure):
     """pld_kv_params."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_size", c_size_t),
         ("n_layers", c_int32),
         ("n_kv_heads", c_int32),
@@ -108,7 +108,7 @@ class KVParamsStruct(Structure):
 class BatchStruct(Structure):
     """pld_batch."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_size", c_size_t),
         ("n_tokens", c_int32),
         ("n_seqs", c_int32),
@@ -127,7 +127,7 @@ class BatchStruct(Structure):
 class OpCallStruct(Structure):
     """pld_op_call."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_size", c_size_t),
         ("op", c_void_p),
         ("rows", c_int64),
@@ -144,7 +144,7 @@ class OpCallStruct(Structure):
 class ProgramDescStruct(Structure):
     """pld_program_desc."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_size", c_size_t),
         ("n_ops", c_int32),
         ("n_forward_ops", c_int32),
@@ -215,7 +215,9 @@ def library() -> Any:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         looked = ", ".join(str(path) for path in paths)
-        raise NativeError(f"the native core was not found; looked at {looked}. Install the package, or `make build`", -5)
+        raise NativeError(
+            f"the native core was not found; looked at {looked}. Install the package, or `make build`", -5
+        )
     try:
         lib = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -530,8 +532,7 @@ class Program(_Handle):
 def _view(address: int | None, rows: int, width: int) -> F32Array:
     if address is None or rows == 0:
         return np.zeros((0, width), np.float32)
-    pointer = ctypes.cast(address, POINTER(c_float * (rows * width)))
-    return np.frombuffer(pointer.contents, np.float32).reshape(rows, width)
+    return np.ctypeslib.as_array(ctypes.cast(address, POINTER(c_float)), shape=(rows, width))
 
 
 def run_op(

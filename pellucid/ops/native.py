@@ -116,9 +116,7 @@ class NativeBackend:
     def _panels(self, tensor: Any) -> abi.Weight:
         table = _table(tensor)
         packed = abi.aligned_bytes(abi.packed_bytes(table.rows, table.cols, table.dtype))
-        abi.pack(
-            self.context, table.data, table.dtype, table.rows, table.cols, 0, table.rows, packed, table.dtype
-        )
+        abi.pack(self.context, table.data, table.dtype, table.rows, table.cols, 0, table.rows, packed, table.dtype)
         return abi.Weight(packed, table.rows, table.cols, table.dtype, abi.PANELS)
 
 

@@ -25,7 +25,9 @@ _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ReferenceKV:
     """The cache as two tensors a layer, [cells, G, E], in the cache's dtype."""
 
-    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_cells: int, block_size: int, dtype: torch.dtype):
+    def __init__(
+        self, n_layers: int, n_kv_heads: int, head_dim: int, n_cells: int, block_size: int, dtype: torch.dtype
+    ):
         self.k = torch.zeros(n_layers, n_cells, n_kv_heads, head_dim, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.block_size = block_size

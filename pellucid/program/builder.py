@@ -105,9 +105,7 @@ def pack_weight(context: abi.Context, weight: RecordedWeight, place: PackedWeigh
             row += rows
         else:
             width = rows * abi.row_bytes(place.dtype, cols)
-            abi.convert_bytes(
-                context, piece.data, piece.pld_dtype, rows, cols, target[row : row + width], place.dtype
-            )
+            abi.convert_bytes(context, piece.data, piece.pld_dtype, rows, cols, target[row : row + width], place.dtype)
             row += width
 
 

@@ -101,7 +101,9 @@ def trace(model: Any) -> Recording:
     token_ids, positions = Symbol(recorder, -1, 0, 1), Symbol(recorder, -1, 0, 1)
     hidden = model.forward(token_ids, positions)
     if not isinstance(hidden, Symbol):
-        raise TypeError(f"{type(model).__name__}.forward gave {type(hidden).__name__}, not the hidden states of its ops")
+        raise TypeError(
+            f"{type(model).__name__}.forward gave {type(hidden).__name__}, not the hidden states of its ops"
+        )
     recording = recorder.recording
     recording.n_forward_ops, recording.hidden = len(recording.ops), hidden.buffer
     logits = model.compute_logits(ops.gather_rows(hidden))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,9 @@ class Bits:
 def bits_of(output: RequestOutput) -> Bits:
     choice = output.outputs[0]
     rows = [[(token, row[token].logprob) for token in sorted(row)] for row in choice.logprobs or []]
-    prompt_rows = [[(token, row[token].logprob) for token in sorted(row)] for row in output.prompt_logprobs or [] if row]
+    prompt_rows = [
+        [(token, row[token].logprob) for token in sorted(row)] for row in output.prompt_logprobs or [] if row
+    ]
     return Bits(
         torch.tensor(choice.token_ids),
         torch.tensor([value for row in rows for pair in row for value in pair], dtype=torch.float64),
@@ -94,11 +95,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def reference(request: pytest.FixtureRequest, tiny_model: str) -> Iterator[tuple[str, str, list[Bits]]]:
+def reference(request: pytest.FixtureRequest, tiny_model: str) -> tuple[str, str, list[Bits]]:
     found, llm = run(tiny_model, dtype=request.param)
     assert all(len(bits.tokens) == MAX_TOKENS for bits in found)
     assert max(len(record.running) for record in llm.engine.trace.records) == len(LENGTHS)
-    yield tiny_model, request.param, found
+    return tiny_model, request.param, found
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {

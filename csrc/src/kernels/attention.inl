@@ -294,6 +294,8 @@ PLD_INLINE void soften(const AttentionShape &s, float *scores, int begin, int en
   }
   vf correction = vexp(splat(old_max - new_max));
   *sum = *sum * correction + ((tile_sum[0] + tile_sum[1]) + (tile_sum[2] + tile_sum[3]));
+  vf all = (x[0] + x[1]) + (x[2] + x[3]);  // vexp hides a NaN: the row shall be one all the same
+  *sum = *sum + select(all != all, all, vf{});
   *max = new_max;
   if (old_max != new_max)
     for (int64_t e = 0; e < s.width; e += kLanes) store(acc + e, load(acc + e) * correction);

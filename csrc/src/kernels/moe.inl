@@ -65,7 +65,11 @@ PLD_INLINE MoeScratch moe_scratch(const MoeShape &s, char *memory) {
 static void route_row(const MoeShape &s, const float *logits, bool renormalise, int32_t *chosen, float *weight) {
   float p[kMaxRoutedExperts + kLanes];
   float top = -__builtin_inff();
-  for (int64_t e = 0; e < s.experts; ++e) top = logits[e] > top ? logits[e] : top;
+  bool nan = false;
+  for (int64_t e = 0; e < s.experts; ++e) {
+    top = logits[e] > top ? logits[e] : top;
+    nan = nan || logits[e] != logits[e];
+  }
   vf lanes_sum = {};
   for (int64_t e = 0; e < s.experts; e += kLanes) {
     const int n = s.experts - e < kLanes ? (int)(s.experts - e) : kLanes;
@@ -73,7 +77,7 @@ static void route_row(const MoeShape &s, const float *logits, bool renormalise, 
     for (int i = n; i < kLanes; ++i) p[e + i] = 0.0f;
     lanes_sum = lanes_sum + load(p + e);
   }
-  float sum = hsum(lanes_sum), kept = 0.0f;
+  float sum = nan ? __builtin_nanf("") : hsum(lanes_sum), kept = 0.0f;  // vexp hides a NaN
   bool taken[kMaxRoutedExperts] = {};
   for (int64_t k = 0; k < s.top_k; ++k) {
     int64_t best = -1;

@@ -148,7 +148,8 @@ typedef struct pld_batch {
   const int32_t *query_start; /* [R + 1], query_start[0] = 0, query_start[R] = T */
   const int32_t *seq_lens;    /* [R]: computed tokens after this step, so the last query of r stands at seq_lens[r] - 1 */
   const int32_t *block_tables; /* [R, W], padded with -1 */
-  const int64_t *slot_mapping; /* [T]: the cell each token's K/V is written to */
+  /* [T]: the cell each token's K/V is written to; -1: not written, because a shared block holds it already */
+  const int64_t *slot_mapping;
   const int32_t *logit_rows;   /* [L], rows of the batch, any order */
 } pld_batch;
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
@@ -202,12 +201,11 @@ class OutputProcessor:
         chosen = Logprob(logprobs.logprob, logprobs.rank, text(logprobs.token_id))
         return entry if logprobs.token_id in entry else {**entry, logprobs.token_id: chosen}
 
-    @property
-    def _token_text(self) -> Callable[[int], str | None]:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return lambda token_id: None
-        return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+    def _token_text(self, token_id: int) -> str | None:
+        """None for padding rows of the output matrix, which are no tokens."""
+        if self.tokenizer is None or self.tokenizer.raw_token(token_id) is None:
+            return None
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
 
     @staticmethod
     def _release(choice: ChoiceState, text: str) -> None:

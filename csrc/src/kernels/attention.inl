@@ -103,6 +103,7 @@ static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *
   int64_t value_bytes = s.bf16 ? 2 : 4;
   for (int64_t t = first; t < last; ++t) {
     int64_t cell = args.batch->slot_mapping[t];
+    if (cell < 0) continue;  // stands in a shared block already
     const float *k = args.in[1] + t * args.in_stride[1], *v = args.in[2] + t * args.in_stride[2];
     char *group = k_layer + cell / kLanes * s.n_kv_heads * s.words * kWordGroupBytes + cell % kLanes * 4;
     for (int64_t g = 0; g < s.n_kv_heads; ++g) {
@@ -115,43 +116,60 @@ static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *
 
 // ---- Stage 1: micro-kernels ----------------------------------------------------------------------------------------
 
+// Without this GCC keeps the accumulators in memory before and after the loop.
+#define PLD_UNROLL _Pragma("GCC unroll 8")
+
 // scores[j][16 v ..] = q_j . k over E ascending, for J pairs and V vectors of sixteen positions.
 template <bool kBf16, int J, int V>
 static void score_block(const float *q, int64_t q_stride, const char *const *groups, int64_t words, float *scores) {
-  vf acc[J][V] = {};
+  vf acc[J][V];
+  PLD_UNROLL
+  for (int j = 0; j < J; ++j) PLD_UNROLL
+  for (int v = 0; v < V; ++v) acc[j][v] = vf{};
   const char *k[V];
+  PLD_UNROLL
   for (int v = 0; v < V; ++v) k[v] = groups[v];
   for (int64_t w = 0; w < words; ++w) {
 #if defined(__AVX512BF16__)
     if (kBf16) {
       __m512bh key[V];
+      PLD_UNROLL
       for (int v = 0; v < V; ++v) key[v] = (__m512bh)_mm512_loadu_si512(k[v] + w * kWordGroupBytes);
+      PLD_UNROLL
       for (int j = 0; j < J; ++j) {
         int32_t pair;
         memcpy(&pair, q + j * q_stride + w, 4);
         __m512bh query = (__m512bh)_mm512_set1_epi32(pair);
+        PLD_UNROLL
         for (int v = 0; v < V; ++v) acc[j][v] = (vf)_mm512_dpbf16_ps((__m512)acc[j][v], key[v], query);
       }
       continue;
     }
 #endif
     vf key[V];
+    PLD_UNROLL
     for (int v = 0; v < V; ++v) key[v] = load((const float *)(k[v] + w * kWordGroupBytes));
     if (kBf16) {
+      PLD_UNROLL
       for (int v = 0; v < V; ++v) {
         vf even = (vf)((vu)key[v] << 16), odd = (vf)((vu)key[v] & 0xffff0000u);
+        PLD_UNROLL
         for (int j = 0; j < J; ++j) acc[j][v] = fma(splat(q[j * q_stride + 2 * w]), even, acc[j][v]);
+        PLD_UNROLL
         for (int j = 0; j < J; ++j) acc[j][v] = fma(splat(q[j * q_stride + 2 * w + 1]), odd, acc[j][v]);
       }
     } else {
+      PLD_UNROLL
       for (int j = 0; j < J; ++j) {
         vf query = splat(q[j * q_stride + w]);
+        PLD_UNROLL
         for (int v = 0; v < V; ++v) acc[j][v] = fma(query, key[v], acc[j][v]);
       }
     }
   }
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) store(scores + j * kTile + v * kLanes, acc[j][v]);
+  PLD_UNROLL
+  for (int j = 0; j < J; ++j) PLD_UNROLL
+  for (int v = 0; v < V; ++v) store(scores + j * kTile + v * kLanes, acc[j][v]);
 }
 
 template <bool kBf16>
@@ -162,7 +180,11 @@ PLD_INLINE vf load_values(const char *row, int n) {
       memcpy(&half, row, sizeof half);
     else
       memcpy(&half, row, (size_t)n * 2);
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
     return from_bf16(half);
+#endif
   }
   return n == kLanes ? load((const float *)row) : load_n((const float *)row, n);
 }
@@ -172,19 +194,24 @@ template <bool kBf16, int J, int V, bool kTail>
 static void value_block(const float *weights, const char *const *rows, int64_t offset, int begin, int end, float *acc,
                         int64_t acc_stride, int n) {
   vf a[J][V];
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) a[j][v] = load(acc + j * acc_stride + v * kLanes);
+  PLD_UNROLL
+  for (int j = 0; j < J; ++j) PLD_UNROLL
+  for (int v = 0; v < V; ++v) a[j][v] = load(acc + j * acc_stride + v * kLanes);
   for (int p = begin; p < end; ++p) {
     const char *row = rows[p] + offset;
     vf value[V];
+    PLD_UNROLL
     for (int v = 0; v < V; ++v) value[v] = load_values<kBf16>(row + v * kLanes * (kBf16 ? 2 : 4), kTail ? n : kLanes);
+    PLD_UNROLL
     for (int j = 0; j < J; ++j) {
       vf weight = splat(weights[j * kTile + p]);
+      PLD_UNROLL
       for (int v = 0; v < V; ++v) a[j][v] = fma(weight, value[v], a[j][v]);
     }
   }
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) store(acc + j * acc_stride + v * kLanes, a[j][v]);
+  PLD_UNROLL
+  for (int j = 0; j < J; ++j) PLD_UNROLL
+  for (int v = 0; v < V; ++v) store(acc + j * acc_stride + v * kLanes, a[j][v]);
 }
 
 typedef void (*ScoreBlock)(const float *, int64_t, const char *const *, int64_t, float *);

@@ -1,0 +1,162 @@
+"""Bad input to `LLM`: a table of what is given, the error that it must get, and the words with value and limit in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from utils.tiny_models import build_tiny_checkpoint
+
+from pellucid import LLM, SamplingParams
+from pellucid.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    WeightFormatError,
+)
+
+Case = tuple[Callable[[LLM], Any], type[Exception], str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("bad_input"), "llama")
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> Iterator[LLM]:
+    with LLM(checkpoint, max_model_len=64, num_blocks=8, block_size=4, max_num_seqs=2, num_threads=1) as llm:
+        yield llm
+
+
+def ask(**params: Any) -> Callable[[LLM], Any]:
+    return lambda llm: llm.generate([[5, 6, 7]], SamplingParams(**{"max_tokens": 2, **params}))
+
+
+REQUESTS: dict[str, Case] = {
+    "flat list of ids": (lambda m: m.generate([1, 2, 3]), TypeError, r"inputs must be str, list\[str\], or list"),
+    "number": (lambda m: m.generate(5), TypeError, "inputs must be str"),
+    "bytes": (lambda m: m.generate(b"abc"), TypeError, "inputs must be str"),
+    "mapping": (lambda m: m.generate({"prompt": "x"}), TypeError, "inputs must be str"),
+    "text among ids": (lambda m: m.generate(["a", [1]]), TypeError, "inputs must be str"),
+    "empty text": (lambda m: m.generate([[]]), InvalidRequestError, "prompt is empty"),
+    "id too great": (lambda m: m.generate([[1, 10**6]]), InvalidRequestError, r"prompt\[1\] is 1,000,000.*\[0, "),
+    "negative id": (lambda m: m.generate([[-1]]), InvalidRequestError, r"prompt\[0\] is -1"),
+    "float id": (lambda m: m.generate([[1.5]]), InvalidRequestError, r"prompt\[0\] is 1.5; token ids are integers"),
+    "boolean id": (lambda m: m.generate([[True]]), InvalidRequestError, r"prompt\[0\] is True"),
+    "prompt too long": (
+        lambda m: m.generate([[5] * 64]),
+        InvalidRequestError,
+        "prompt has 64 tokens and needs room for 1 more; max_model_len is 64",
+    ),
+    "more blocks than exist": (
+        lambda m: m.generate([[5] * 40]),
+        InvalidRequestError,
+        "prompt of 40 tokens . 1 needs 11 blocks of 4 tokens; 8 exist",
+    ),
+    "too few params": (
+        lambda m: m.generate([[5], [6]], [SamplingParams()]),
+        ValueError,
+        "sampling_params has 1 entries; there are 2 inputs",
+    ),
+    "params of another type": (lambda m: m.generate([[5]], {"n": 1}), TypeError, "it must be one SamplingParams"),
+    "unknown generate keyword": (lambda m: m.generate([[5]], top_q=1), TypeError, "top_q"),
+    "unknown sampling keyword": (lambda m: SamplingParams(top_q=1), TypeError, "top_q"),
+    "negative temperature": (ask(temperature=-0.1), InvalidRequestError, r"temperature is -0.1.*\[0, 100\]"),
+    "temperature NaN": (ask(temperature=math.nan), InvalidRequestError, "temperature is nan"),
+    "temperature infinite": (ask(temperature=math.inf), InvalidRequestError, "temperature is inf"),
+    "top_p zero": (ask(top_p=0.0), InvalidRequestError, r"top_p is 0.0.*\(0, 1\]"),
+    "top_p above one": (ask(top_p=1.5), InvalidRequestError, r"top_p is 1.5.*\(0, 1\]"),
+    "min_p above one": (ask(min_p=2), InvalidRequestError, r"min_p is 2.*\[0, 1\]"),
+    "top_k negative": (ask(top_k=-5), InvalidRequestError, "top_k is -5"),
+    "n zero": (ask(n=0), InvalidRequestError, r"n is 0.*\[1, 128\]"),
+    "n too great": (ask(n=1000), InvalidRequestError, r"n is 1,?000.*\[1, 128\]"),
+    "n boolean": (ask(n=True), InvalidRequestError, "n is True"),
+    "max_tokens zero": (ask(max_tokens=0), InvalidRequestError, "max_tokens is 0"),
+    "min above max tokens": (ask(min_tokens=9), InvalidRequestError, "min_tokens is 9.*max_tokens, 2"),
+    "too many logprobs": (ask(logprobs=101), InvalidRequestError, r"logprobs is 101.*\[0, 100\]"),
+    "empty stop": (ask(stop=[""]), InvalidRequestError, "stop"),
+    "too many stops": (ask(stop=["x"] * 33), InvalidRequestError, "33.*32"),
+    "bias out of range": (ask(logit_bias={5: 101.0}), InvalidRequestError, r"101.*\[-100, 100\]"),
+    "bias on unknown id": (ask(logit_bias={10**6: 1.0}), InvalidRequestError, "1,?000,?000"),
+    "stop id out of vocabulary": (ask(stop_token_ids=[10**6]), InvalidRequestError, "1,?000,?000"),
+    "nothing allowed": (ask(allowed_token_ids=[]), InvalidRequestError, "allowed_token_ids is empty"),
+    "penalty too great": (ask(presence_penalty=3.0), InvalidRequestError, r"presence_penalty is 3.0.*\[-2, 2\]"),
+    "repetition zero": (ask(repetition_penalty=0.0), InvalidRequestError, r"repetition_penalty is 0.0.*\(0, 10\]"),
+    "seed too great": (ask(seed=2**64), InvalidRequestError, "seed is"),
+    "score of unequal lists": (lambda m: m.score(["a"], []), ValueError, "1 prompts and 0 continuations"),
+    "chat without role": (lambda m: m.chat([{"content": "x"}]), InvalidRequestError, r"messages\[0\]"),
+}
+
+CONFIGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "unknown keyword": ({"max_seqs": 4}, TypeError, "unknown keyword argument 'max_seqs'"),
+    "alias twice": ({"max_num_seqs": 4, "max_batch_size": 4}, TypeError, "'max_num_seqs' twice"),
+    "block size zero": ({"block_size": 0}, ConfigError, "block_size is 0; .* 1 to 256"),
+    "block size text": ({"block_size": "16"}, ConfigError, "block_size is '16'"),
+    "dtype unknown": ({"dtype": "float8"}, ConfigError, "dtype is 'float8'; .*auto, float32, bfloat16"),
+    "policy unknown": ({"policy": "lifo"}, ConfigError, "policy is 'lifo'; .*mixed, prefill_first"),
+    "no sequences": ({"max_num_seqs": 0}, ConfigError, "max_num_seqs is 0"),
+    "too many threads": ({"num_threads": 1000}, ConfigError, "num_threads is 1000; .*256"),
+    "two workers": ({"tensor_parallel_size": 2}, ConfigError, "tensor_parallel_size is 2"),
+    "longer than the model": ({"max_model_len": 10**6}, ConfigError, "max_model_len is 1,000,000; the model has"),
+    "caching as text": ({"enable_prefix_caching": "yes"}, ConfigError, "enable_prefix_caching is 'yes'"),
+    "gpu": ({"device": "cuda"}, ConfigError, "device is 'cuda'; .*cpu"),
+    "trace into nowhere": ({"trace_path": "/nonexistent/folder/t.jsonl"}, ConfigError, "trace file"),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_bad_request_when_submitted_then_typed_error_with_value_and_limit(llm: LLM, case: str) -> None:
+    call, kind, message = REQUESTS[case]
+    with pytest.raises(kind, match=message):
+        call(llm)
+    assert llm.kv_cache_stats()["used_blocks"] == 0
+    assert not llm.client.has_unfinished
+    assert len(llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]) == 2
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_bad_config_when_loading_then_typed_error_with_value_and_limit(checkpoint: Path, case: str) -> None:
+    kwargs, kind, message = CONFIGS[case]
+    with pytest.raises(kind, match=message):
+        LLM(checkpoint, **kwargs)
+
+
+def test_bad_request_among_good_ones_when_generating_then_none_is_left_behind(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError):
+        llm.generate([[5, 6], [7, 8], []], SamplingParams(max_tokens=4))
+    assert not llm.client.has_unfinished
+    assert llm.kv_cache_stats()["used_blocks"] == 0
+
+
+def test_no_model_at_a_path_when_loading_then_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="nothing-here"):
+        LLM(tmp_path / "nothing-here")
+    with pytest.raises(ModelNotFoundError, match="no model.safetensors"):
+        LLM(tmp_path)
+
+
+def test_unknown_architecture_when_loading_then_lists_the_known(checkpoint: Path, tmp_path: Path) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["OtherForCausalLM"]}))
+    with pytest.raises(UnsupportedModelError, match="'OtherForCausalLM'; known: .*LlamaForCausalLM"):
+        LLM(tmp_path)
+
+
+def test_checkpoint_of_another_size_than_its_config_when_loading_then_names_the_parameter(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    wider = {**config, "intermediate_size": config["intermediate_size"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(WeightFormatError, match="gate_up_proj.weight' has shape"):
+        LLM(tmp_path)

@@ -23,6 +23,7 @@ constexpr int kWriteRows = 16;          // tokens a task of stage 0 writes
 constexpr int kMaxQueryRows = 16;       // query rows of a task of stage 1
 constexpr int64_t kTasksPerThread = 8;  // enough to even out causal work
 constexpr int64_t kMaxChunkPairs = 64;
+constexpr int64_t kPrefetchPairs = 12;  // with more, computing takes longer than the next tile takes to arrive
 
 // What a thread keeps while it works on a chunk of pairs of one sequence and one kv head.
 struct AttentionScratch {
@@ -124,8 +125,10 @@ template <bool kBf16, int J, int V>
 static void score_block(const float *q, int64_t q_stride, const char *const *groups, int64_t words, float *scores) {
   vf acc[J][V];
   PLD_UNROLL
-  for (int j = 0; j < J; ++j) PLD_UNROLL
-  for (int v = 0; v < V; ++v) acc[j][v] = vf{};
+  for (int j = 0; j < J; ++j) {
+    PLD_UNROLL
+    for (int v = 0; v < V; ++v) acc[j][v] = vf{};
+  }
   const char *k[V];
   PLD_UNROLL
   for (int v = 0; v < V; ++v) k[v] = groups[v];
@@ -168,8 +171,10 @@ static void score_block(const float *q, int64_t q_stride, const char *const *gro
     }
   }
   PLD_UNROLL
-  for (int j = 0; j < J; ++j) PLD_UNROLL
-  for (int v = 0; v < V; ++v) store(scores + j * kTile + v * kLanes, acc[j][v]);
+  for (int j = 0; j < J; ++j) {
+    PLD_UNROLL
+    for (int v = 0; v < V; ++v) store(scores + j * kTile + v * kLanes, acc[j][v]);
+  }
 }
 
 template <bool kBf16>
@@ -195,8 +200,10 @@ static void value_block(const float *weights, const char *const *rows, int64_t o
                         int64_t acc_stride, int n) {
   vf a[J][V];
   PLD_UNROLL
-  for (int j = 0; j < J; ++j) PLD_UNROLL
-  for (int v = 0; v < V; ++v) a[j][v] = load(acc + j * acc_stride + v * kLanes);
+  for (int j = 0; j < J; ++j) {
+    PLD_UNROLL
+    for (int v = 0; v < V; ++v) a[j][v] = load(acc + j * acc_stride + v * kLanes);
+  }
   for (int p = begin; p < end; ++p) {
     const char *row = rows[p] + offset;
     vf value[V];
@@ -210,8 +217,10 @@ static void value_block(const float *weights, const char *const *rows, int64_t o
     }
   }
   PLD_UNROLL
-  for (int j = 0; j < J; ++j) PLD_UNROLL
-  for (int v = 0; v < V; ++v) store(acc + j * acc_stride + v * kLanes, a[j][v]);
+  for (int j = 0; j < J; ++j) {
+    PLD_UNROLL
+    for (int v = 0; v < V; ++v) store(acc + j * acc_stride + v * kLanes, a[j][v]);
+  }
 }
 
 typedef void (*ScoreBlock)(const float *, int64_t, const char *const *, int64_t, float *);
@@ -330,49 +339,86 @@ PLD_INLINE void soften(const AttentionShape &s, float *scores, int begin, int en
 
 // ---- Stage 1: tiles ------------------------------------------------------------------------------------------------
 
-// Where one tile of one sequence and kv head lies.
+// Where positions [begin, end) of one tile of one sequence and kv head lie.
 struct TilePlace {
-  const char *keys[kTileVectors];  // groups of sixteen positions
+  int begin, end;
+  const char *keys[kTileVectors];  // groups of sixteen positions; null: they do not lie together
   const char *values[kTile];       // [E] of each position
+  int64_t cells[kTile];
 };
 
-// Finds positions [begin, end) (within the tile that starts at `start`); nothing outside is looked at.
-static void find_tile(const OpArgs &args, const AttentionShape &s, int64_t seq, int64_t g, int64_t start, int begin,
-                      int end, char *gathered, TilePlace &place) {
+// One layer's cache as one kv head sees it.
+struct HeadCache {
+  const char *k, *v;
+  int64_t word_bytes;   // of a head in a K group
+  int64_t group_bytes;  // of all heads in a K group
+  int64_t value_bytes;  // of a head in a V cell
+  int64_t cell_bytes;   // of all heads in a V cell
+  int64_t block_size;
+};
+
+PLD_INLINE HeadCache head_cache(const OpArgs &args, const AttentionShape &s, int64_t g) {
   const pld_kv &kv = *args.kv;
-  const int32_t *table = args.batch->block_tables + seq * args.batch->block_table_width;
-  const char *k_layer = (const char *)kv.k + args.op->i[0] * kv.k_layer_bytes;
-  const char *v_layer = (const char *)kv.v + args.op->i[0] * kv.v_layer_bytes;
-  int64_t value_bytes = s.e * (s.bf16 ? 2 : 4), cell_bytes = s.n_kv_heads * value_bytes;
-  int64_t head_bytes = s.words * kWordGroupBytes, group_bytes = s.n_kv_heads * head_bytes;
-  int64_t cells[kTile];
-  int64_t block = (start + begin) / kv.block_size, offset = (start + begin) % kv.block_size;
+  HeadCache c;
+  c.word_bytes = s.words * kWordGroupBytes;
+  c.group_bytes = s.n_kv_heads * c.word_bytes;
+  c.value_bytes = s.e * (s.bf16 ? 2 : 4);
+  c.cell_bytes = s.n_kv_heads * c.value_bytes;
+  c.k = (const char *)kv.k + args.op->i[0] * kv.k_layer_bytes + g * c.word_bytes;
+  c.v = (const char *)kv.v + args.op->i[0] * kv.v_layer_bytes + g * c.value_bytes;
+  c.block_size = kv.block_size;
+  return c;
+}
+
+// Finds positions [begin, end) (within the tile that starts at `start`) of a block table; nothing outside is looked at.
+static void find_tile(const HeadCache &cache, const int32_t *table, int64_t start, int begin, int end,
+                      TilePlace &place) {
+  place.begin = begin;
+  place.end = end;
+  int64_t block = (start + begin) / cache.block_size, offset = (start + begin) % cache.block_size;
   for (int p = begin; p < end; ++block, offset = 0) {
-    int64_t cell = (int64_t)table[block] * kv.block_size + offset;
-    int64_t n = kv.block_size - offset < end - p ? kv.block_size - offset : end - p;
-    for (int64_t i = 0; i < n; ++i, ++p, ++cell) {
-      cells[p] = cell;
-      place.values[p] = v_layer + cell * cell_bytes + g * value_bytes;
+    int64_t cell = (int64_t)table[block] * cache.block_size + offset;
+    int64_t left = cache.block_size - offset;
+    int last = left < end - p ? p + (int)left : end;
+    for (; p < last; ++p, ++cell) {
+      place.cells[p] = cell;
+      place.values[p] = cache.v + cell * cache.cell_bytes;
     }
   }
   for (int v = begin / kLanes; v < (end + kLanes - 1) / kLanes; ++v) {
     int first = begin > v * kLanes ? begin : v * kLanes;
     int last = end < (v + 1) * kLanes ? end : (v + 1) * kLanes;
-    bool together = cells[first] % kLanes == first % kLanes;
-    if (kv.block_size % kLanes != 0)
-      for (int p = first + 1; p < last; ++p) together = together && cells[p] == cells[p - 1] + 1;
-    if (together) {
-      place.keys[v] = k_layer + cells[first] / kLanes * group_bytes + g * head_bytes;
-      continue;
-    }
-    char *target = gathered + v * head_bytes;
+    bool together = place.cells[first] % kLanes == first % kLanes;
+    if (cache.block_size % kLanes != 0)
+      for (int p = first + 1; p < last; ++p) together = together && place.cells[p] == place.cells[p - 1] + 1;
+    place.keys[v] = together ? cache.k + place.cells[first] / kLanes * cache.group_bytes : nullptr;
+  }
+}
+
+// Brings keys that do not lie together into one group of scratch, lane by lane.
+static void gather_keys(const HeadCache &cache, char *gathered, TilePlace &place) {
+  for (int v = place.begin / kLanes; v < (place.end + kLanes - 1) / kLanes; ++v) {
+    if (place.keys[v] != nullptr) continue;
+    char *target = gathered + v * cache.word_bytes;
+    int first = place.begin > v * kLanes ? place.begin : v * kLanes;
+    int last = place.end < (v + 1) * kLanes ? place.end : (v + 1) * kLanes;
     for (int p = first; p < last; ++p) {
-      const char *from = k_layer + cells[p] / kLanes * group_bytes + g * head_bytes + cells[p] % kLanes * 4;
-      for (int64_t w = 0; w < s.words; ++w)
-        memcpy(target + w * kWordGroupBytes + p % kLanes * 4, from + w * kWordGroupBytes, 4);
+      const char *from = cache.k + place.cells[p] / kLanes * cache.group_bytes + place.cells[p] % kLanes * 4;
+      for (int64_t w = 0; w < cache.word_bytes; w += kWordGroupBytes) memcpy(target + w + p % kLanes * 4, from + w, 4);
     }
     place.keys[v] = target;
   }
+}
+
+// Asks for what a later tile will read. A few pairs take less time than their tile takes to arrive.
+PLD_INLINE void prefetch_keys(const HeadCache &cache, const TilePlace &place) {
+  for (int v = place.begin / kLanes; v < (place.end + kLanes - 1) / kLanes; ++v)
+    for (int64_t b = 0; place.keys[v] != nullptr && b < cache.word_bytes; b += 64)
+      __builtin_prefetch(place.keys[v] + b);
+}
+PLD_INLINE void prefetch_values(const HeadCache &cache, const TilePlace &place) {
+  for (int p = place.begin; p < place.end; ++p)
+    for (int64_t b = 0; b < cache.value_bytes; b += 64) __builtin_prefetch(place.values[p] + b);
 }
 
 // Query rows of one sequence: row i stands at position first_position + i and is row first_token + i of the batch.
@@ -386,8 +432,10 @@ struct QuerySpan {
 };
 
 // One tile for n pairs (n <= kMaxPairs), the first of which is pair `pair` of the span and index `i` of the scratch.
+// `next`: the tile to ask for meanwhile, or null.
 static void attend_pairs(const AttentionShape &s, const QuerySpan &span, const AttentionScratch &scratch,
-                         const TilePlace &place, int64_t start, int64_t pair, int64_t i, int n) {
+                         const HeadCache &cache, const TilePlace &place, const TilePlace *next, int64_t start,
+                         int64_t pair, int64_t i, int n) {
   int begin[kMaxPairs], end[kMaxPairs];
   int low = kTile, high = 0, shared_begin = 0, shared_end = kTile;
   for (int j = 0; j < n; ++j) {
@@ -402,11 +450,13 @@ static void attend_pairs(const AttentionShape &s, const QuerySpan &span, const A
   const PairKernels &kernels = kPairKernels[s.bf16][n - 1];
   float *scores = scratch.scores + i * kTile, *acc = scratch.acc + i * s.width;
   int last = (high + kLanes - 1) / kLanes;
+  if (next != nullptr) prefetch_keys(cache, *next);
   for (int v = low / kLanes; v < last;) {
     int step = vectors_at_once(last - v);
     kernels.score[step](scratch.q + i * s.width, s.width, place.keys + v, s.words, scores + v * kLanes);
     v += 1 << step;
   }
+  if (next != nullptr) prefetch_values(cache, *next);
   for (int j = 0; j < n; ++j)
     soften(s, scores + j * kTile, begin[j], end[j], scratch.max + i + j, scratch.sum + i + j, acc + j * s.width);
   if (shared_begin >= shared_end) {
@@ -428,40 +478,92 @@ PLD_INLINE void load_query(const AttentionShape &s, const float *x, float *q) {
 #endif
 }
 
-// Pairs [first_pair, last_pair) of a span with kv head g; as many as the scratch holds.
-static void attend_chunk(const OpArgs &args, const AttentionShape &s, const QuerySpan &span, int64_t g,
-                         int64_t first_pair, int64_t last_pair, const AttentionScratch &scratch) {
+// Pairs [first, last) of a span: as many as the scratch holds.
+struct Chunk {
+  QuerySpan span;
+  int64_t first, last;
+};
+
+// The pairs [a, b) of a chunk that see anything of the tile that starts at `start`; and where that lies.
+struct ChunkTile {
+  int64_t start, a, b;
+  TilePlace place;
+};
+
+PLD_INLINE int64_t first_tile(const AttentionShape &s, const Chunk &chunk) {
+  return chunk.span.begin(s, chunk.first / s.heads_per_group) / kTile * kTile;
+}
+PLD_INLINE int64_t end_of_chunk(const AttentionShape &s, const Chunk &chunk) {
+  return chunk.span.end((chunk.last - 1) / s.heads_per_group);
+}
+
+static void place_tile(const OpArgs &args, const AttentionShape &s, const HeadCache &cache, const Chunk &chunk,
+                       int64_t start, ChunkTile &tile) {
+  const QuerySpan &span = chunk.span;
+  int64_t n = s.heads_per_group, first_row = chunk.first / n, last_row = (chunk.last - 1) / n;
+  int64_t row_a = start - span.first_position;  // the first row that reaches this tile
+  row_a = row_a > first_row ? row_a : first_row;
+  int64_t row_b = last_row;  // the last row whose window has not left it
+  while (span.begin(s, row_b) >= start + kTile) --row_b;
+  int64_t low = span.begin(s, row_a) - start, high = span.end(row_b) - start;
+  tile.start = start;
+  tile.a = row_a * n > chunk.first ? row_a * n : chunk.first;
+  tile.b = (row_b + 1) * n < chunk.last ? (row_b + 1) * n : chunk.last;
+  find_tile(cache, args.batch->block_tables + span.seq * args.batch->block_table_width, start, low < 0 ? 0 : (int)low,
+            high > kTile ? kTile : (int)high, tile.place);
+}
+
+static void begin_chunk(const OpArgs &args, const AttentionShape &s, const Chunk &chunk, int64_t g,
+                        const AttentionScratch &scratch) {
   int64_t n = s.heads_per_group;
-  for (int64_t pair = first_pair; pair < last_pair; ++pair) {
-    int64_t i = pair - first_pair, head = g * n + pair % n;
-    load_query(s, args.in[0] + (span.first_token + pair / n) * args.in_stride[0] + head * s.e, scratch.q + i * s.width);
+  for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
+    int64_t i = pair - chunk.first, head = g * n + pair % n;
+    load_query(s, args.in[0] + (chunk.span.first_token + pair / n) * args.in_stride[0] + head * s.e,
+               scratch.q + i * s.width);
     for (int64_t e = 0; e < s.width; e += kLanes) store(scratch.acc + i * s.width + e, vf{});
     scratch.sum[i] = vf{};
     scratch.max[i] = -__builtin_inff();
   }
-  int64_t first_row = first_pair / n, last_row = (last_pair - 1) / n;
-  TilePlace place;
-  for (int64_t start = span.begin(s, first_row) / kTile * kTile; start < span.end(last_row); start += kTile) {
-    int64_t row_a = start - span.first_position;  // the first row that reaches this tile
-    row_a = row_a > first_row ? row_a : first_row;
-    int64_t row_b = last_row;  // the last row whose window has not left it
-    while (span.begin(s, row_b) >= start + kTile) --row_b;
-    int64_t a = row_a * n > first_pair ? row_a * n : first_pair;
-    int64_t b = (row_b + 1) * n < last_pair ? (row_b + 1) * n : last_pair;
-    int64_t low = span.begin(s, row_a) - start, high = span.end(row_b) - start;
-    find_tile(args, s, span.seq, g, start, low < 0 ? 0 : (int)low, high > kTile ? kTile : (int)high, scratch.gathered,
-              place);
-    int64_t n_blocks = (b - a + kMaxPairs - 1) / kMaxPairs, size = (b - a + n_blocks - 1) / n_blocks;
-    for (int64_t pair = a; pair < b; pair += size)
-      attend_pairs(s, span, scratch, place, start, pair, pair - first_pair, (int)(b - pair < size ? b - pair : size));
-  }
-  for (int64_t pair = first_pair; pair < last_pair; ++pair) {
-    int64_t i = pair - first_pair, head = g * n + pair % n;
-    float *out = args.out[0] + (span.first_token + pair / n) * args.out_stride[0] + head * s.e;
+}
+
+static void finish_chunk(const OpArgs &args, const AttentionShape &s, const Chunk &chunk, int64_t g,
+                         const AttentionScratch &scratch) {
+  int64_t n = s.heads_per_group;
+  for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
+    int64_t i = pair - chunk.first, head = g * n + pair % n;
+    float *out = args.out[0] + (chunk.span.first_token + pair / n) * args.out_stride[0] + head * s.e;
     vf sum = splat(hsum(scratch.sum[i]));
-    for (int64_t e = 0; e < s.e; e += kLanes)
-      store_n(out + e, load(scratch.acc + i * s.width + e) / sum, (int)(s.e - e < kLanes ? s.e - e : kLanes));
+    for_lanes(s.e,
+              [&](int64_t e, int lanes) { store_lanes(out + e, load(scratch.acc + i * s.width + e) / sum, lanes); });
   }
+}
+
+// One chunk. `tiles` are two; the first is placed already, and is left so for `following` (null: none).
+static void attend_chunk(const OpArgs &args, const AttentionShape &s, const HeadCache &cache, const Chunk &chunk,
+                         const Chunk *following, int64_t g, const AttentionScratch &scratch, ChunkTile *&tile,
+                         ChunkTile *&next) {
+  begin_chunk(args, s, chunk, g, scratch);
+  for (int64_t end = end_of_chunk(s, chunk), more = true; more;) {
+    more = tile->start + kTile < end;
+    if (more)
+      place_tile(args, s, cache, chunk, tile->start + kTile, *next);
+    else if (following != nullptr)
+      place_tile(args, s, cache, *following, first_tile(s, *following), *next);
+    const TilePlace *wanted =
+        (more || following != nullptr) && tile->b - tile->a <= kPrefetchPairs ? &next->place : nullptr;
+    gather_keys(cache, scratch.gathered, tile->place);
+    int64_t n_blocks = (tile->b - tile->a + kMaxPairs - 1) / kMaxPairs;
+    int64_t size = (tile->b - tile->a + n_blocks - 1) / n_blocks;
+    for (int64_t pair = tile->a; pair < tile->b; pair += size) {
+      attend_pairs(s, chunk.span, scratch, cache, tile->place, wanted, tile->start, pair, pair - chunk.first,
+                   (int)(tile->b - pair < size ? tile->b - pair : size));
+      wanted = nullptr;
+    }
+    ChunkTile *done = tile;
+    tile = next;
+    next = done;
+  }
+  finish_chunk(args, s, chunk, g, scratch);
 }
 
 // ---- Stages --------------------------------------------------------------------------------------------------------
@@ -477,31 +579,62 @@ static int64_t attention_tasks(const OpArgs &args, int stage, int n_threads) {
   return (args.rows + rows - 1) / rows * args.op->i[2];
 }
 
+// The chunks of tokens [token, last_token), in order.
+struct ChunkWalk {
+  const pld_batch &batch;
+  int64_t heads_per_group, max_pairs;
+  int64_t token, last_token, seq, pair;
+
+  // The last sequence that starts at or before the first token is where it begins.
+  void start() {
+    seq = 0;
+    pair = 0;
+    for (int64_t beyond = batch.n_seqs; beyond - seq > 1;) {
+      int64_t middle = (seq + beyond) / 2;
+      if (batch.query_start[middle] <= token)
+        seq = middle;
+      else
+        beyond = middle;
+    }
+  }
+  bool step(Chunk &chunk) {
+    while (token < last_token) {
+      int64_t end = batch.query_start[seq + 1] < last_token ? batch.query_start[seq + 1] : last_token;
+      int64_t n_pairs = (end - token) * heads_per_group;
+      if (pair >= n_pairs) {
+        token = end > token ? end : token;
+        ++seq;
+        pair = 0;
+        continue;
+      }
+      chunk.span = {seq, token, (int64_t)batch.seq_lens[seq] - (batch.query_start[seq + 1] - token)};
+      chunk.first = pair;
+      chunk.last = pair + max_pairs < n_pairs ? pair + max_pairs : n_pairs;
+      pair = chunk.last;
+      return true;
+    }
+    return false;
+  }
+};
+
 // The last tokens first: in a prompt they have the most to do.
 static void attend(const OpArgs &args, int64_t task, int n_threads, char *memory) {
   const AttentionShape s = attention_shape(args);
   const AttentionScratch scratch = attention_scratch(s, memory);
-  const pld_batch &batch = *args.batch;
   int64_t rows = query_rows_of_task(args, n_threads), n_blocks = (args.rows + rows - 1) / rows;
   int64_t g = task % s.n_kv_heads, token = (n_blocks - 1 - task / s.n_kv_heads) * rows;
   int64_t last_token = token + rows < args.rows ? token + rows : args.rows;
-  int64_t seq = 0, beyond = batch.n_seqs;  // the last sequence that starts at or before `token`
-  while (beyond - seq > 1) {
-    int64_t middle = (seq + beyond) / 2;
-    if (batch.query_start[middle] <= token)
-      seq = middle;
-    else
-      beyond = middle;
-  }
-  for (; token < last_token; ++seq) {
-    int64_t end = batch.query_start[seq + 1] < last_token ? batch.query_start[seq + 1] : last_token;
-    if (end <= token) continue;
-    QuerySpan span{seq, token, (int64_t)batch.seq_lens[seq] - (batch.query_start[seq + 1] - token)};
-    int64_t n_pairs = (end - token) * s.heads_per_group;
-    for (int64_t pair = 0; pair < n_pairs; pair += scratch.max_pairs)
-      attend_chunk(args, s, span, g, pair, pair + scratch.max_pairs < n_pairs ? pair + scratch.max_pairs : n_pairs,
-                   scratch);
-    token = end;
+  const HeadCache cache = head_cache(args, s, g);
+  ChunkWalk walk{*args.batch, s.heads_per_group, scratch.max_pairs, token, last_token, 0, 0};
+  walk.start();
+  Chunk chunks[2];
+  ChunkTile tiles[2];
+  ChunkTile *tile = &tiles[0], *next = &tiles[1];
+  bool more = walk.step(chunks[0]);
+  if (more) place_tile(args, s, cache, chunks[0], first_tile(s, chunks[0]), *tile);
+  for (int i = 0; more; i ^= 1) {
+    more = walk.step(chunks[i ^ 1]);
+    attend_chunk(args, s, cache, chunks[i], more ? &chunks[i ^ 1] : nullptr, g, scratch, tile, next);
   }
 }
 

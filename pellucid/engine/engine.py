@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pellucid.config import EngineConfig
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.output import OutputProcessor, RequestState
-from pellucid.engine.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
@@ -18,6 +17,7 @@ from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams, check_vocabulary
+from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer
 

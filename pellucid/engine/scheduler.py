@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepKind, StepPlan
 from pellucid.engine.policies import POLICIES
 from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepKind, StepPlan
 
 StopCheck = Callable[[str, int], "str | None"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from pellucid.engine.plan import StepKind
 from pellucid.errors import ConfigError
+from pellucid.plan import StepKind
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.engine.plan import ModelRunnerOutput, StepPlan
 from pellucid.ops.batch import BatchInput
+from pellucid.plan import ModelRunnerOutput, StepPlan
 
 F32 = npt.NDArray[np.float32]
 

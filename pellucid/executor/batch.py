@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.engine.plan import NewRequest, PlanEntry
 from pellucid.ops.batch import BatchInput
+from pellucid.plan import NewRequest, PlanEntry
 from pellucid.sampling.sampler import SamplingRow
 
 I32 = npt.NDArray[np.int32]

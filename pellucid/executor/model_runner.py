@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.engine.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RunnerRequest, build_batch
 from pellucid.outputs import TokenLogprobs
+from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.sampling.sampler import RowStats, Sampler, SamplingRow
 
 

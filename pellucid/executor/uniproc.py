@@ -9,7 +9,6 @@ from dataclasses import replace
 import psutil
 
 from pellucid.config import EngineConfig
-from pellucid.engine.plan import ModelRunnerOutput, StepPlan
 from pellucid.executor.base import Executable, KVCacheSize
 from pellucid.executor.loader import (
     LoadedModel,
@@ -21,6 +20,7 @@ from pellucid.executor.loader import (
 from pellucid.executor.model_runner import ModelRunner
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
+from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.runner import NativeProgram
 
 

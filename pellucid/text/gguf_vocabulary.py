@@ -13,8 +13,8 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from pellucid.errors import TokenizerError
+from pellucid.text.backend import SpecialTokens
 from pellucid.text.byte_alphabet import BYTE_OF_CHARACTER, spell_bytes
-from pellucid.text.tokenizer import SpecialTokens
 
 _MAX_TOKENS = 1 << 22
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

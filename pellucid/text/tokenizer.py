@@ -9,11 +9,11 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pellucid.errors import InvalidRequestError, TokenizerError
+from pellucid.text.backend import SpecialTokens, backend_from_json
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -30,19 +30,6 @@ class Decoding(enum.Enum):
     BYTE_FALLBACK = "byte_fallback"
     BYTE_FALLBACK_STRIP = "byte_fallback_strip"
     OTHER = "other"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """What a model's files say about its special tokens and its chat template, beside the vocabulary."""
-
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
-    """name ("bos_token") -> text; chat templates see these as variables."""
-    chat_templates: Mapping[str, str] = field(default_factory=dict)
-    """name ("default", "tool_use") -> source."""
 
 
 class Tokenizer:
@@ -290,22 +277,6 @@ class Tokenizer:
             self._cache[key] = build(self, skip_special_tokens)
         pieces: _PIECES = self._cache[key]
         return pieces
-
-
-def backend_from_json(text: str, origin: str) -> Any:
-    """A `tokenizers.Tokenizer` from the text of a tokenizer.json.
-
-    Raises:
-        TokenizerError: the library refuses it.
-    """
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_str(text)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic in the library is not an Exception
-        raise TokenizerError(f"{origin} is not a usable tokenizer: {str(error)[:300]}") from error
 
 
 def _check_text(text: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.errors import TokenizerError
-from pellucid.text.tokenizer import SpecialTokens, backend_from_json
+from pellucid.text.backend import SpecialTokens, backend_from_json
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

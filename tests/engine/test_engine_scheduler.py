@@ -8,10 +8,10 @@ import pytest
 from utils.scheduler_world import EOS, World, make_request, next_token
 
 from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import WAIT_REASONS, RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.plan import ModelRunnerOutput, StepPlan
 
 BEHIND = "head of the queue waits"
 SHARED = "waits for the shared prompt of its first choice"

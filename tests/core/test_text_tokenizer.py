@@ -355,7 +355,7 @@ def test_given_a_large_vocabulary_when_loaded_from_a_bundle_then_it_is_quick() -
     vocab = {token: i for i, token in enumerate([*tokens, *"t0123456789"])}
     merges = [(token[:-1], token[-1]) for token in tokens if token[:-1] in vocab and token[-1] in vocab]
     backend = Backend(models.BPE(vocab, merges, byte_fallback=True))
-    from pellucid.text.tokenizer import SpecialTokens
+    from pellucid.text.backend import SpecialTokens
 
     bundle = Tokenizer(backend, SpecialTokens()).to_bundle()
     best = min(_seconds(lambda: Tokenizer.from_bundle(bundle)) for _ in range(3))

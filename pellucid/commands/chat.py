@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -95,10 +96,8 @@ def run_chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
 
 def _turns(interactive: bool) -> Iterator[str]:
     if interactive:
-        try:
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        except ImportError:
-            pass
     while True:
         try:
             line = input("> ") if interactive else sys.stdin.readline()

@@ -34,7 +34,8 @@ def run_jsonl(llm: LLM, source: TextIO, target: TextIO, defaults: dict[str, Any]
     A line is an object with `prompt` (text or token ids) or `messages`, and any sampling parameters. A line that cannot be run gives
     {"error": …, "line": n}; the others run all the same.
     """
-    client, pending, failed = llm.client, [], 0
+    client, failed = llm.client, 0
+    pending: list[Line] = []
     lines = _submitted(llm, source, defaults)
     capacity = LOOKAHEAD + 2 * llm.config.max_num_seqs
     exhausted = False

@@ -60,7 +60,6 @@ class Gemma3Block(Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.is_sliding = config.layer_window(layer) is not None
         self.input_layernorm = RMSNorm(width, eps, offset=1.0)
         self.self_attn = Gemma3Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(width, eps, offset=1.0)
@@ -96,14 +95,15 @@ class Gemma3Model(Module):
         self.rotary = RotaryTable(*scaled)
         self.rotary_local = RotaryTable(*inverse_frequencies(local_theta, config.head_dim, None, positions))
         self.layers = ModuleList([Gemma3Block(config, i) for i in range(config.num_hidden_layers)])
+        self.is_sliding = [config.layer_window(i) is not None for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, offset=1.0)
 
     def forward(self, input_ids: Any, positions: Any) -> Any:
         """hidden_TD."""
         x, residual = ops.scale(self.embed_tokens(input_ids), self.embed_scale), None
         table, local = self.rotary(positions), self.rotary_local(positions)
-        for layer in self.layers:
-            x, residual = layer(x, residual, local if layer.is_sliding else table)
+        for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
+            x, residual = layer(x, residual, local if is_sliding else table)
         return self.norm(x, residual)[0]
 
 

@@ -13,8 +13,8 @@ from tokenizers import decoders, models
 from utils.text_tokenizers import SAMPLES, byte_level_metadata, sentencepiece_metadata
 
 from pellucid.errors import InvalidRequestError
-from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.backend import SpecialTokens
+from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.tokenizer import Decoding, Tokenizer
 
 TEXTS = st.one_of(st.sampled_from(SAMPLES), st.text(max_size=20), st.text("😀👩‍👧🇫🇷你é a\n", max_size=20))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from utils.real_model import real_model
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
 from pellucid.outputs import RequestOutput
-from pellucid.weights import hub
 
 LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 48, 64, 90, 130)
 MAX_TOKENS = 20
@@ -188,9 +188,7 @@ def test_n_choices_when_asked_together_or_as_the_first_of_fewer_then_same_bits(t
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(dtype: str) -> None:
-    if not hub.is_pulled("smollm2-135m-instruct"):
-        pytest.skip("smollm2-135m-instruct is not pulled")
-    model = "smollm2-135m-instruct"
+    model = str(real_model())
     expected, _ = run(model, dtype=dtype)
     variants: list[dict[str, Any]] = [
         {"alone": True, "num_threads": 1},

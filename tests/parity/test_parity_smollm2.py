@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from utils.real_model import real_model
 
 from pellucid import LLM, SamplingParams
-from pellucid.weights import hub
 
-MODEL = "smollm2-135m-instruct"
 MAX_TOKENS = 64
 PROMPTS = [
     "The capital of France is",
@@ -40,9 +39,10 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def gguf_file() -> Path:
-    if not hub.is_pulled(MODEL):
-        pytest.skip(f"{MODEL} is not pulled: run `pellucid pull {MODEL}`")
-    return hub.resolve_model(MODEL)
+    path = real_model()
+    if path.suffix != ".gguf":
+        pytest.skip(f"{path.name} is no GGUF file")
+    return path
 
 
 def load_reference(gguf_file: Path, dtype: torch.dtype) -> Any:
@@ -64,7 +64,7 @@ def logprobs_of(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
 def test_float32_when_twenty_prompts_are_decoded_greedily_then_ids_are_transformers(gguf_file: Path) -> None:
     """Teacher forcing on our own ids: each must be the reference's first choice, or lie within 1e-4 of it."""
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
-    with LLM(MODEL, dtype="float32", max_model_len=256) as llm:
+    with LLM(gguf_file, dtype="float32", max_model_len=256) as llm:
         prompts = llm.encode(PROMPTS)
         outputs = llm.generate(prompts, params)
     sequences = [prompt + output["token_ids"] for prompt, output in zip(prompts, outputs, strict=True)]
@@ -83,7 +83,7 @@ def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_clos
     gguf_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
-    with LLM(MODEL, dtype="bfloat16", max_model_len=256) as llm:
+    with LLM(gguf_file, dtype="bfloat16", max_model_len=256) as llm:
         prompts = llm.encode(PROMPTS)
         outputs = llm.generate(prompts, params)
     sequences = [prompt + output["token_ids"] for prompt, output in zip(prompts, outputs, strict=True)]

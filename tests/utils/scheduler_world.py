@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pellucid.engine.block_manager import BlockManager
-from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus
 from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.params import SamplingParams
+from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 
 EOS = 0
 VOCABULARY = 7

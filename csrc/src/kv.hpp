@@ -6,11 +6,12 @@
 
 #include "pellucid.h"
 
-// K is transposed inside a group so that a vector is sixteen positions: one multiply-add scores sixteen keys and needs no horizontal sum.
+// K is transposed inside a group so that a vector is sixteen positions: one multiply-add scores sixteen keys and needs
+// no horizontal sum.
 //   K, F32:  [layer][group][G][E][16]        K, BF16: [layer][group][G][E/2][16][2]
 //   V:       [layer][cell][G][E]
-// cell = block * S + offset, group = cell / 16, lane = cell % 16. The arithmetic of a position does not depend on its cell, so neither block
-// size nor placement changes a bit.
+// cell = block * S + offset, group = cell / 16, lane = cell % 16. The arithmetic of a position does not depend on its
+// cell, so neither block size nor placement changes a bit.
 struct pld_kv {
   int32_t n_layers, n_kv_heads, head_dim, block_size, n_blocks;
   pld_dtype dtype;

@@ -24,11 +24,11 @@ struct Rule {
 };
 
 constexpr Rule kRules[kNumOpKinds] = {
-    {nullptr, 0, 0, 0, 0, 0},      {"embedding", 0, 0, 1, 1, 0},   {"linear", 1, 0, 1, 1, 1},
-    {"rms_norm", 1, 1, 2, 1, 0},   {"layer_norm", 1, 1, 2, 1, 1},  {"rope_table", 0, 0, 1, 1, 0},
-    {"rotary", 2, 0, 1, 0, 0},     {"attention", 3, 0, 1, 0, 0},   {"act_and_mul", 1, 0, 1, 0, 0},
-    {"act", 1, 0, 1, 0, 0},        {"add", 2, 0, 1, 0, 0},         {"scale", 1, 0, 1, 0, 0},
-    {"softcap", 1, 0, 1, 0, 0},    {"moe", 2, 0, 1, 2, 0},         {"gather_rows", 1, 0, 1, 0, 0},
+    {nullptr, 0, 0, 0, 0, 0},    {"embedding", 0, 0, 1, 1, 0},  {"linear", 1, 0, 1, 1, 1},
+    {"rms_norm", 1, 1, 2, 1, 0}, {"layer_norm", 1, 1, 2, 1, 1}, {"rope_table", 0, 0, 1, 1, 0},
+    {"rotary", 2, 0, 1, 0, 0},   {"attention", 3, 0, 1, 0, 0},  {"act_and_mul", 1, 0, 1, 0, 0},
+    {"act", 1, 0, 1, 0, 0},      {"add", 2, 0, 1, 0, 0},        {"scale", 1, 0, 1, 0, 0},
+    {"softcap", 1, 0, 1, 0, 0},  {"moe", 2, 0, 1, 2, 0},        {"gather_rows", 1, 0, 1, 0, 0},
     {"sample", 1, 0, 1, 0, 0},
 };
 
@@ -84,12 +84,14 @@ bool positive(float value) { return std::isfinite(value) && value > 0; }
 
 pld_status check_norm(const pld_op &op, const char *name, const pld_weight *const *weight) {
   int32_t groups = op.kind == PLD_OP_RMS_NORM ? op.i[0] : 1;
-  bool same = op.out_width[0] == op.in_width[0] && (op.in[1] < 0 || (op.in_width[1] == op.in_width[0] &&
-                                                                      op.out_width[1] == op.in_width[0]));
+  bool same = op.out_width[0] == op.in_width[0] &&
+              (op.in[1] < 0 || (op.in_width[1] == op.in_width[0] && op.out_width[1] == op.in_width[0]));
   if (pld_status s = need(same, name, "inputs and outputs must have one width")) return s;
-  if (pld_status s = need(groups >= 1 && op.in_width[0] % std::max(groups, 1) == 0, name, "groups must divide the width"))
+  if (pld_status s =
+          need(groups >= 1 && op.in_width[0] % std::max(groups, 1) == 0, name, "groups must divide the width"))
     return s;
-  if (pld_status s = need(std::isfinite(op.f[0]) && op.f[0] >= 0, name, "eps must be finite and not negative")) return s;
+  if (pld_status s = need(std::isfinite(op.f[0]) && op.f[0] >= 0, name, "eps must be finite and not negative"))
+    return s;
   if (pld_status s = check_vector(name, 0, weight[0], op.in_width[0] / groups)) return s;
   return check_vector(name, 1, weight[1], op.in_width[0]);
 }
@@ -109,8 +111,9 @@ pld_status check_attention(const pld_op &op, const char *name) {
 
 pld_status check_moe(const pld_op &op, const char *name, const pld_weight *const *weight) {
   int64_t x = op.i[0], d = op.in_width[0];
-  if (pld_status s = need(x >= 1 && x <= 512 && op.in_width[1] == x && op.i[1] >= 1 && op.i[1] <= x && valid_act(op.i[2]),
-                          name, "experts (at most 512), top_k and activation must fit the router"))
+  if (pld_status s =
+          need(x >= 1 && x <= 512 && op.in_width[1] == x && op.i[1] >= 1 && op.i[1] <= x && valid_act(op.i[2]), name,
+               "experts (at most 512), top_k and activation must fit the router"))
     return s;
   int64_t f = weight[1]->cols;
   if (pld_status s = need(f % 64 == 0 && d % 64 == 0 && op.out_width[0] == d, name, "widths must be multiples of 64"))
@@ -200,7 +203,8 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
     if (op.i[0] >= kv.n_layers || op.i[2] != kv.n_kv_heads || op.i[3] != kv.head_dim)
       return fail(PLD_INVALID_ARGUMENT, "attention: layer %d, kv heads %d, head width %d; the cache has %d, %d, %d",
                   op.i[0], op.i[2], op.i[3], kv.n_layers, kv.n_kv_heads, kv.head_dim);
-    if (batch.n_tokens != call.rows) return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
+    if (batch.n_tokens != call.rows)
+      return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
     return check_batch(&batch, kv, {call.rows, call.rows, 0}, marks);
   }
   if (op.kind == PLD_OP_GATHER_ROWS) {
@@ -208,7 +212,8 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
       return fail(PLD_INVALID_BATCH, "n_logit_rows is %d; rows is %lld", batch.n_logit_rows, (long long)call.rows);
     for (int32_t l = 0; l < batch.n_logit_rows; ++l)
       if (batch.logit_rows[l] < 0 || batch.logit_rows[l] >= batch.n_tokens)
-        return fail(PLD_INVALID_BATCH, "logit_rows[%d] is %d; it must be in [0, %d)", l, batch.logit_rows[l], batch.n_tokens);
+        return fail(PLD_INVALID_BATCH, "logit_rows[%d] is %d; it must be in [0, %d)", l, batch.logit_rows[l],
+                    batch.n_tokens);
     return PLD_OK;
   }
   const int32_t *ids = op.kind == PLD_OP_EMBEDDING ? batch.token_ids : batch.positions;
@@ -216,7 +221,8 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
     return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
   for (int32_t t = 0; op.kind == PLD_OP_EMBEDDING && t < batch.n_tokens; ++t)
     if (ids[t] < 0 || ids[t] >= call.weight[0].rows)
-      return fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, ids[t], (long long)call.weight[0].rows);
+      return fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, ids[t],
+                  (long long)call.weight[0].rows);
   return PLD_OK;
 }
 

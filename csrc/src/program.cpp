@@ -67,7 +67,8 @@ pld_domain domain_of(const pld_program_desc &d, int32_t index) {
   return index < d.n_forward_ops ? PLD_ROWS_T : PLD_ROWS_L;
 }
 
-// Operands in range, of the right domain, written before they are read, and not overwritten by a later buffer of their slot.
+// Operands in range, of the right domain, written before they are read, and not overwritten by a later buffer of their
+// slot.
 pld_status check_operands(const pld_program_desc &d, int32_t index, std::vector<int32_t> &owner) {
   const pld_op &op = d.ops[index];
   for (int i = 0; i < PLD_MAX_IN; ++i) {
@@ -82,7 +83,8 @@ pld_status check_operands(const pld_program_desc &d, int32_t index, std::vector<
     if (gathers && op.in[i] != d.hidden)
       return fail(PLD_INVALID_ARGUMENT, "op %d: rows are gathered from the hidden states alone", index);
     if (owner[static_cast<size_t>(d.buffers[op.in[i]].slot)] != op.in[i])
-      return fail(PLD_INVALID_ARGUMENT, "op %d: input %d, buffer %d, was not written or is overwritten", index, i, op.in[i]);
+      return fail(PLD_INVALID_ARGUMENT, "op %d: input %d, buffer %d, was not written or is overwritten", index, i,
+                  op.in[i]);
   }
   for (int i = 0; i < PLD_MAX_OUT; ++i) {
     if (op.out[i] < 0) continue;
@@ -242,8 +244,9 @@ void run_ops(pld_program &p, size_t begin, size_t end, const pld_batch &batch, p
 pld_status check_layers(const pld_program &p, const pld_kv &kv) {
   for (const pld_op &op : p.ops)
     if (op.kind == PLD_OP_ATTENTION && (op.i[0] >= kv.n_layers || op.i[2] != kv.n_kv_heads || op.i[3] != kv.head_dim))
-      return fail(PLD_INVALID_ARGUMENT, "attention of layer %d has kv heads %d of %d; the cache has %d layers, %d of %d",
-                  op.i[0], op.i[2], op.i[3], kv.n_layers, kv.n_kv_heads, kv.head_dim);
+      return fail(PLD_INVALID_ARGUMENT,
+                  "attention of layer %d has kv heads %d of %d; the cache has %d layers, %d of %d", op.i[0], op.i[2],
+                  op.i[3], kv.n_layers, kv.n_kv_heads, kv.head_dim);
   return PLD_OK;
 }
 

@@ -5,20 +5,12 @@
 //
 // K is read as "words" of 4 bytes, sixteen positions a vector: one float32, or a pair of bfloat16 (even, odd).
 #include "../kv.hpp"
+#include "attention_tile.inl"
 
 namespace pld {
 namespace PLD_ISA_NS {
 
-constexpr int kTile = 64;
 constexpr int kTileVectors = kTile / kLanes;
-constexpr int kWordGroupBytes = 64;  // one word of sixteen positions
-#if defined(__AVX512F__)
-constexpr int kMaxPairs = 6;    // pairs in registers at once
-constexpr int kMaxVectors = 4;  // times vectors
-#else
-constexpr int kMaxPairs = 4;
-constexpr int kMaxVectors = 1;
-#endif
 constexpr int kWriteRows = 16;          // tokens a task of stage 0 writes
 constexpr int kMaxQueryRows = 16;       // query rows of a task of stage 1
 constexpr int64_t kTasksPerThread = 8;  // enough to even out causal work
@@ -115,170 +107,7 @@ static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *
   }
 }
 
-// ---- Stage 1: micro-kernels ----------------------------------------------------------------------------------------
-
-// Without this GCC keeps the accumulators in memory before and after the loop.
-#define PLD_UNROLL _Pragma("GCC unroll 8")
-
-// scores[j][16 v ..] = q_j . k over E ascending, for J pairs and V vectors of sixteen positions.
-template <bool kBf16, int J, int V>
-static void score_block(const float *q, int64_t q_stride, const char *const *groups, int64_t words, float *scores) {
-  vf acc[J][V];
-  PLD_UNROLL
-  for (int j = 0; j < J; ++j) {
-    PLD_UNROLL
-    for (int v = 0; v < V; ++v) acc[j][v] = vf{};
-  }
-  const char *k[V];
-  PLD_UNROLL
-  for (int v = 0; v < V; ++v) k[v] = groups[v];
-  for (int64_t w = 0; w < words; ++w) {
-#if defined(__AVX512BF16__)
-    if (kBf16) {
-      __m512bh key[V];
-      PLD_UNROLL
-      for (int v = 0; v < V; ++v) key[v] = (__m512bh)_mm512_loadu_si512(k[v] + w * kWordGroupBytes);
-      PLD_UNROLL
-      for (int j = 0; j < J; ++j) {
-        int32_t pair;
-        memcpy(&pair, q + j * q_stride + w, 4);
-        __m512bh query = (__m512bh)_mm512_set1_epi32(pair);
-        PLD_UNROLL
-        for (int v = 0; v < V; ++v) acc[j][v] = (vf)_mm512_dpbf16_ps((__m512)acc[j][v], key[v], query);
-      }
-      continue;
-    }
-#endif
-    vf key[V];
-    PLD_UNROLL
-    for (int v = 0; v < V; ++v) key[v] = load((const float *)(k[v] + w * kWordGroupBytes));
-    if (kBf16) {
-      PLD_UNROLL
-      for (int v = 0; v < V; ++v) {
-        vf even = (vf)((vu)key[v] << 16), odd = (vf)((vu)key[v] & 0xffff0000u);
-        PLD_UNROLL
-        for (int j = 0; j < J; ++j) acc[j][v] = fma(splat(q[j * q_stride + 2 * w]), even, acc[j][v]);
-        PLD_UNROLL
-        for (int j = 0; j < J; ++j) acc[j][v] = fma(splat(q[j * q_stride + 2 * w + 1]), odd, acc[j][v]);
-      }
-    } else {
-      PLD_UNROLL
-      for (int j = 0; j < J; ++j) {
-        vf query = splat(q[j * q_stride + w]);
-        PLD_UNROLL
-        for (int v = 0; v < V; ++v) acc[j][v] = fma(query, key[v], acc[j][v]);
-      }
-    }
-  }
-  PLD_UNROLL
-  for (int j = 0; j < J; ++j) {
-    PLD_UNROLL
-    for (int v = 0; v < V; ++v) store(scores + j * kTile + v * kLanes, acc[j][v]);
-  }
-}
-
-template <bool kBf16>
-PLD_INLINE vf load_values(const char *row, int n) {
-  if (kBf16) {
-    vh half = {};
-    if (n == kLanes)
-      memcpy(&half, row, sizeof half);
-    else
-      memcpy(&half, row, (size_t)n * 2);
-#if defined(__AVX512F__)
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
-#else
-    return from_bf16(half);
-#endif
-  }
-  return n == kLanes ? load((const float *)row) : load_n((const float *)row, n);
-}
-
-// acc[j][0 .. 16 V) += weights[j][p] * value[p] for p in [begin, end) ascending. With kTail (V = 1) only n lanes exist.
-template <bool kBf16, int J, int V, bool kTail>
-static void value_block(const float *weights, const char *const *rows, int64_t offset, int begin, int end, float *acc,
-                        int64_t acc_stride, int n) {
-  vf a[J][V];
-  PLD_UNROLL
-  for (int j = 0; j < J; ++j) {
-    PLD_UNROLL
-    for (int v = 0; v < V; ++v) a[j][v] = load(acc + j * acc_stride + v * kLanes);
-  }
-  for (int p = begin; p < end; ++p) {
-    const char *row = rows[p] + offset;
-    vf value[V];
-    PLD_UNROLL
-    for (int v = 0; v < V; ++v) value[v] = load_values<kBf16>(row + v * kLanes * (kBf16 ? 2 : 4), kTail ? n : kLanes);
-    PLD_UNROLL
-    for (int j = 0; j < J; ++j) {
-      vf weight = splat(weights[j * kTile + p]);
-      PLD_UNROLL
-      for (int v = 0; v < V; ++v) a[j][v] = fma(weight, value[v], a[j][v]);
-    }
-  }
-  PLD_UNROLL
-  for (int j = 0; j < J; ++j) {
-    PLD_UNROLL
-    for (int v = 0; v < V; ++v) store(acc + j * acc_stride + v * kLanes, a[j][v]);
-  }
-}
-
-typedef void (*ScoreBlock)(const float *, int64_t, const char *const *, int64_t, float *);
-typedef void (*ValueBlock)(const float *, const char *const *, int64_t, int, int, float *, int64_t, int);
-
-// The kernels of one row count, by log2 of the number of vectors.
-struct PairKernels {
-  ScoreBlock score[3];
-  ValueBlock value[3];
-  ValueBlock value_tail;
-};
-
-template <bool kBf16, int J>
-constexpr PairKernels pair_kernels() {
-#if defined(__AVX512F__)
-  return {{score_block<kBf16, J, 1>, score_block<kBf16, J, 2>, score_block<kBf16, J, 4>},
-          {value_block<kBf16, J, 1, false>, value_block<kBf16, J, 2, false>, value_block<kBf16, J, 4, false>},
-          value_block<kBf16, J, 1, true>};
-#else
-  return {{score_block<kBf16, J, 1>, nullptr, nullptr},
-          {value_block<kBf16, J, 1, false>, nullptr, nullptr},
-          value_block<kBf16, J, 1, true>};
-#endif
-}
-
-// By dtype and number of pairs - 1.
-static const PairKernels kPairKernels[2][kMaxPairs] = {
-    {pair_kernels<false, 1>(), pair_kernels<false, 2>(), pair_kernels<false, 3>(), pair_kernels<false, 4>(),
-#if defined(__AVX512F__)
-     pair_kernels<false, 5>(), pair_kernels<false, 6>()
-#endif
-    },
-    {pair_kernels<true, 1>(), pair_kernels<true, 2>(), pair_kernels<true, 3>(), pair_kernels<true, 4>(),
-#if defined(__AVX512F__)
-     pair_kernels<true, 5>(), pair_kernels<true, 6>()
-#endif
-    }};
-
-// The greatest power of two of vectors that fits, as its exponent.
-PLD_INLINE int vectors_at_once(int64_t n) {
-  int step = 0;
-  while (step < 2 && (2 << step) <= kMaxVectors && (2 << step) <= n) ++step;
-  return step;
-}
-
-PLD_INLINE void add_values(const AttentionShape &s, int n_pairs, const float *weights, const char *const *rows,
-                           int begin, int end, float *acc) {
-  if (begin >= end) return;
-  const PairKernels &kernels = kPairKernels[s.bf16][n_pairs - 1];
-  int64_t value_bytes = s.bf16 ? 2 : 4, full = s.e / kLanes, tail = s.e % kLanes;
-  for (int64_t v = 0; v < full;) {
-    int step = vectors_at_once(full - v);
-    kernels.value[step](weights, rows, v * kLanes * value_bytes, begin, end, acc + v * kLanes, s.width, kLanes);
-    v += 1 << step;
-  }
-  if (tail != 0)
-    kernels.value_tail(weights, rows, full * kLanes * value_bytes, begin, end, acc + full * kLanes, s.width, (int)tail);
-}
+// ---- Stage 1: softmax ----------------------------------------------------------------------------------------------
 
 // tanh: a polynomial near 0 (Cephes), by exp elsewhere.
 PLD_INLINE vf attention_tanh(vf x) {
@@ -447,26 +276,19 @@ static void attend_pairs(const AttentionShape &s, const QuerySpan &span, const A
     shared_begin = begin[j] > shared_begin ? begin[j] : shared_begin;
     shared_end = end[j] < shared_end ? end[j] : shared_end;
   }
-  const PairKernels &kernels = kPairKernels[s.bf16][n - 1];
   float *scores = scratch.scores + i * kTile, *acc = scratch.acc + i * s.width;
-  int last = (high + kLanes - 1) / kLanes;
   if (next != nullptr) prefetch_keys(cache, *next);
-  for (int v = low / kLanes; v < last;) {
-    int step = vectors_at_once(last - v);
-    kernels.score[step](scratch.q + i * s.width, s.width, place.keys + v, s.words, scores + v * kLanes);
-    v += 1 << step;
-  }
+  score_tile(s.bf16, n, scratch.q + i * s.width, s.width, place.keys, s.words, low, high, scores);
   if (next != nullptr) prefetch_values(cache, *next);
   for (int j = 0; j < n; ++j)
     soften(s, scores + j * kTile, begin[j], end[j], scratch.max + i + j, scratch.sum + i + j, acc + j * s.width);
-  if (shared_begin >= shared_end) {
-    for (int j = 0; j < n; ++j) add_values(s, 1, scores + j * kTile, place.values, begin[j], end[j], acc + j * s.width);
-    return;
-  }
+  if (shared_begin > shared_end) shared_begin = shared_end = kTile;  // nothing in common: each pair alone
   for (int j = 0; j < n; ++j)
-    add_values(s, 1, scores + j * kTile, place.values, begin[j], shared_begin, acc + j * s.width);
-  add_values(s, n, scores, place.values, shared_begin, shared_end, acc);
-  for (int j = 0; j < n; ++j) add_values(s, 1, scores + j * kTile, place.values, shared_end, end[j], acc + j * s.width);
+    add_values(s.bf16, 1, scores + j * kTile, place.values, begin[j], end[j] < shared_begin ? end[j] : shared_begin,
+               s.e, acc + j * s.width, s.width);
+  add_values(s.bf16, n, scores, place.values, shared_begin, shared_end, s.e, acc, s.width);
+  for (int j = 0; j < n; ++j)
+    add_values(s.bf16, 1, scores + j * kTile, place.values, shared_end, end[j], s.e, acc + j * s.width, s.width);
 }
 
 // Queries as the score kernels read them: rounded to the cache's dtype.

@@ -31,7 +31,8 @@ static void act_row(const OpArgs &args, int64_t row) {
   const float *in = args.in[0] + row * args.in_stride[0];
   float *out = args.out[0] + row * args.out_stride[0];
   const pld_act act = args.op->i[0];
-  for_lanes(args.out_width[0], [&](int64_t i, int n) { store_lanes(out + i, activate(load_lanes(in + i, n), act), n); });
+  for_lanes(args.out_width[0],
+            [&](int64_t i, int n) { store_lanes(out + i, activate(load_lanes(in + i, n), act), n); });
 }
 PLD_ROW_KERNEL(act);
 

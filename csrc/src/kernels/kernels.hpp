@@ -27,8 +27,8 @@ struct OpArgs {
 inline constexpr size_t kThreadScratchBytes = 512 * 1024;
 inline constexpr int kMaxStages = 3;
 
-// An op is a few stages with a barrier between them; a stage is tasks that may run in any order on any thread. How the work is cut
-// into tasks never changes a bit of the result: a task owns whole output elements.
+// An op is a few stages with a barrier between them; a stage is tasks that may run in any order on any thread. How the
+// work is cut into tasks never changes a bit of the result: a task owns whole output elements.
 struct Kernel {
   int n_stages;
   int64_t (*n_tasks)(const OpArgs &args, int stage, int n_threads);

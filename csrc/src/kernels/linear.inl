@@ -1,7 +1,7 @@
 // linear: out = act(x W^T + b) over packed panels of 64 columns, [N/64][K/pair][64][pair].
 //
-// Every output element has one accumulator that takes K in ascending order by one and the same instruction, whatever the number of
-// rows in a tile. So neither the shape of a tile nor the cut into tasks changes a bit.
+// Every output element has one accumulator that takes K in ascending order by one and the same instruction, whatever
+// the number of rows in a tile. So neither the shape of a tile nor the cut into tasks changes a bit.
 
 namespace pld {
 namespace PLD_ISA_NS {
@@ -31,8 +31,7 @@ struct BF16Panels {
   using Word = uint32_t;
   static constexpr int64_t words(int64_t k) { return (k + 1) / 2; }
   template <int M, int V>
-  PLD_INLINE void tile(const uint32_t *x, int64_t x_stride, const void *panel, int first, int64_t steps,
-                              vf acc[M][V]) {
+  PLD_INLINE void tile(const uint32_t *x, int64_t x_stride, const void *panel, int first, int64_t steps, vf acc[M][V]) {
     const uint32_t *w = (const uint32_t *)panel + first;
     for (int64_t k = 0; k < steps; ++k, w += kPanel) {
 #if defined(__AVX512BF16__)
@@ -99,12 +98,13 @@ static void linear_rows(const typename Panels::Word *x, int64_t x_stride, int64_
                         int first, int64_t steps, int64_t column, const Epilogue &e) {
   int64_t row = begin;
   for (; row + MaxM <= end; row += MaxM) linear_tile<Panels, MaxM, V>(x, x_stride, row, panel, first, steps, column, e);
-#define PLD_TAIL(M)                                                                        \
-  if constexpr (M < MaxM) {                                                                \
+#define PLD_TAIL(M)                                                                                  \
+  if constexpr (M < MaxM) {                                                                          \
     if (end - row == M) linear_tile<Panels, M, V>(x, x_stride, row, panel, first, steps, column, e); \
   }
-  PLD_TAIL(1) PLD_TAIL(2) PLD_TAIL(3) PLD_TAIL(4) PLD_TAIL(5) PLD_TAIL(6) PLD_TAIL(7) PLD_TAIL(8) PLD_TAIL(9)
-  PLD_TAIL(10) PLD_TAIL(11)
+  PLD_TAIL(1)
+  PLD_TAIL(2) PLD_TAIL(3) PLD_TAIL(4) PLD_TAIL(5) PLD_TAIL(6) PLD_TAIL(7) PLD_TAIL(8) PLD_TAIL(9) PLD_TAIL(10)
+      PLD_TAIL(11)
 #undef PLD_TAIL
 }
 
@@ -116,8 +116,8 @@ constexpr int kWideRows = 6, kNarrowRows = 6, kWide = 1, kNarrow = 1;  // a vect
 
 // One task: rows [begin, end) of half a panel or of a whole one.
 template <typename Panels>
-static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end, const void *panel,
-                         int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
+static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end,
+                         const void *panel, int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
   if (end - begin > kWideRows) {
     for (int c = first; c < first + count; c += kNarrow * kLanes)
       linear_rows<Panels, kNarrowRows, kNarrow>(x, x_stride, begin, end, panel, c, steps, column, e);

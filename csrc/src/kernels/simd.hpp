@@ -1,8 +1,10 @@
-// Sixteen-lane vectors for every instruction set: GCC/Clang vector extensions, and the few operations that need an intrinsic.
-// Included only by the per-ISA translation units, inside their namespace (PLD_ISA_NS), so that no inline function compiled for a newer machine can be
-// linked into code for an older one. For the same reason no standard template is used in kernels.
+// Sixteen-lane vectors for every instruction set: GCC/Clang vector extensions, and the few operations that need an
+// intrinsic. Included only by the per-ISA translation units, inside their namespace (PLD_ISA_NS), so that no inline
+// function compiled for a newer machine can be linked into code for an older one. For the same reason no standard
+// template is used in kernels.
 //
-// All arithmetic is spelled out: -ffp-contract=off, and fma() where a fused multiply-add is meant. Lane order of sums is fixed (hsum).
+// All arithmetic is spelled out: -ffp-contract=off, and fma() where a fused multiply-add is meant. Lane order of sums
+// is fixed (hsum).
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -115,7 +117,8 @@ PLD_INLINE vh to_bf16(vf x) {
   return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
 }
 
-// exp(x) for x <= about 88, 0 below about -87.3 (no denormals); Cephes' degree-6 polynomial after range reduction by ln 2; < 2 ulp.
+// exp(x) for x <= about 88, 0 below about -87.3 (no denormals); Cephes' degree-6 polynomial after range reduction by ln
+// 2; < 2 ulp.
 PLD_INLINE vf vexp(vf x) {
   const vf lo = splat(-87.33654f), hi = splat(88.37626f);
   vi under = x < lo;

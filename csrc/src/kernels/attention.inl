@@ -5,7 +5,7 @@
 //
 // K is read as "words" of 4 bytes, sixteen positions a vector: one float32, or a pair of bfloat16 (even, odd).
 #include "../kv.hpp"
-#include "attention_tile.inl"
+#include "attention_softmax.inl"
 
 namespace pld {
 namespace PLD_ISA_NS {
@@ -19,12 +19,11 @@ constexpr int64_t kPrefetchPairs = 12;  // with more, computing takes longer tha
 
 // What a thread keeps while it works on a chunk of pairs of one sequence and one kv head.
 struct AttentionScratch {
-  float *scores;   // [pairs, kTile]: scores, then weights
-  float *q;        // [pairs, E] floats, or E / 2 words
-  float *acc;      // [pairs, width]
-  vf *sum;         // [pairs]: of the weights, a lane each
-  float *max;      // [pairs]
-  char *gathered;  // [kTileVectors, words, 64]: K of groups that do not lie together
+  float *scores;     // [pairs, kTile]: scores, then weights
+  float *q;          // [pairs, E] floats, or E / 2 words
+  float *acc;        // [pairs, width]
+  Softmax *softmax;  // [pairs]
+  char *gathered;    // [kTileVectors, words, 64]: K of groups that do not lie together
   int64_t max_pairs;
 };
 
@@ -58,7 +57,7 @@ PLD_INLINE AttentionScratch attention_scratch(const AttentionShape &s, char *mem
   AttentionScratch scratch;
   scratch.gathered = memory;
   memory += kTileVectors * s.words * kWordGroupBytes;
-  int64_t pair_bytes = 4 * (kTile + 2 * s.width) + (int64_t)sizeof(vf) + 64;
+  int64_t pair_bytes = 4 * (kTile + 2 * s.width) + (int64_t)sizeof(Softmax);
   int64_t room = (int64_t)kThreadScratchBytes - kTileVectors * s.words * kWordGroupBytes;
   int64_t n = room / pair_bytes;
   n = n < kMaxChunkPairs ? n : kMaxChunkPairs;
@@ -66,8 +65,7 @@ PLD_INLINE AttentionScratch attention_scratch(const AttentionShape &s, char *mem
   scratch.scores = (float *)memory;
   scratch.q = scratch.scores + n * kTile;
   scratch.acc = scratch.q + n * s.width;
-  scratch.sum = (vf *)(scratch.acc + n * s.width);
-  scratch.max = (float *)(scratch.sum + n);
+  scratch.softmax = (Softmax *)(scratch.acc + n * s.width);
   return scratch;
 }
 
@@ -80,12 +78,7 @@ PLD_INLINE void to_cache(const float *x, int64_t n, bool bf16, void *target) {
     return;
   }
   uint16_t *half = (uint16_t *)target;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    vh rounded = to_bf16(load(x + i));
-    memcpy(half + i, &rounded, sizeof rounded);
-  }
-  for (; i < n; ++i) half[i] = to_bf16(x[i]);
+  for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(x[i]);
 }
 
 static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *row) {
@@ -105,65 +98,6 @@ static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *
     }
     to_cache(v, s.n_kv_heads * s.e, s.bf16, v_layer + cell * s.n_kv_heads * s.e * value_bytes);
   }
-}
-
-// ---- Stage 1: softmax ----------------------------------------------------------------------------------------------
-
-// tanh: a polynomial near 0 (Cephes), by exp elsewhere.
-PLD_INLINE vf attention_tanh(vf x) {
-  vf a = vmax(x, -x);
-  vf z = x * x;
-  vf p = splat(-5.70498872745e-3f);
-  p = fma(p, z, splat(2.06390887954e-2f));
-  p = fma(p, z, splat(-5.37397155531e-2f));
-  p = fma(p, z, splat(1.33314422036e-1f));
-  p = fma(p, z, splat(-3.33332819422e-1f));
-  vf near = fma(p * z, x, x);
-  vf far = 1.0f - 2.0f / (vexp(vmin(a, splat(20.0f)) * 2.0f) + 1.0f);
-  far = select(x < vf{}, -far, far);
-  return select(a < splat(0.625f), near, far);
-}
-
-PLD_INLINE float vector_max(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  return hmax(x);
-#endif
-}
-
-// Scores of positions [begin, end) of a tile become weights; what went before is rescaled to the new maximum.
-PLD_INLINE void soften(const AttentionShape &s, float *scores, int begin, int end, float *max, vf *sum, float *acc) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const vf minus_infinity = splat(-__builtin_inff());
-  int first = begin / kLanes, last = (end + kLanes - 1) / kLanes;
-  vf x[kTileVectors];
-  vf top = minus_infinity;
-  for (int v = 0; v < kTileVectors; ++v) {
-    x[v] = minus_infinity;
-    if (v < first || v >= last) continue;
-    vf y = load(scores + v * kLanes) * s.scale;
-    if (s.softcap > 0) y = s.softcap * attention_tanh(y / s.softcap);
-    vi position = lane + v * kLanes;
-    x[v] = select((position >= begin) & (position < end), y, minus_infinity);
-    top = vmax(top, x[v]);
-  }
-  float old_max = *max, new_max = vector_max(top);
-  new_max = new_max > old_max ? new_max : old_max;
-  vf tile_sum[kTileVectors];
-  for (int v = 0; v < kTileVectors; ++v) {
-    tile_sum[v] = vf{};
-    if (v < first || v >= last) continue;
-    tile_sum[v] = vexp(x[v] - new_max);
-    store(scores + v * kLanes, tile_sum[v]);
-  }
-  vf correction = vexp(splat(old_max - new_max));
-  *sum = *sum * correction + ((tile_sum[0] + tile_sum[1]) + (tile_sum[2] + tile_sum[3]));
-  vf all = (x[0] + x[1]) + (x[2] + x[3]);  // vexp hides a NaN: the row shall be one all the same
-  *sum = *sum + select(all != all, all, vf{});
-  *max = new_max;
-  if (old_max != new_max)
-    for (int64_t e = 0; e < s.width; e += kLanes) store(acc + e, load(acc + e) * correction);
 }
 
 // ---- Stage 1: tiles ------------------------------------------------------------------------------------------------
@@ -281,7 +215,8 @@ static void attend_pairs(const AttentionShape &s, const QuerySpan &span, const A
   score_tile(s.bf16, n, scratch.q + i * s.width, s.width, place.keys, s.words, low, high, scores);
   if (next != nullptr) prefetch_values(cache, *next);
   for (int j = 0; j < n; ++j)
-    soften(s, scores + j * kTile, begin[j], end[j], scratch.max + i + j, scratch.sum + i + j, acc + j * s.width);
+    soften(s.scale, s.softcap, scores + j * kTile, begin[j], end[j], scratch.softmax[i + j], acc + j * s.width,
+           s.width);
   if (shared_begin > shared_end) shared_begin = shared_end = kTile;  // nothing in common: each pair alone
   for (int j = 0; j < n; ++j)
     add_values(s.bf16, 1, scores + j * kTile, place.values, begin[j], end[j] < shared_begin ? end[j] : shared_begin,
@@ -342,9 +277,8 @@ static void begin_chunk(const OpArgs &args, const AttentionShape &s, const Chunk
     int64_t i = pair - chunk.first, head = g * n + pair % n;
     load_query(s, args.in[0] + (chunk.span.first_token + pair / n) * args.in_stride[0] + head * s.e,
                scratch.q + i * s.width);
-    for (int64_t e = 0; e < s.width; e += kLanes) store(scratch.acc + i * s.width + e, vf{});
-    scratch.sum[i] = vf{};
-    scratch.max[i] = -__builtin_inff();
+    memset(scratch.acc + i * s.width, 0, (size_t)s.width * sizeof(float));
+    scratch.softmax[i] = {Native{}, -__builtin_inff()};
   }
 }
 
@@ -354,9 +288,11 @@ static void finish_chunk(const OpArgs &args, const AttentionShape &s, const Chun
   for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
     int64_t i = pair - chunk.first, head = g * n + pair % n;
     float *out = args.out[0] + (chunk.span.first_token + pair / n) * args.out_stride[0] + head * s.e;
-    vf sum = splat(hsum(scratch.sum[i]));
-    for_lanes(s.e,
-              [&](int64_t e, int lanes) { store_lanes(out + e, load(scratch.acc + i * s.width + e) / sum, lanes); });
+    const Native sum = native_splat(lanes_sum(scratch.softmax[i].sum));
+    for (int64_t e = 0; e < s.e; e += kNative) {
+      const Native y = native_load(scratch.acc + i * s.width + e) / sum;
+      memcpy(out + e, &y, (size_t)(s.e - e < kNative ? s.e - e : kNative) * sizeof(float));
+    }
   }
 }
 

@@ -85,13 +85,13 @@ struct Softmax {
   float max;
 };
 
-// Scores of positions [begin, end) of a tile become weights; what went before (`state`, and acc[0 .. width)) is
-// rescaled to the new maximum. Lanes outside may hold anything.
-PLD_INLINE void soften(float scale, float softcap, float *scores, int begin, int end, Softmax &state, float *acc,
-                       int64_t width) {
+// What `soften` does, on vectors [first, last) of the tile: constants where the tile is whole, so that the loops
+// unroll.
+PLD_INLINE void soften_vectors(float scale, float softcap, float *scores, int begin, int end, int first, int last,
+                               Softmax &state, float *acc, int64_t width) {
   typedef int32_t Lanes __attribute__((vector_size(sizeof(Native))));
-  const int first = begin / kNative, last = (end + kNative - 1) / kNative;
   Native top = native_splat(-__builtin_inff());
+  PLD_UNROLL
   for (int v = first; v < last; ++v) {
     Native x = native_load(scores + v * kNative) * scale;
     if (softcap > 0) x = softcap * tanh_of_score(x / softcap);
@@ -106,6 +106,7 @@ PLD_INLINE void soften(float scale, float softcap, float *scores, int begin, int
   }
   const float tile_max = lanes_max(top), old_max = state.max, new_max = tile_max > old_max ? tile_max : old_max;
   Native tile_sum = {};
+  PLD_UNROLL
   for (int v = first; v < last; ++v) {
     const Native weight = exp_of_negative(native_load(scores + v * kNative) - new_max);
     native_store(scores + v * kNative, weight);
@@ -119,6 +120,17 @@ PLD_INLINE void soften(float scale, float softcap, float *scores, int begin, int
   state.sum = state.sum * correction + tile_sum;
   state.max = new_max;
   for (int64_t e = 0; e < width; e += kNative) native_store(acc + e, native_load(acc + e) * correction);
+}
+
+// Scores of positions [begin, end) of a tile become weights; what went before (`state`, and acc[0 .. width)) is
+// rescaled to the new maximum. Lanes outside may hold anything.
+static void soften(float scale, float softcap, float *scores, int begin, int end, Softmax &state, float *acc,
+                   int64_t width) {
+  if (begin == 0 && end == kTile && softcap <= 0)
+    soften_vectors(scale, 0.0f, scores, 0, kTile, 0, kTile / kNative, state, acc, width);
+  else
+    soften_vectors(scale, softcap, scores, begin, end, begin / kNative, (end + kNative - 1) / kNative, state, acc,
+                   width);
 }
 
 }  // namespace PLD_ISA_NS

@@ -1,28 +1,83 @@
 // linear: out = act(x W^T + b) over packed panels of 64 columns, [N/64][K/pair][64][pair].
 //
-// Every output element has one accumulator that takes K in ascending order by one and the same instruction, whatever
-// the number of rows in a tile. So neither the shape of a tile nor the cut into tasks changes a bit.
+// Every output element has one accumulator that takes K in ascending order by one and the same instruction, whatever the number of
+// rows in a tile. So neither the shape of a tile nor the cut into tasks changes a bit.
+//
+// A panel is walked in slabs of K that stay in the first-level cache while all rows of the task pass over them; between slabs the
+// accumulators wait in a block on the stack. Meanwhile the next slab is asked for, a few lines at a time, so that reading weights
+// from memory and computing overlap at every number of rows.
 
 namespace pld {
 namespace PLD_ISA_NS {
 
 constexpr int kPanel = 64;
-constexpr int64_t kRowBlock = 96;
+constexpr int64_t kRowBlock = 192;
+constexpr int64_t kSlab = 64;  // K steps: 16 KiB of a panel
+constexpr int64_t kChunk = 8;  // K steps between two requests for lines of the next slab
+constexpr int64_t kLine = 64;  // bytes
 
-// A tile of M rows and V vectors of columns. `x` steps by one word a K step: a float, or a pair of bf16.
+// Vectors of the machine's own width: longer ones would live in memory, not in registers.
+#if defined(__AVX512F__)
+constexpr int kNative = 16, kWideRows = 6;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kNative = 8, kWideRows = 3;  // 12 of 16
+#else
+constexpr int kNative = 4, kWideRows = 3;
+#endif
+typedef float nf __attribute__((vector_size(kNative * 4)));
+typedef uint32_t nu __attribute__((vector_size(kNative * 4)));
+constexpr int kWide = 4, kNarrow = 2;  // vectors of a tile; a narrow one has twice the rows
+
+template <typename T>
+PLD_INLINE T load_native(const void *p) {
+  T v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+PLD_INLINE nf splat_native(float x) {
+#if defined(__AVX512F__)
+  return (nf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (nf)_mm256_set1_ps(x);
+#else
+  return nf{x, x, x, x};
+#endif
+}
+PLD_INLINE nf fma_native(nf a, nf b, nf c) {
+#if defined(__AVX512F__)
+  return (nf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (nf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The lines of the next slab that are still to be asked for.
+struct Ahead {
+  const char *base;
+  int64_t next, end;  // lines
+  int64_t per_chunk;
+  int per_step;  // lines that a K step of the task's columns has, out of a panel's four
+
+  PLD_INLINE void request(Ahead &a) {
+    const int64_t stop = a.next + a.per_chunk < a.end ? a.next + a.per_chunk : a.end;
+    for (; a.next < stop; ++a.next)
+      __builtin_prefetch(a.base + a.next / a.per_step * kPanel * 4 + a.next % a.per_step * kLine, 0, 3);
+  }
+};
+
+// One K step of M rows and V vectors of columns. `x` steps by one word a K step: a float, or a pair of bf16.
 struct F32Panels {
   using Word = float;
   static constexpr int64_t words(int64_t k) { return k; }
   template <int M, int V>
-  PLD_INLINE void tile(const float *x, int64_t x_stride, const void *panel, int first, int64_t steps, vf acc[M][V]) {
-    const float *w = (const float *)panel + first;
-    for (int64_t k = 0; k < steps; ++k, w += kPanel) {
-      vf b[V];
-      for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes);
-      for (int m = 0; m < M; ++m) {
-        vf a = splat(x[m * x_stride + k]);
-        for (int v = 0; v < V; ++v) acc[m][v] = fma(a, b[v], acc[m][v]);
-      }
+  PLD_INLINE void step(const float *x, int64_t x_stride, const float *w, nf acc[M][V]) {
+    nf b[V];
+    for (int v = 0; v < V; ++v) b[v] = load_native<nf>(w + v * kNative);
+    for (int m = 0; m < M; ++m) {
+      const nf a = splat_native(x[m * x_stride]);
+      for (int v = 0; v < V; ++v) acc[m][v] = fma_native(a, b[v], acc[m][v]);
     }
   }
 };
@@ -31,37 +86,82 @@ struct BF16Panels {
   using Word = uint32_t;
   static constexpr int64_t words(int64_t k) { return (k + 1) / 2; }
   template <int M, int V>
-  PLD_INLINE void tile(const uint32_t *x, int64_t x_stride, const void *panel, int first, int64_t steps, vf acc[M][V]) {
-    const uint32_t *w = (const uint32_t *)panel + first;
-    for (int64_t k = 0; k < steps; ++k, w += kPanel) {
+  PLD_INLINE void step(const uint32_t *x, int64_t x_stride, const uint32_t *w, nf acc[M][V]) {
 #if defined(__AVX512BF16__)
-      __m512bh b[V];
-      for (int v = 0; v < V; ++v) b[v] = (__m512bh)_mm512_loadu_si512(w + v * kLanes);
-      for (int m = 0; m < M; ++m) {
-        __m512bh a = (__m512bh)_mm512_set1_epi32((int)x[m * x_stride + k]);
-        for (int v = 0; v < V; ++v) acc[m][v] = (vf)_mm512_dpbf16_ps((__m512)acc[m][v], a, b[v]);
-      }
-#else
-      vf even[V], odd[V];
-      for (int v = 0; v < V; ++v) {
-        vu pair;
-        memcpy(&pair, w + v * kLanes, sizeof pair);
-        even[v] = (vf)(pair << 16);
-        odd[v] = (vf)(pair & 0xffff0000u);
-      }
-      for (int m = 0; m < M; ++m) {
-        const uint32_t pair = x[m * x_stride + k], low = pair << 16, high = pair & 0xffff0000u;
-        float a0, a1;
-        memcpy(&a0, &low, 4);
-        memcpy(&a1, &high, 4);
-        for (int v = 0; v < V; ++v) acc[m][v] = fma(splat(a1), odd[v], fma(splat(a0), even[v], acc[m][v]));
-      }
-#endif
+    __m512bh b[V];
+    for (int v = 0; v < V; ++v) b[v] = (__m512bh)_mm512_loadu_si512(w + v * kNative);
+    for (int m = 0; m < M; ++m) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32((int)x[m * x_stride]);
+      for (int v = 0; v < V; ++v) acc[m][v] = (nf)_mm512_dpbf16_ps((__m512)acc[m][v], a, b[v]);
     }
+#else
+    nu b[V];
+    for (int v = 0; v < V; ++v) b[v] = load_native<nu>(w + v * kNative);
+    for (int m = 0; m < M; ++m) {
+      const nu a = (nu)splat_native(load_native<float>(x + m * x_stride));
+      for (int v = 0; v < V; ++v) {
+        acc[m][v] = fma_native((nf)(a << 16), (nf)(b[v] << 16), acc[m][v]);
+        acc[m][v] = fma_native((nf)(a & 0xffff0000u), (nf)(b[v] & 0xffff0000u), acc[m][v]);
+      }
+    }
+#endif
   }
 };
 
-// Where a tile's results go, and what is done to them on the way.
+// A tile of M rows and V vectors over the K steps of a slab. `sums` has a row of a panel's width for each row.
+template <typename Panels, int M, int V>
+static void linear_tile(const typename Panels::Word *x, int64_t x_stride, const typename Panels::Word *w, int64_t steps,
+                        float *sums, Ahead &ahead) {
+  nf acc[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = load_native<nf>(sums + m * kPanel + v * kNative);
+  for (int64_t k = 0; k < steps;) {
+    Ahead::request(ahead);
+    const int64_t stop = k + kChunk < steps ? k + kChunk : steps;
+    for (; k < stop; ++k, w += kPanel) Panels::template step<M, V>(x + k, x_stride, w, acc);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) memcpy(sums + m * kPanel + v * kNative, &acc[m][v], sizeof(nf));
+}
+
+template <typename Panels, int M, int V>
+PLD_INLINE void linear_tile_of(int64_t rows, const typename Panels::Word *x, int64_t x_stride,
+                               const typename Panels::Word *w, int64_t steps, float *sums, Ahead &ahead) {
+  if constexpr (M > 0) {
+    if (rows == M)
+      linear_tile<Panels, M, V>(x, x_stride, w, steps, sums, ahead);
+    else
+      linear_tile_of<Panels, M - 1, V>(rows, x, x_stride, w, steps, sums, ahead);
+  }
+}
+
+// All rows over V vectors of a slab, in tiles of nearly equal height.
+template <typename Panels, int MaxM, int V>
+static void linear_rows(const typename Panels::Word *x, int64_t x_stride, int64_t rows, const typename Panels::Word *w,
+                        int64_t steps, float *sums, Ahead &ahead) {
+  const int64_t tiles = (rows + MaxM - 1) / MaxM;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = tile * rows / tiles, height = (tile + 1) * rows / tiles - row;
+    linear_tile_of<Panels, MaxM, V>(height, x + row * x_stride, x_stride, w, steps, sums + row * kPanel, ahead);
+  }
+}
+
+template <typename Panels>
+static void linear_slab(const typename Panels::Word *x, int64_t x_stride, int64_t rows, const typename Panels::Word *w,
+                        int count, int64_t steps, float *sums, Ahead &ahead) {
+  const bool wide = count % (kWide * kNative) == 0 && (kNative == 16 || rows <= kWideRows);
+  const int columns = (wide ? kWide : kNarrow) * kNative, height = wide ? kWideRows : 2 * kWideRows;
+  const int64_t tiles = (rows + height - 1) / height * (count / columns);
+  const int64_t chunks = tiles * ((steps + kChunk - 1) / kChunk);
+  ahead.per_chunk = (ahead.end + chunks - 1) / chunks;
+  for (int c = 0; c < count; c += columns)
+    if (wide)
+      linear_rows<Panels, kWideRows, kWide>(x, x_stride, rows, w + c, steps, sums + c, ahead);
+    else
+      linear_rows<Panels, 2 * kWideRows, kNarrow>(x, x_stride, rows, w + c, steps, sums + c, ahead);
+}
+
+// Where results go, and what is done to them on the way.
 struct Epilogue {
   float *out;
   int64_t stride, width;  // of the output
@@ -69,75 +169,53 @@ struct Epilogue {
   pld_act act;
 };
 
-template <int M, int V>
-PLD_INLINE void finish_tile(const Epilogue &e, int64_t row, int64_t column, const vf acc[M][V]) {
-  for (int v = 0; v < V; ++v) {
-    const int64_t left = e.width - column - v * kLanes;
-    if (left <= 0) return;
-    const int n = left < kLanes ? (int)left : kLanes;
-    const vf bias = e.bias == nullptr ? vf{} : load_lanes(e.bias + column + v * kLanes, n);
-    for (int m = 0; m < M; ++m) {
-      vf y = e.bias == nullptr ? acc[m][v] : acc[m][v] + bias;
+static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t column, int count, const float *sums) {
+  const int64_t left = e.width - column < count ? e.width - column : count;
+  for (int64_t m = 0; m < rows; ++m) {
+    float *out = e.out + (row + m) * e.stride + column;
+    for_lanes(left, [&](int64_t i, int n) {
+      vf y = load(sums + m * kPanel + i);
+      if (e.bias != nullptr) y = y + load_lanes(e.bias + column + i, n);
       if (e.act != PLD_ACT_NONE) y = activate(y, e.act);
-      store_lanes(e.out + (row + m) * e.stride + column + v * kLanes, y, n);
-    }
+      store_lanes(out + i, y, n);
+    });
   }
 }
 
-template <typename Panels, int M, int V>
-static void linear_tile(const typename Panels::Word *x, int64_t x_stride, int64_t row, const void *panel, int first,
-                        int64_t steps, int64_t column, const Epilogue &e) {
-  vf acc[M][V] = {};
-  Panels::template tile<M, V>(x + row * x_stride, x_stride, panel, first, steps, acc);
-  finish_tile<M, V>(e, row, column + first, acc);
-}
-
-// Rows [begin, end) of V vectors of one panel, beginning at column `first` of it.
-template <typename Panels, int MaxM, int V>
-static void linear_rows(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end, const void *panel,
-                        int first, int64_t steps, int64_t column, const Epilogue &e) {
-  int64_t row = begin;
-  for (; row + MaxM <= end; row += MaxM) linear_tile<Panels, MaxM, V>(x, x_stride, row, panel, first, steps, column, e);
-#define PLD_TAIL(M)                                                                                  \
-  if constexpr (M < MaxM) {                                                                          \
-    if (end - row == M) linear_tile<Panels, M, V>(x, x_stride, row, panel, first, steps, column, e); \
-  }
-  PLD_TAIL(1)
-  PLD_TAIL(2) PLD_TAIL(3) PLD_TAIL(4) PLD_TAIL(5) PLD_TAIL(6) PLD_TAIL(7) PLD_TAIL(8) PLD_TAIL(9) PLD_TAIL(10)
-      PLD_TAIL(11)
-#undef PLD_TAIL
-}
-
-#if defined(__AVX512F__)
-constexpr int kWideRows = 6, kNarrowRows = 12, kWide = 4, kNarrow = 2;  // 24 accumulators of 32 registers
-#else
-constexpr int kWideRows = 6, kNarrowRows = 6, kWide = 1, kNarrow = 1;  // a vector is two (AVX2) or four registers
-#endif
-
-// One task: rows [begin, end) of half a panel or of a whole one.
+// Rows [begin, end) times columns [first, first + count) of one panel, which is all of it or a half; `column` is the panel's first.
 template <typename Panels>
-static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end,
-                         const void *panel, int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
-  if (end - begin > kWideRows) {
-    for (int c = first; c < first + count; c += kNarrow * kLanes)
-      linear_rows<Panels, kNarrowRows, kNarrow>(x, x_stride, begin, end, panel, c, steps, column, e);
-  } else {
-    for (int c = first; c < first + count; c += kWide * kLanes)
-      linear_rows<Panels, kWideRows, kWide>(x, x_stride, begin, end, panel, c, steps, column, e);
+static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end, const void *panel,
+                         int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
+  using Word = typename Panels::Word;
+  alignas(64) float sums[kRowBlock * kPanel];
+  const Word *w = (const Word *)panel + first;
+  const Word *behind = first + count < kPanel ? w + count : (const Word *)panel + steps * kPanel;  // the next task's
+  for (int64_t row = begin; row < end; row += kRowBlock) {
+    const int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
+    memset(sums, 0, (size_t)rows * kPanel * sizeof(float));
+    for (int64_t k = 0; k < steps; k += kSlab) {
+      const int64_t here = steps - k < kSlab ? steps - k : kSlab, left = steps - k - here;
+      const int64_t next = left > 0 ? left : steps;
+      const int per_step = count * 4 / (int)kLine;
+      Ahead ahead = {(const char *)(left > 0 ? w + (k + here) * kPanel : behind), 0,
+                     (next < kSlab ? next : kSlab) * per_step, 0, per_step};
+      linear_slab<Panels>(x + row * x_stride + k, x_stride, rows, w + k * kPanel, count, here, sums + first, ahead);
+    }
+    finish_rows(e, row, rows, column + first, count, sums + first);
   }
 }
 
 // Panels are cut in halves when there are too few whole ones to keep the threads level.
 static int linear_halves(const OpArgs &args, int n_threads) {
   const int64_t panels = (args.out_width[0] + kPanel - 1) / kPanel;
-  return args.rows > kWideRows && panels < 8 * n_threads ? 2 : 1;
+  return n_threads > 1 && panels < 8 * n_threads ? 2 : 1;
 }
+static int64_t linear_row_blocks(const OpArgs &args) { return (args.rows + kRowBlock - 1) / kRowBlock; }
 
 static int64_t linear_tasks(const OpArgs &args, int stage, int n_threads) {
-  const bool is_bf16 = args.weight[0]->dtype == PLD_BF16;
-  if (stage == 0) return is_bf16 ? row_tasks(args, 0, n_threads) : 0;
+  if (stage == 0) return args.weight[0]->dtype == PLD_BF16 ? row_tasks(args, 0, n_threads) : 0;
   const int64_t panels = (args.out_width[0] + kPanel - 1) / kPanel;
-  return panels * linear_halves(args, n_threads) * ((args.rows + kRowBlock - 1) / kRowBlock);
+  return panels * linear_halves(args, n_threads) * linear_row_blocks(args);
 }
 
 static void round_row(const OpArgs &args, int64_t row) {
@@ -161,8 +239,8 @@ static void linear_run(const OpArgs &args, int stage, int64_t task, int n_thread
   const pld_weight &w = *args.weight[0];
   const int halves = linear_halves(args, n_threads);
   const int64_t slices = (args.out_width[0] + kPanel - 1) / kPanel * halves;
-  const int64_t begin = task / slices * kRowBlock;  // all columns of a block of rows before the next block
-  const int64_t end = begin + kRowBlock < args.rows ? begin + kRowBlock : args.rows;
+  const int64_t block = task / slices, blocks = linear_row_blocks(args);  // all columns of a block before the next
+  const int64_t begin = block * args.rows / blocks, end = (block + 1) * args.rows / blocks;
   const int64_t panel = task % slices / halves;
   const int count = kPanel / halves, first = (int)(task % halves) * count;
   const Epilogue e = {args.out[0], args.out_stride[0], args.out_width[0],

@@ -22,7 +22,13 @@ typedef uint32_t vu __attribute__((vector_size(64), aligned(64)));
 typedef uint16_t vh __attribute__((vector_size(32), aligned(32)));
 constexpr int kLanes = 16;
 
-PLD_INLINE vf splat(float x) { return vf{} + x; }
+PLD_INLINE vf splat(float x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#else
+  return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};  // 0 + x would be an addition, and turn -0 into 0
+#endif
+}
 PLD_INLINE vf load(const float *p) {
   vf v;
   memcpy(&v, p, sizeof v);

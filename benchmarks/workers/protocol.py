@@ -1,0 +1,31 @@
+"""What every worker speaks: one JSON object a line on standard input and output. Standard library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Prompts = list[list[int]]
+# Given prompts and the number of tokens wanted of each, (output tokens counted, seconds).
+Measure = tuple[int, float]
+
+
+def serve(load: Callable[[dict[str, Any]], Any], versions: Callable[[], dict[str, str]]) -> None:
+    """Answers `load`, `run` and `quit`. The engine has methods decode, prefill, single and mixed."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints goes to standard error
+    engine: Any = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "quit":
+            break
+        if command["do"] == "load":
+            engine = load(command)
+            reply: dict[str, Any] = {"versions": versions()}
+        else:
+            tokens, seconds = getattr(engine, command["kind"])(command["prompts"], command["outputs"])
+            reply = {"tokens": tokens, "seconds": seconds}
+        replies.write(json.dumps(reply) + "\n")

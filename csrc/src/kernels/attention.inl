@@ -289,9 +289,9 @@ static void finish_chunk(const OpArgs &args, const AttentionShape &s, const Chun
     int64_t i = pair - chunk.first, head = g * n + pair % n;
     float *out = args.out[0] + (chunk.span.first_token + pair / n) * args.out_stride[0] + head * s.e;
     const Native sum = native_splat(lanes_sum(scratch.softmax[i].sum));
-    for (int64_t e = 0; e < s.e; e += kNative) {
+    for (int64_t e = 0; e < s.e; e += kNativeLanes) {
       const Native y = native_load(scratch.acc + i * s.width + e) / sum;
-      memcpy(out + e, &y, (size_t)(s.e - e < kNative ? s.e - e : kNative) * sizeof(float));
+      memcpy(out + e, &y, (size_t)(s.e - e < kNativeLanes ? s.e - e : kNativeLanes) * sizeof(float));
     }
   }
 }

@@ -19,16 +19,16 @@ PLD_INLINE float lanes_max(Native x) {
   return _mm512_reduce_max_ps((__m512)x);
 #else
   float top = x[0];
-  for (int i = 1; i < kNative; ++i) top = x[i] > top ? x[i] : top;
+  for (int i = 1; i < kNativeLanes; ++i) top = x[i] > top ? x[i] : top;
   return top;
 #endif
 }
 
 // A tree: (i, i + n / 2), ...
 PLD_INLINE float lanes_sum(Native x) {
-  float a[kNative];
+  float a[kNativeLanes];
   native_store(a, x);
-  for (int n = kNative / 2; n > 0; n /= 2)
+  for (int n = kNativeLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) a[i] += a[i + n];
   return a[0];
 }
@@ -93,23 +93,23 @@ PLD_INLINE void soften_vectors(float scale, float softcap, float *scores, int be
   Native top = native_splat(-__builtin_inff());
   PLD_UNROLL
   for (int v = first; v < last; ++v) {
-    Native x = native_load(scores + v * kNative) * scale;
+    Native x = native_load(scores + v * kNativeLanes) * scale;
     if (softcap > 0) x = softcap * tanh_of_score(x / softcap);
-    if (v * kNative < begin || (v + 1) * kNative > end) {
+    if (v * kNativeLanes < begin || (v + 1) * kNativeLanes > end) {
       Lanes position;
-      for (int i = 0; i < kNative; ++i) position[i] = v * kNative + i;
+      for (int i = 0; i < kNativeLanes; ++i) position[i] = v * kNativeLanes + i;
       const NativeBits seen = (NativeBits)((position >= begin) & (position < end));
       x = (Native)((seen & (NativeBits)x) | (~seen & 0xff800000u));  // minus infinity
     }
-    native_store(scores + v * kNative, x);
+    native_store(scores + v * kNativeLanes, x);
     top = native_max(top, x);
   }
   const float tile_max = lanes_max(top), old_max = state.max, new_max = tile_max > old_max ? tile_max : old_max;
   Native tile_sum = {};
   PLD_UNROLL
   for (int v = first; v < last; ++v) {
-    const Native weight = exp_of_negative(native_load(scores + v * kNative) - new_max);
-    native_store(scores + v * kNative, weight);
+    const Native weight = exp_of_negative(native_load(scores + v * kNativeLanes) - new_max);
+    native_store(scores + v * kNativeLanes, weight);
     tile_sum = tile_sum + weight;
   }
   if (old_max == new_max) {
@@ -119,7 +119,7 @@ PLD_INLINE void soften_vectors(float scale, float softcap, float *scores, int be
   const Native correction = exp_of_negative(native_splat(old_max - new_max));
   state.sum = state.sum * correction + tile_sum;
   state.max = new_max;
-  for (int64_t e = 0; e < width; e += kNative) native_store(acc + e, native_load(acc + e) * correction);
+  for (int64_t e = 0; e < width; e += kNativeLanes) native_store(acc + e, native_load(acc + e) * correction);
 }
 
 // Scores of positions [begin, end) of a tile become weights; what went before (`state`, and acc[0 .. width)) is
@@ -127,10 +127,10 @@ PLD_INLINE void soften_vectors(float scale, float softcap, float *scores, int be
 static void soften(float scale, float softcap, float *scores, int begin, int end, Softmax &state, float *acc,
                    int64_t width) {
   if (begin == 0 && end == kTile && softcap <= 0)
-    soften_vectors(scale, 0.0f, scores, 0, kTile, 0, kTile / kNative, state, acc, width);
+    soften_vectors(scale, 0.0f, scores, 0, kTile, 0, kTile / kNativeLanes, state, acc, width);
   else
-    soften_vectors(scale, softcap, scores, begin, end, begin / kNative, (end + kNative - 1) / kNative, state, acc,
-                   width);
+    soften_vectors(scale, softcap, scores, begin, end, begin / kNativeLanes, (end + kNativeLanes - 1) / kNativeLanes,
+                   state, acc, width);
 }
 
 }  // namespace PLD_ISA_NS

@@ -45,7 +45,7 @@ PLD_INLINE Native widen_bf16(const char *p) {
   return (Native)(__builtin_convertvector(half, Whole) << 16);
 }
 #endif
-constexpr int kNative = (int)(sizeof(Native) / sizeof(float));
+constexpr int kNativeLanes = (int)(sizeof(Native) / sizeof(float));
 typedef uint32_t NativeBits __attribute__((vector_size(sizeof(Native))));
 
 PLD_INLINE Native native_load(const void *p) {
@@ -55,8 +55,8 @@ PLD_INLINE Native native_load(const void *p) {
 }
 PLD_INLINE void native_store(float *p, Native x) { memcpy(p, &x, sizeof x); }
 
-// scores[j][kNative v ..] = q_j . k over E ascending, for J pairs and V vectors of positions; keys[v] is the first word
-// of a vector's positions, kWordGroupBytes from word to word.
+// scores[j][kNativeLanes v ..] = q_j . k over E ascending, for J pairs and V vectors of positions; keys[v] is the first
+// word of a vector's positions, kWordGroupBytes from word to word.
 template <bool kBf16, int J, int V>
 static void score_block(const float *q, int64_t q_stride, const char *const *keys, int64_t words, float *scores) {
   Native acc[J][V];
@@ -117,14 +117,14 @@ static void score_block(const float *q, int64_t q_stride, const char *const *key
   PLD_UNROLL
   for (int j = 0; j < J; ++j) {
     PLD_UNROLL
-    for (int v = 0; v < V; ++v) native_store(scores + j * kTile + v * kNative, acc[j][v]);
+    for (int v = 0; v < V; ++v) native_store(scores + j * kTile + v * kNativeLanes, acc[j][v]);
   }
 }
 
 // n values of a V row, the others 0; nothing behind the n-th is read.
 template <bool kBf16>
 PLD_INLINE Native load_values(const char *row, int n) {
-  if (n == kNative) return kBf16 ? widen_bf16(row) : native_load(row);
+  if (n == kNativeLanes) return kBf16 ? widen_bf16(row) : native_load(row);
   char padded[sizeof(Native)] = {};
   memcpy(padded, row, (size_t)n * (kBf16 ? 2 : 4));
   return kBf16 ? widen_bf16(padded) : native_load(padded);
@@ -139,13 +139,14 @@ static void value_block(const float *weights, const char *const *rows, int64_t o
   PLD_UNROLL
   for (int j = 0; j < J; ++j) {
     PLD_UNROLL
-    for (int v = 0; v < V; ++v) a[j][v] = native_load(acc + j * acc_stride + v * kNative);
+    for (int v = 0; v < V; ++v) a[j][v] = native_load(acc + j * acc_stride + v * kNativeLanes);
   }
   for (int p = begin; p < end; ++p) {
     const char *row = rows[p] + offset;
     Native value[V];
     PLD_UNROLL
-    for (int v = 0; v < V; ++v) value[v] = load_values<kBf16>(row + v * kNative * (kBf16 ? 2 : 4), kTail ? n : kNative);
+    for (int v = 0; v < V; ++v)
+      value[v] = load_values<kBf16>(row + v * kNativeLanes * (kBf16 ? 2 : 4), kTail ? n : kNativeLanes);
     PLD_UNROLL
     for (int j = 0; j < J; ++j) {
       Native weight = native_splat(weights[j * kTile + p]);
@@ -156,7 +157,7 @@ static void value_block(const float *weights, const char *const *rows, int64_t o
   PLD_UNROLL
   for (int j = 0; j < J; ++j) {
     PLD_UNROLL
-    for (int v = 0; v < V; ++v) native_store(acc + j * acc_stride + v * kNative, a[j][v]);
+    for (int v = 0; v < V; ++v) native_store(acc + j * acc_stride + v * kNativeLanes, a[j][v]);
   }
 }
 
@@ -208,12 +209,12 @@ PLD_INLINE int vectors_at_once(int64_t n) {
 PLD_INLINE void score_tile(bool bf16, int n_pairs, const float *q, int64_t q_stride, const char *const *groups,
                            int64_t words, int begin, int end, float *scores) {
   const PairKernels &kernels = kPairKernels[bf16][n_pairs - 1];
-  for (int v = begin / kNative, last = (end + kNative - 1) / kNative; v < last;) {
+  for (int v = begin / kNativeLanes, last = (end + kNativeLanes - 1) / kNativeLanes; v < last;) {
     const int step = vectors_at_once(last - v);
     const char *keys[kMaxVectors];
     for (int i = 0; i < 1 << step; ++i)
-      keys[i] = groups[(v + i) * kNative / kLanes] + (v + i) * kNative % kLanes * (int)sizeof(float);
-    kernels.score[step](q, q_stride, keys, words, scores + v * kNative);
+      keys[i] = groups[(v + i) * kNativeLanes / kLanes] + (v + i) * kNativeLanes % kLanes * (int)sizeof(float);
+    kernels.score[step](q, q_stride, keys, words, scores + v * kNativeLanes);
     v += 1 << step;
   }
 }
@@ -223,15 +224,17 @@ PLD_INLINE void add_values(bool bf16, int n_pairs, const float *weights, const c
                            int64_t width, float *acc, int64_t acc_stride) {
   if (begin >= end) return;
   const PairKernels &kernels = kPairKernels[bf16][n_pairs - 1];
-  const int64_t value_bytes = bf16 ? 2 : 4, full = width / kNative;
-  const int tail = (int)(width % kNative);
+  const int64_t value_bytes = bf16 ? 2 : 4, full = width / kNativeLanes;
+  const int tail = (int)(width % kNativeLanes);
   for (int64_t v = 0; v < full;) {
     const int step = vectors_at_once(full - v);
-    kernels.value[step](weights, rows, v * kNative * value_bytes, begin, end, acc + v * kNative, acc_stride, kNative);
+    kernels.value[step](weights, rows, v * kNativeLanes * value_bytes, begin, end, acc + v * kNativeLanes, acc_stride,
+                        kNativeLanes);
     v += 1 << step;
   }
   if (tail != 0)
-    kernels.value_tail(weights, rows, full * kNative * value_bytes, begin, end, acc + full * kNative, acc_stride, tail);
+    kernels.value_tail(weights, rows, full * kNativeLanes * value_bytes, begin, end, acc + full * kNativeLanes,
+                       acc_stride, tail);
 }
 
 }  // namespace PLD_ISA_NS

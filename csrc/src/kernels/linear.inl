@@ -1,11 +1,11 @@
 // linear: out = act(x W^T + b) over packed panels of 64 columns, [N/64][K/pair][64][pair].
 //
-// Every output element has one accumulator that takes K in ascending order by one and the same instruction, whatever the number of
-// rows in a tile. So neither the shape of a tile nor the cut into tasks changes a bit.
+// Every output element has one accumulator that takes K in ascending order by one and the same instruction, whatever
+// the number of rows in a tile. So neither the shape of a tile nor the cut into tasks changes a bit.
 //
-// A panel is walked in slabs of K that stay in the first-level cache while all rows of the task pass over them; between slabs the
-// accumulators wait in a block on the stack. Meanwhile the next slab is asked for, a few lines at a time, so that reading weights
-// from memory and computing overlap at every number of rows.
+// A panel is walked in slabs of K that stay in the first-level cache while all rows of the task pass over them; between
+// slabs the accumulators wait in a block on the stack. Meanwhile the next slab is asked for, a few lines at a time, so
+// that reading weights from memory and computing overlap at every number of rows.
 
 namespace pld {
 namespace PLD_ISA_NS {
@@ -53,19 +53,24 @@ PLD_INLINE nf fma_native(nf a, nf b, nf c) {
 #endif
 }
 
+// Arrays of vectors stay in registers only when every loop over them is unrolled.
+#define PLD_FULLY _Pragma("GCC unroll 16")
+
 // The lines of the next slab that are still to be asked for.
 struct Ahead {
   const char *base;
   int64_t next, end;  // lines
   int64_t per_chunk;
-  int per_step;  // lines that a K step of the task's columns has, out of a panel's four
-
-  PLD_INLINE void request(Ahead &a) {
-    const int64_t stop = a.next + a.per_chunk < a.end ? a.next + a.per_chunk : a.end;
-    for (; a.next < stop; ++a.next)
-      __builtin_prefetch(a.base + a.next / a.per_step * kPanel * 4 + a.next % a.per_step * kLine, 0, 3);
-  }
+  int shift;  // log2 of the lines that a K step of the task's columns has: 4, or 2 of a half panel
 };
+
+PLD_INLINE void request(Ahead &a) {
+  int64_t next = a.next;
+  const int64_t stop = next + a.per_chunk < a.end ? next + a.per_chunk : a.end, mask = ((int64_t)1 << a.shift) - 1;
+  for (; next < stop; ++next)
+    __builtin_prefetch(a.base + (next >> a.shift) * (kPanel * 4) + (next & mask) * kLine, 0, 3);
+  a.next = next;
+}
 
 // One K step of M rows and V vectors of columns. `x` steps by one word a K step: a float, or a pair of bf16.
 struct F32Panels {
@@ -74,9 +79,12 @@ struct F32Panels {
   template <int M, int V>
   PLD_INLINE void step(const float *x, int64_t x_stride, const float *w, nf acc[M][V]) {
     nf b[V];
+    PLD_FULLY
     for (int v = 0; v < V; ++v) b[v] = load_native<nf>(w + v * kNative);
+    PLD_FULLY
     for (int m = 0; m < M; ++m) {
       const nf a = splat_native(x[m * x_stride]);
+      PLD_FULLY
       for (int v = 0; v < V; ++v) acc[m][v] = fma_native(a, b[v], acc[m][v]);
     }
   }
@@ -89,16 +97,22 @@ struct BF16Panels {
   PLD_INLINE void step(const uint32_t *x, int64_t x_stride, const uint32_t *w, nf acc[M][V]) {
 #if defined(__AVX512BF16__)
     __m512bh b[V];
+    PLD_FULLY
     for (int v = 0; v < V; ++v) b[v] = (__m512bh)_mm512_loadu_si512(w + v * kNative);
+    PLD_FULLY
     for (int m = 0; m < M; ++m) {
       const __m512bh a = (__m512bh)_mm512_set1_epi32((int)x[m * x_stride]);
+      PLD_FULLY
       for (int v = 0; v < V; ++v) acc[m][v] = (nf)_mm512_dpbf16_ps((__m512)acc[m][v], a, b[v]);
     }
 #else
     nu b[V];
+    PLD_FULLY
     for (int v = 0; v < V; ++v) b[v] = load_native<nu>(w + v * kNative);
+    PLD_FULLY
     for (int m = 0; m < M; ++m) {
       const nu a = (nu)splat_native(load_native<float>(x + m * x_stride));
+      PLD_FULLY
       for (int v = 0; v < V; ++v) {
         acc[m][v] = fma_native((nf)(a << 16), (nf)(b[v] << 16), acc[m][v]);
         acc[m][v] = fma_native((nf)(a & 0xffff0000u), (nf)(b[v] & 0xffff0000u), acc[m][v]);
@@ -113,15 +127,17 @@ template <typename Panels, int M, int V>
 static void linear_tile(const typename Panels::Word *x, int64_t x_stride, const typename Panels::Word *w, int64_t steps,
                         float *sums, Ahead &ahead) {
   nf acc[M][V];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = load_native<nf>(sums + m * kPanel + v * kNative);
+  PLD_FULLY
+  for (int m = 0; m < M; ++m) PLD_FULLY
+  for (int v = 0; v < V; ++v) acc[m][v] = load_native<nf>(sums + m * kPanel + v * kNative);
   for (int64_t k = 0; k < steps;) {
-    Ahead::request(ahead);
+    request(ahead);
     const int64_t stop = k + kChunk < steps ? k + kChunk : steps;
     for (; k < stop; ++k, w += kPanel) Panels::template step<M, V>(x + k, x_stride, w, acc);
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) memcpy(sums + m * kPanel + v * kNative, &acc[m][v], sizeof(nf));
+  PLD_FULLY
+  for (int m = 0; m < M; ++m) PLD_FULLY
+  for (int v = 0; v < V; ++v) memcpy(sums + m * kPanel + v * kNative, &acc[m][v], sizeof(nf));
 }
 
 template <typename Panels, int M, int V>
@@ -182,10 +198,11 @@ static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t co
   }
 }
 
-// Rows [begin, end) times columns [first, first + count) of one panel, which is all of it or a half; `column` is the panel's first.
+// Rows [begin, end) times columns [first, first + count) of one panel, which is all of it or a half; `column` is the
+// panel's first.
 template <typename Panels>
-static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end, const void *panel,
-                         int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
+static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end,
+                         const void *panel, int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
   using Word = typename Panels::Word;
   alignas(64) float sums[kRowBlock * kPanel];
   const Word *w = (const Word *)panel + first;
@@ -196,9 +213,9 @@ static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64
     for (int64_t k = 0; k < steps; k += kSlab) {
       const int64_t here = steps - k < kSlab ? steps - k : kSlab, left = steps - k - here;
       const int64_t next = left > 0 ? left : steps;
-      const int per_step = count * 4 / (int)kLine;
+      const int shift = count == kPanel ? 2 : 1;
       Ahead ahead = {(const char *)(left > 0 ? w + (k + here) * kPanel : behind), 0,
-                     (next < kSlab ? next : kSlab) * per_step, 0, per_step};
+                     (next < kSlab ? next : kSlab) << shift, 0, shift};
       linear_slab<Panels>(x + row * x_stride + k, x_stride, rows, w + k * kPanel, count, here, sums + first, ahead);
     }
     finish_rows(e, row, rows, column + first, count, sums + first);

@@ -116,7 +116,8 @@ pld_status check_moe(const pld_op &op, const char *name, const pld_weight *const
                "experts (at most 512), top_k and activation must fit the router"))
     return s;
   int64_t f = weight[1]->cols;
-  if (pld_status s = need(f % 64 == 0 && d % 64 == 0 && op.out_width[0] == d, name, "widths must be multiples of 64"))
+  if (pld_status s = need(f <= kMaxWidth && f % 64 == 0 && d % 64 == 0 && op.out_width[0] == d, name,
+                          "widths must be multiples of 64 and within the limit"))
     return s;
   if (pld_status s = check_matrix(name, 0, weight[0], x * 2 * f, d, true)) return s;
   return check_matrix(name, 1, weight[1], x * d, f, true);

@@ -28,13 +28,18 @@ static const KernelTable &table_of(pld_isa isa) {
   return portable::kernels();
 }
 
-void run_stages(const Kernel &kernel, const OpArgs &args, pld_context &context, Counter *counters, int thread) {
-  int n_threads = context.pool.n_threads();
+void Turns::reset() {
+  for (int i = 0; i < 3 * n_threads_; ++i) counters_[static_cast<size_t>(i)].next.store(0, std::memory_order_relaxed);
+}
+
+void run_stages(const Kernel &kernel, const OpArgs &args, pld_context &context, uint32_t &turn, int thread) {
+  const int n_threads = context.pool.n_threads();
   std::byte *scratch = context.thread_scratch[static_cast<size_t>(thread)].data();
   for (int stage = 0; stage < kernel.n_stages; ++stage) {
-    int64_t n_tasks = kernel.n_tasks(args, stage, n_threads);
-    for (int64_t task; (task = counters[stage].next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;)
-      kernel.run(args, stage, task, n_threads, scratch);
+    const int64_t n_tasks = kernel.n_tasks(args, stage, n_threads);
+    if (n_tasks == 0) continue;  // on every thread alike
+    context.turns.take(turn++, n_tasks, thread,
+                       [&](int64_t task) { kernel.run(args, stage, task, n_threads, scratch); });
     context.pool.barrier().wait();
   }
 }
@@ -49,12 +54,13 @@ void run_op(pld_context &context, OpArgs &args) {
     const Kernel &kernel;
     const OpArgs &args;
     pld_context &context;
-    Counter counters[kMaxStages];
-  } region{kernel, args, context, {}};
+  } region{kernel, args, context};
+  context.turns.reset();
   context.pool.run(
       [](void *argument, int thread) {
         Region &r = *static_cast<Region *>(argument);
-        run_stages(r.kernel, r.args, r.context, r.counters, thread);
+        uint32_t turn = 0;
+        run_stages(r.kernel, r.args, r.context, turn, thread);
       },
       &region);
 }
@@ -81,7 +87,11 @@ static pld_status create_context(const pld_context_params *params, pld_context *
 }  // namespace pld
 
 pld_context::pld_context(int n_threads, int spin_us, pld_isa isa_)
-    : pool(n_threads, spin_us), isa(isa_), table(pld::table_of(isa_)), thread_scratch(static_cast<size_t>(n_threads)) {
+    : pool(n_threads, spin_us),
+      isa(isa_),
+      table(pld::table_of(isa_)),
+      turns(n_threads),
+      thread_scratch(static_cast<size_t>(n_threads)) {
   for (pld::Scratch &scratch : thread_scratch) scratch.reserve(pld::kThreadScratchBytes);
 }
 

@@ -22,7 +22,6 @@ struct pld_program {
   std::vector<int64_t> offset;  // of each buffer in the arena
   pld::Scratch op_scratch;
   std::vector<pld::OpArgs> args;
-  std::unique_ptr<pld::Counter[]> counters;  // kMaxStages an op
   pld::CellMarks marks;
   int32_t rows_left = 0;  // hidden rows that the last run left
 };
@@ -206,7 +205,6 @@ pld_status create_program(pld_context *context, const pld_program_desc *desc, pl
   program->vocab_size = desc->vocab_size;
   program->max_rows[PLD_ROWS_T] = desc->max_tokens;
   program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
-  program->counters = std::make_unique<Counter[]>(static_cast<size_t>(desc->n_ops) * kMaxStages);
   place_buffers(*program);
   resolve_args(*program);
   *out = program.release();
@@ -225,17 +223,17 @@ void run_ops(pld_program &p, size_t begin, size_t end, const pld_batch &batch, p
     args.batch = &batch;
     args.kv = kv;
     args.rows = static_cast<int32_t>(index) < p.n_forward_ops ? batch.n_tokens : batch.n_logit_rows;
-    for (int stage = 0; stage < kMaxStages; ++stage)
-      p.counters[index * kMaxStages + static_cast<size_t>(stage)].next.store(0, std::memory_order_relaxed);
   }
   Region region{p, begin, end};
+  p.context->turns.reset();
   p.context->pool.run(
       [](void *argument, int thread) {
         Region &r = *static_cast<Region *>(argument);
+        uint32_t turn = 0;
         for (size_t index = r.begin; index < r.end; ++index) {
           const OpArgs &args = r.program.args[index];
           const Kernel &kernel = r.program.context->table.ops[args.op->kind];
-          run_stages(kernel, args, *r.program.context, &r.program.counters[index * kMaxStages], thread);
+          run_stages(kernel, args, *r.program.context, turn, thread);
         }
       },
       &region);

@@ -249,3 +249,11 @@ def test_attention_when_prefilled_and_decoded_then_within_bound(
                         )
                     )
             assert_within("attention", [outputs[0]], [outputs[1]])
+
+
+def test_activations_when_an_input_is_nan_then_its_output_alone_is_nan(native: NativeBackend) -> None:
+    x = torch.linspace(-2, 2, 33)[None, :].clone()
+    x[0, 5] = torch.nan
+    for act in ACTIVATIONS:
+        found, expected = both(native, lambda act=act: ops.act(x, act))
+        assert torch.equal(torch.isnan(found[0]), torch.isnan(expected[0]))

@@ -23,8 +23,8 @@ from pellucid.layers import (
     RotaryTable,
     inverse_frequencies,
 )
-from pellucid.models.base import CausalLM
 from pellucid.models.config import ModelConfig
+from pellucid.models.llama import LlamaForCausalLM
 
 
 class Gemma3Attention(Module):
@@ -107,22 +107,15 @@ class Gemma3Model(Module):
         return self.norm(x, residual)[0]
 
 
-class Gemma3ForCausalLM(CausalLM):
+class Gemma3ForCausalLM(LlamaForCausalLM):
     """Gemma 3 without its vision tower."""
 
-    def __init__(self, config: ModelConfig, prefix: str = "") -> None:
-        super().__init__(config, prefix)
-        self.model = Gemma3Model(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def forward(self, input_ids: Any, positions: Any) -> Any:
-        """hidden_TD."""
-        return self.model(input_ids, positions)
+    def make_model(self, config: ModelConfig) -> Any:
+        """Gemma's own blocks."""
+        return Gemma3Model(config)
 
     def compute_logits(self, hidden_LD: Any) -> Any:
-        """logits_LV."""
-        logits = self.lm_head(hidden_LD)
+        """logits_LV, capped where the config says so."""
+        logits = super().compute_logits(hidden_LD)
         cap = self.config.final_logit_softcapping
         return ops.softcap(logits, cap) if cap else logits

@@ -98,10 +98,14 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, prefix: str = "") -> None:
         super().__init__(config, prefix)
-        self.model = LlamaModel(config, self.attention_class)
+        self.model = self.make_model(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def make_model(self, config: ModelConfig) -> Any:
+        """What lies between token ids and hidden states; families with other blocks put theirs here."""
+        return LlamaModel(config, self.attention_class)
 
     def forward(self, input_ids: Any, positions: Any) -> Any:
         """hidden_TD."""

@@ -71,7 +71,10 @@ def sentencepiece_pieces() -> tuple[tuple[str, float, int], ...]:
     """(token, score, GGUF type) as SentencePiece BPE writes them: specials, 256 bytes, pieces best first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, show_progress=False, limit_alphabet=150))
+    # Which of the rare characters fall to the limit is not fixed between runs; plain letters always stay.
+    letters = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, limit_alphabet=150, initial_alphabet=letters)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     alphabet = {token for token in tokenizer.get_vocab() if len(token) == 1}
     merged = sorted((i, token) for token, i in tokenizer.get_vocab().items() if token not in alphabet)
     specials = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<|im_end|>", 0.0, 3), ("<think>", 0.0, 4)]

@@ -128,7 +128,7 @@ PLD_INLINE vh to_bf16(vf x) {
 PLD_INLINE vf vexp(vf x) {
   const vf lo = splat(-87.33654f), hi = splat(88.37626f);
   vi under = x < lo;
-  x = vmin(hi, vmax(lo, x));  // in this order a NaN stays one
+  x = vmin(hi, vmax(lo, x));      // in this order a NaN stays one
   vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf n = fma(x, splat(1.44269504088896341f), magic) - magic;
   vf r = fma(n, splat(-0.693359375f), x);

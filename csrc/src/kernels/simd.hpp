@@ -11,45 +11,70 @@
 #include <immintrin.h>
 #endif
 
+#define PLD_INLINE static inline __attribute__((always_inline))
+#define PLD_MEMBER inline __attribute__((always_inline))
+#if !defined(__AVX512F__)
+#include "wide.hpp"
+#endif
+
 namespace pld {
 namespace PLD_ISA_NS {
 
-#define PLD_INLINE static inline __attribute__((always_inline))
-
+#if defined(__AVX512F__)
 typedef float vf __attribute__((vector_size(64), aligned(64)));
 typedef int32_t vi __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t vu __attribute__((vector_size(64), aligned(64)));
 typedef uint16_t vh __attribute__((vector_size(32), aligned(32)));
+#else
+using vf = Sixteen<FloatRegister, float>;
+using vi = Sixteen<IntRegister, int32_t>;
+using vu = Sixteen<UintRegister, uint32_t>;
+using vh = Sixteen<HalfRegister, uint16_t>;
+#endif
 constexpr int kLanes = 16;
 
 PLD_INLINE vf splat(float x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_set1_ps(x);
 #else
-  return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};  // 0 + x would be an addition, and turn -0 into 0
+  vf v;
+  splat_lanes(v, x);
+  return v;
 #endif
 }
 PLD_INLINE vf load(const float *p) {
   vf v;
+#if defined(__AVX512F__)
   memcpy(&v, p, sizeof v);
+#else
+  read_lanes(v, p);
+#endif
   return v;
 }
-PLD_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+PLD_INLINE void store(float *p, vf v) {
+#if defined(__AVX512F__)
+  memcpy(p, &v, sizeof v);
+#else
+  write_lanes(p, v);
+#endif
+}
 // The first n lanes (0 <= n <= 16); the others are 0 / untouched. Reads nothing behind the n-th float.
 PLD_INLINE vf load_n(const float *p, int n) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p);
 #else
-  vf v = {};
-  memcpy(&v, p, (size_t)n * sizeof(float));
-  return v;
+  float a[kLanes] = {};
+  memcpy(a, p, (size_t)n * sizeof(float));
+  return load(a);
 #endif
 }
 PLD_INLINE void store_n(float *p, vf v, int n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), (__m512)v);
 #else
-  memcpy(p, &v, (size_t)n * sizeof(float));
+  float a[kLanes];
+  store(a, v);
+  memcpy(p, a, (size_t)n * sizeof(float));
 #endif
 }
 
@@ -57,16 +82,8 @@ PLD_INLINE void store_n(float *p, vf v, int n) {
 PLD_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  union {
-    vf v;
-    __m256 h[2];
-  } x{a}, y{b}, z{c};
-  z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
-  z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
-  return z.v;
 #else
-  return a * b + c;
+  return fma_lanes(a, b, c);
 #endif
 }
 PLD_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
@@ -113,14 +130,24 @@ PLD_INLINE float from_bf16(uint16_t h) {
   memcpy(&x, &u, 4);
   return x;
 }
-PLD_INLINE vf from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+template <typename To, typename From>
+PLD_INLINE To convert(From from) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(from, To);
+#else
+  To to;
+  convert_lanes(to, from);
+  return to;
+#endif
+}
+PLD_INLINE vf from_bf16(vh h) { return (vf)(convert<vu>(h) << 16); }
 // In plain integer arithmetic on every machine, so that a denormal rounds alike everywhere.
 PLD_INLINE vh to_bf16(vf x) {
   vu u = (vu)x;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
   vu is_nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
+  return convert<vh>((is_nan & nan) | (~is_nan & rounded));
 }
 
 // exp(x) for x <= about 88, 0 below about -87.3 (no denormals); Cephes' degree-6 polynomial after range reduction by ln
@@ -140,7 +167,7 @@ PLD_INLINE vf vexp(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
-  vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+  vi e = (convert<vi>(n) + 127) << 23;
   return select(under, vf{}, p * (vf)e);
 }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
@@ -13,11 +14,11 @@ import pellucid
 from pellucid.commands.options import (
     engine_kwargs,
     engine_parameters,
-    sampling_kwargs,
     sampling_parameters,
     with_options,
 )
-from pellucid.errors import DownloadError, EngineDeadError, NativeError, PellucidError
+from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
+from pellucid.params import SamplingParams
 
 app = typer.Typer(
     name="pellucid",
@@ -31,8 +32,8 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder, .gguf file, hub id or packaged name; a small model by default."),
 ]
-# Failures of the machine exit with 1, bad input with 2.
-_FAILURES = (DownloadError, EngineDeadError, NativeError, OSError)
+# Bad input exits with 2; anything else that goes wrong, with 1.
+_BAD_INPUT = (ValueError, TypeError, FileNotFoundError)
 
 
 @app.command()
@@ -44,7 +45,10 @@ def generate(
     model: Model = None,
     **options: Any,
 ) -> None:
-    """Complete texts, without a chat template."""
+    """Complete texts, without a chat template.
+
+    Sampling: the options here, over the model's generation_config.json, over the neutral values.
+    """
     from pellucid.commands.load import loaded, sampling_of
 
     texts = prompts or [sys.stdin.read()]
@@ -66,7 +70,10 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     **options: Any,
 ) -> None:
-    """Talk to a model; reads lines from a pipe too."""
+    """Talk to a model; reads lines from a pipe too.
+
+    Sampling: the options here, over the model's generation_config.json, over temperature 0.7 and top_p 0.95.
+    """
     from pellucid.commands.chat import run_chat
     from pellucid.commands.load import loaded, sampling_of
 
@@ -82,22 +89,29 @@ def run(
     output: Annotated[str, typer.Option("--output", "-o", help="Where results go; standard output by default.")] = "-",
     **options: Any,
 ) -> None:
-    """Run a file of prompts; results keep their order."""
-    from pellucid.commands.jsonl import line_progress, run_jsonl
-    from pellucid.commands.load import loaded
+    """Run a file of prompts; results keep their order.
 
-    source = sys.stdin if file == "-" else open(file, encoding="utf-8")  # noqa: SIM115
-    with loaded(model, options) as llm, source:
+    Sampling: a line's own parameters, over the options here, over the model's generation_config.json, over the neutral values.
+    """
+    from pellucid.commands.jsonl import line_progress, run_jsonl
+    from pellucid.commands.load import loaded, sampling_defaults
+
+    source = _opened(file)
+    if output != "-" and os.path.exists(output) and file != "-" and os.path.samefile(file, output):
+        raise InvalidRequestError(f"{output} is the input too; results need a file of their own")
+    with source, loaded(model, options) as llm:
+        defaults = sampling_defaults(llm, options)
+        SamplingParams.from_dict(defaults)  # refused once, not on every line
+        target = sys.stdout if output == "-" else open(output, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         advance, done = line_progress(file)
-        target = sys.stdout if output == "-" else open(output, "w", encoding="utf-8")  # noqa: SIM115
         try:
-            failed = run_jsonl(llm, source, target, sampling_kwargs(options), advance)
+            failed = run_jsonl(llm, source, target, defaults, advance)
         finally:
             done()
             if target is not sys.stdout:
                 target.close()
     if failed:
-        print(f"{failed} lines were refused: their results say why", file=sys.stderr)
+        print(f"{failed} lines were refused or failed: their results say why", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -145,6 +159,15 @@ def info(
         information.print_table(title, rows)
 
 
+def _opened(file: str) -> BinaryIO:
+    if file == "-":
+        return sys.stdin.buffer
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise InvalidRequestError(f"{file} cannot be read: {error.strerror}") from None
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"pellucid {pellucid.__version__}")
@@ -165,6 +188,9 @@ _debug = False
 
 def main() -> None:
     """Runs the command line; errors are one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:
@@ -172,12 +198,18 @@ def main() -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (PellucidError, ValueError, TypeError, OSError) as error:
+    except Exception as error:
         if _debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        is_failure = isinstance(error, _FAILURES) and not isinstance(error, FileNotFoundError)
-        raise SystemExit(1 if is_failure else 2) from None
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        is_bad_input = isinstance(error, _BAD_INPUT) and not isinstance(error, DownloadError)
+        raise SystemExit(2 if is_bad_input else 1) from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    is_ours = isinstance(error, (PellucidError, ValueError, TypeError, OSError)) and text
+    return text if is_ours else f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 if __name__ == "__main__":

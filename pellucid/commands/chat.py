@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,14 +85,25 @@ def run_chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
     if interactive:
         print(f"{llm.config.model}: type a message, or /help", file=sys.stderr)
     try:
-        for text in _turns(interactive):
-            if text.startswith("/"):
-                if not _command(conversation, text):
-                    break
-                continue
-            _say(conversation, text, interactive)
+        while not _talk(conversation, interactive):
+            print()  # Ctrl-C between two answers only begins a new line
     finally:
         print(conversation.totals.line(), file=sys.stderr)
+
+
+def _talk(conversation: Conversation, interactive: bool) -> bool:
+    """Takes turns until the end, then True; False when an interrupt at a terminal ended them."""
+    try:
+        for text in _turns(interactive):
+            if not text.startswith("/"):
+                _say(conversation, text, interactive)
+            elif not _command(conversation, text):
+                break
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        return False
+    return True
 
 
 def _turns(interactive: bool) -> Iterator[str]:
@@ -104,9 +116,6 @@ def _turns(interactive: bool) -> Iterator[str]:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
-            print()
-            continue
         if not interactive and not line:
             return
         if line.strip():
@@ -132,26 +141,56 @@ def _command(conversation: Conversation, text: str) -> bool:
 
 def _say(conversation: Conversation, text: str, interactive: bool) -> None:
     try:
-        if interactive:
-            _print_rich(conversation, text)
-        else:
+        if not interactive:
             for delta in conversation.answer(text):
                 print(delta, end="", flush=True)
             print(flush=True)
-    except KeyboardInterrupt:
-        print(" (stopped)", file=sys.stderr)
+            return
+        with _interrupt_flag() as is_interrupted:
+            _print_rich(conversation.answer(text), is_interrupted)
+            if is_interrupted():
+                print("(stopped)", file=sys.stderr)
     except InvalidRequestError as error:
         print(f"error: {error}; /reset begins anew", file=sys.stderr)
 
 
-def _print_rich(conversation: Conversation, text: str) -> None:
-    """The answer as Markdown, redrawn as it grows."""
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag, so that it never falls into the middle of a step; a second one interrupts as ever."""
+    interrupted = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_rich(deltas: Iterator[str], is_interrupted: Callable[[], bool]) -> None:
+    """The answer as Markdown. Paragraphs are printed for good as they end; only the last one is redrawn."""
     from rich.console import Console
     from rich.live import Live
     from rich.markdown import Markdown
 
     shown = ""
-    with Live(console=Console(), refresh_per_second=12, vertical_overflow="visible") as live:
-        for delta in conversation.answer(text):
-            shown += delta
+    with Live(console=Console(), refresh_per_second=12) as live, contextlib.closing(deltas):  # type: ignore[type-var]
+        for delta in deltas:
+            ended, shown = _split_paragraphs(shown + delta)
+            if ended:
+                live.console.print(Markdown(ended), end="\n\n")
             live.update(Markdown(shown))
+            if is_interrupted():
+                return
+
+
+def _split_paragraphs(text: str) -> tuple[str, str]:
+    """(paragraphs that have ended, the rest); a fenced block of code is never cut."""
+    end = text.rfind("\n\n")
+    while end > 0 and text.count("```", 0, end) % 2:
+        end = text.rfind("\n\n", 0, end)
+    return ("", text) if end <= 0 else (text[:end], text[end + 2 :])

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 import pellucid
+from pellucid.commands.load import packing_progress
 from pellucid.config import EngineConfig
 from pellucid.executor.loader import (
     LoadedModel,
@@ -69,7 +70,8 @@ def model_rows(config: EngineConfig) -> tuple[list[Row], list[Row]]:
     """(architecture and sizes, memory table) of a model, which is packed if it was not yet."""
     context = abi.Context(config.num_threads, config.isa)
     try:
-        model = load_model(config, context)
+        with packing_progress() as progress:
+            model = load_model(config, context, progress)
         program = load_program(context, model.file, config.max_num_batched_tokens, config.max_num_seqs)
         arena = program.arena_bytes
         program.close()

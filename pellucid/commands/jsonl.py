@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from pellucid.engine.client import EngineClient
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import PellucidError
-from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
 # Lines read ahead of what runs: enough to keep the batch full, few enough to bound memory.
@@ -28,14 +29,14 @@ class Line:
     error: str | None = None
 
 
-def run_jsonl(llm: LLM, source: TextIO, target: TextIO, defaults: dict[str, Any], advance: Callable[[], None]) -> int:
-    """Runs every line; gives the number of lines that were refused.
+def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, Any], advance: Callable[[], None]) -> int:
+    """Runs every line of UTF-8; gives the number of lines that were refused or failed.
 
     A line is an object with `prompt` (text or token ids) or `messages`, and any sampling parameters. A line that cannot be run gives
     {"error": …, "line": n}; the others run all the same.
     """
     client, failed = llm.client, 0
-    pending: list[Line] = []
+    pending: deque[Line] = deque()
     lines = _submitted(llm, source, defaults)
     capacity = LOOKAHEAD + 2 * llm.config.max_num_seqs
     exhausted = False
@@ -48,19 +49,23 @@ def run_jsonl(llm: LLM, source: TextIO, target: TextIO, defaults: dict[str, Any]
         if client.has_unfinished:
             client.step()
         while pending and _is_done(client, pending[0]):
-            line = pending.pop(0)
-            failed += line.error is not None
-            _write(target, client, line)
+            result = _result(client, pending.popleft())
+            failed += "error" in result
+            # Other encodings may lack a character; JSON can spell all of them.
+            is_utf8 = codecs.lookup(target.encoding or "utf-8").name == "utf-8"
+            target.write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
+            target.flush()
             advance()
     return failed
 
 
-def _submitted(llm: LLM, source: TextIO, defaults: dict[str, Any]) -> Iterator[Line]:
-    for number, text in enumerate(source, start=1):
-        if not text.strip():
+def _submitted(llm: LLM, source: BinaryIO, defaults: dict[str, Any]) -> Iterator[Line]:
+    for number, raw in enumerate(source, start=1):
+        if not raw.strip():
             continue
         try:
-            yield Line(number, request_id=_submit(llm, json.loads(text), defaults))
+            request = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            yield Line(number, request_id=_submit(llm, request, defaults))
         except RecursionError:
             yield Line(number, error="the line is nested too deeply")
         except (PellucidError, ValueError, TypeError) as error:
@@ -87,18 +92,14 @@ def _is_done(client: EngineClient, line: Line) -> bool:
     return line.request_id is None or client.is_finished(line.request_id)
 
 
-def _write(target: TextIO, client: EngineClient, line: Line) -> None:
+def _result(client: EngineClient, line: Line) -> dict[str, Any]:
+    """What is written for a line that is done."""
     if line.request_id is None:
-        result: dict[str, Any] = {"error": line.error, "line": line.number}
-    else:
-        output = client.collect(line.request_id)
-        client.release(line.request_id)
-        result = _result(output) if output is not None else {}
-    target.write(json.dumps(result, ensure_ascii=False) + "\n")
-    target.flush()
-
-
-def _result(output: RequestOutput) -> dict[str, Any]:
+        return {"error": line.error, "line": line.number}
+    output = client.collect(line.request_id)
+    client.release(line.request_id)
+    if output is None:
+        return {"error": "the request has no output", "line": line.number}
     result = dict(output)
     if len(output.outputs) > 1:
         result["choices"] = [
@@ -110,8 +111,9 @@ def _result(output: RequestOutput) -> dict[str, Any]:
         result["logprobs"] = [
             {str(token): entry.logprob for token, entry in position.items()} for position in choice.logprobs
         ]
-    if choice.error is not None:
-        result["error"] = choice.error
+    errors = [choice.error for choice in output.outputs if choice.error is not None]
+    if errors:
+        result |= {"error": errors[0], "line": line.number}
     return result
 
 
@@ -122,7 +124,7 @@ def line_progress(path: str) -> tuple[Callable[[], None], Callable[[], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         total = sum(1 for line in file if line.strip())
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))

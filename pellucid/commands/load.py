@@ -52,11 +52,20 @@ def packing_progress() -> Iterator[Callable[[int, int], None] | None]:
             bar.stop()
 
 
-def sampling_of(llm: LLM, options: dict[str, Any], **defaults: Any) -> SamplingParams:
+def sampling_defaults(llm: LLM, options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """What was asked on the command line, over the model's generation config, over `defaults`."""
     config = llm.engine.executor.model.generation_config
     known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     own = {name: config[name] for name in known if config.get(name) is not None}
     if config.get("do_sample") is False:
         own = {}
-    return SamplingParams.with_defaults({**defaults, **own}, **sampling_kwargs(options))
+    return {**defaults, **own, **sampling_kwargs(options)}
+
+
+def sampling_of(llm: LLM, options: dict[str, Any], **defaults: Any) -> SamplingParams:
+    """`sampling_defaults` as parameters.
+
+    Raises:
+        InvalidRequestError: a value is not allowed.
+    """
+    return SamplingParams.from_dict(sampling_defaults(llm, options, **defaults))

@@ -92,7 +92,7 @@ def test_run_when_a_line_is_bad_then_the_others_run_in_order_and_the_status_is_o
     options = ("--temperature", "0", "--max-tokens", "4", "--ignore-eos")
     done = pellucid("run", str(source), "-o", str(target), "-m", checkpoint, *SMALL, *options)
     assert done.returncode == 1
-    assert "6 lines were refused" in done.stderr
+    assert "6 lines were refused or failed" in done.stderr
     results = [json.loads(line) for line in target.read_text().splitlines()]
     assert len(results) == 10
     assert [len(result.get("token_ids", ())) for result in results] == [3, 2, 4, 0, 0, 0, 0, 0, 2, 0]
@@ -102,6 +102,25 @@ def test_run_when_a_line_is_bad_then_the_others_run_in_order_and_the_status_is_o
     assert "colour" in results[4]["error"]
     assert len(results[8]["choices"]) == 2
     assert len(results[1]["logprobs"]) == 2
+
+
+def test_run_when_a_line_is_no_utf8_then_it_alone_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "hello"}\n{"prompt": "\xff"}\n{"prompt": "\\ud800"}\n{"prompt": [5]}\n')
+    done = pellucid("run", str(source), "-m", checkpoint, *SMALL, *FIXED, PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result.get("line") for result in results] == [None, 2, 3, None]
+    assert "can't decode byte 0xff" in results[1]["error"]
+
+
+def test_run_when_the_output_is_the_input_then_refused_and_the_file_is_whole(checkpoint: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "hello"}\n')
+    done = pellucid("run", str(source), "-o", str(source), "-m", checkpoint, *SMALL)
+    assert done.returncode == 2
+    assert "is the input too" in done.stderr
+    assert source.read_text() == '{"prompt": "hello"}\n'
 
 
 def test_run_when_from_and_to_a_pipe_then_one_result_a_line(checkpoint: str) -> None:
@@ -144,7 +163,14 @@ BAD_INVOCATIONS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "isa": (("generate", "x", "MODEL", "--isa", "mmx"), 2, "isa is 'mmx'; it must be one of"),
     "threads": (("info", "--num-threads", "999"), 2, "num_threads is 999; it must be an integer from 0 to 256"),
     "no such model": (("generate", "x", "-m", "./no-such-folder"), 2, "no-such-folder"),
-    "no such file": (("run", "no-such.jsonl", "MODEL"), 2, "no-such.jsonl"),
+    "no such file": (("run", "no-such.jsonl", "MODEL"), 2, "no-such.jsonl cannot be read: No such file"),
+    "a folder for a file": (("run", ".", "MODEL"), 2, ". cannot be read: Is a directory"),
+    "a bad option for all lines": (
+        ("run", os.devnull, "MODEL", "--top-p", "0"),
+        2,
+        "top_p is 0.0; it must be in (0, 1]",
+    ),
+    "more positions than the model has": (("info", "MODEL0", "--max-model-len", "9999"), 2, "max_model_len is 9,999"),
     "pull of nonsense": (("pull", "no such name!"), 2, "no such name!"),
 }
 
@@ -153,8 +179,10 @@ BAD_INVOCATIONS: dict[str, tuple[tuple[str, ...], int, str]] = {
 def test_bad_invocation_when_run_then_one_line_with_value_and_limit(checkpoint: str, case: str) -> None:
     arguments, status, message = BAD_INVOCATIONS[case]
     model = ("-m", checkpoint, *SMALL)
-    command = [part for word in arguments for part in (model if word == "MODEL" else (word,))]
+    words = {"MODEL": model, "MODEL0": (checkpoint,)}
+    command = [part for word in arguments for part in words.get(word, (word,))]
     done = pellucid(*command, HF_HUB_OFFLINE="1")
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") <= 1

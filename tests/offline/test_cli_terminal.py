@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ from pellucid.params import SamplingParams
 
 # Answers that go on for minutes, so that there is time to interrupt one.
 LONG = ("--temperature", "0", "--max-tokens", "100000", "--ignore-eos", "--num-threads", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """A test run in the background may have inherited that interrupts are ignored, and its children would too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

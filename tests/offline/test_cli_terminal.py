@@ -80,8 +80,10 @@ def test_chat_at_a_terminal_when_interrupted_then_the_answer_stops_and_the_talk_
     terminal.read_until("(stopped)")
     terminal.send("/help\n")
     terminal.read_until("stops an answer\r\n> ")
+    time.sleep(0.5)  # readline must be waiting: a signal just before that is seen with the next key only
     terminal.send("\x03")  # at the prompt it only begins a new line
     terminal.read_until("> ")
+    time.sleep(0.1)
     terminal.send("\x04")
     shown = terminal.read_until("tokens/s")
     assert "Traceback" not in shown

@@ -91,20 +91,24 @@ enum { /* storage types; the quantised ones have GGUF's block layouts */
        PLD_Q5_1 = 7,
        PLD_Q4_K = 8,
        PLD_Q5_K = 9,
-       PLD_Q6_K = 10
+       PLD_Q6_K = 10,
+       PLD_I8 = 11 /* packed only: int8 with one float32 scale a row of W */
 };
 
 typedef int32_t pld_layout;
 enum {
   PLD_ROW_MAJOR = 0, /* [N, K], F32 or BF16: norm weights, biases, tables */
-  PLD_PANELS = 1     /* [ceil(N/64)][ceil(K/pair)][64][pair], pair 1 for F32 and 2 for BF16, zero padded: matrices */
+  /* matrices. F32 and BF16: [ceil(N/64)][ceil(K/pair)][64][pair], pair 1 and 2, zero padded. Quantised types (Q8_0,
+   * Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, I8): strips of 32 rows, see strips.hpp; K is a multiple of the type's block, but for
+   * I8 */
+  PLD_PANELS = 1
 };
 
 typedef struct pld_weight {
   const void *data; /* 64-byte aligned for PLD_PANELS */
   int64_t rows;     /* N; 1 for vectors */
   int64_t cols;     /* K */
-  pld_dtype dtype;  /* PLD_F32 or PLD_BF16 */
+  pld_dtype dtype;  /* PLD_F32, PLD_BF16, or in PLD_PANELS a quantised type */
   pld_layout layout;
 } pld_weight;
 
@@ -118,7 +122,9 @@ PLD_API int64_t pld_packed_bytes(int64_t rows, int64_t cols, pld_dtype dtype);
 PLD_API pld_status pld_convert(pld_context *context, const void *src, int64_t src_bytes, pld_dtype src_dtype,
                                int64_t rows, int64_t cols, void *dst, int64_t dst_bytes, pld_dtype dst_dtype);
 /* The same into rows [row_offset, row_offset + rows) of a PLD_PANELS weight [dst_rows, cols]; the padding of `dst` must
- * have been zeroed by the caller beforehand. Several calls fill one fused matrix. */
+ * have been zeroed by the caller beforehand. Several calls fill one fused matrix.
+ * A quantised `dst_dtype` equal to `src_dtype` keeps the stored values exactly; PLD_Q8_0, PLD_Q4_0, PLD_Q4_1 and PLD_I8
+ * are also made from other types, rounding to nearest. Calls for rows of one strip must not run at the same time. */
 PLD_API pld_status pld_pack(pld_context *context, const void *src, int64_t src_bytes, pld_dtype src_dtype, int64_t rows,
                             int64_t cols, int64_t row_offset, int64_t dst_rows, void *dst, int64_t dst_bytes,
                             pld_dtype dst_dtype);
@@ -169,7 +175,9 @@ typedef struct pld_batch {
 
 /* All activations are float32 [rows, width], row-major with a row stride. An operand may be a column range of a wider
  * buffer. `linear` rounds its input to the weight's dtype (bf16 weights), multiplies, and accumulates in float32 over K
- * ascending in one accumulator per output element; so do all kernels at every row count. */
+ * ascending in one accumulator per output element; so do all kernels at every row count. With quantised weights the
+ * input is rounded to int8 in groups of 32 with scale max/127 (PLD_I8: one group a row), products are summed exactly
+ * within a group, and groups ascending in float32. */
 typedef int32_t pld_op_kind;
 enum {
   /* out0[T,D] = W0[id]                                                       i: -                             */
@@ -218,7 +226,8 @@ typedef struct pld_op {
   int32_t in[PLD_MAX_IN];     /* buffer, -1: absent */
   int32_t in_col[PLD_MAX_IN]; /* first column within the buffer */
   int32_t in_width[PLD_MAX_IN];
-  int32_t out[PLD_MAX_OUT]; /* buffer, written from column 0, -1: absent */
+  int32_t out[PLD_MAX_OUT];     /* buffer, -1: absent */
+  int32_t out_col[PLD_MAX_OUT]; /* first column that is written: several ops may fill one buffer */
   int32_t out_width[PLD_MAX_OUT];
   int32_t weight[PLD_MAX_WEIGHTS]; /* index of the weight table, -1: absent */
   int32_t i[6];

@@ -1,10 +1,13 @@
 // Weights on their way in: any storage type to float32 or bfloat16, in rows or in panels of 64 rows.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "context.hpp"
 #include "dequantize.hpp"
 #include "error.hpp"
+#include "quantise.hpp"
+#include "strips.hpp"
 
 namespace pld {
 namespace {
@@ -27,6 +30,7 @@ int64_t row_bytes(pld_dtype dtype, int64_t cols) {
 
 // 0 when out of range.
 int64_t packed_bytes(int64_t rows, int64_t cols, pld_dtype dtype) {
+  if (strip_format(dtype) != nullptr) return strips_bytes(rows, cols, dtype);
   int64_t words = 0, bytes = 0;
   if (!is_target(dtype) || rows < 1 || cols < 1 || rows > INT64_MAX - kPanelRows) return 0;
   int64_t row_words =
@@ -148,6 +152,32 @@ void scatter(const Word *in, int64_t rows, int64_t words, Word *out) {
     for (int64_t w = 0; w < words; ++w) out[w * kPanelRows + r] = in[r * kChunk + w];
 }
 
+// Rows [row_offset, + rows) of a matrix in strips.
+pld_status pack_strips(pld_context *context, const Source &source, int64_t rows, int64_t row_offset, uint8_t *target,
+                       pld_dtype dtype) {
+  const bool exact = dtype == source.dtype;
+  if (!exact && !can_quantise_to(dtype))
+    return fail(PLD_NOT_SUPPORTED, "values of type %s cannot be rounded to dtype %d", source.type->name, dtype);
+  const int64_t one = strip_bytes(*strip_format(dtype), source.cols);
+  const int64_t first = row_offset / kStrip, last = (row_offset + rows - 1) / kStrip;
+  std::lock_guard<std::mutex> lock(context->mutex);
+  parallel_for(*context, last - first + 1, [&](int64_t task) {
+    const int64_t strip = first + task, begin = std::max(row_offset, strip * kStrip);
+    std::vector<float> widened(exact ? 0 : static_cast<size_t>(source.cols + kChunk));
+    std::vector<uint8_t> blocks(exact ? 0 : static_cast<size_t>(source.cols / 32 * 34 + 64));
+    for (int64_t row = begin; row < std::min(row_offset + rows, (strip + 1) * kStrip); ++row) {
+      const uint8_t *from = source.data + (row - row_offset) * source.row_bytes;
+      if (exact) {
+        blocks_to_strip(from, source.cols, dtype, row % kStrip, target + strip * one);
+        continue;
+      }
+      source.type->widen(from, source.cols / source.type->block_values, widened.data());
+      floats_to_strip(widened.data(), source.cols, dtype, row % kStrip, blocks.data(), target + strip * one);
+    }
+  });
+  return PLD_OK;
+}
+
 pld_status pack(pld_context *context, const void *src, int64_t src_bytes, pld_dtype src_dtype, int64_t rows,
                 int64_t cols, int64_t row_offset, int64_t dst_rows, void *dst, int64_t dst_bytes, pld_dtype dst_dtype) {
   if (context == nullptr) return fail(PLD_INVALID_ARGUMENT, "context is null");
@@ -159,6 +189,8 @@ pld_status pack(pld_context *context, const void *src, int64_t src_bytes, pld_dt
                 static_cast<long long>(dst_rows));
   if (pld_status status = check_target(dst, dst_bytes, dst_dtype, packed_bytes(dst_rows, cols, dst_dtype)))
     return status;
+  if (strip_format(dst_dtype) != nullptr)
+    return pack_strips(context, source, rows, row_offset, static_cast<uint8_t *>(dst), dst_dtype);
 
   int64_t pair = dst_dtype == PLD_F32 ? 1 : 2;
   int64_t panel_words = ceil_div(cols, pair) * kPanelRows;

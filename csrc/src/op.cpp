@@ -7,12 +7,14 @@
 #include "context.hpp"
 #include "error.hpp"
 #include "kv.hpp"
+#include "strips.hpp"
 
 namespace pld {
 
 namespace {
 
 constexpr int32_t kMaxWidth = 1 << 26;
+constexpr int32_t kMaxI8Cols = 1 << 16;  // so that a row's sum of products stays within an int32
 
 struct Rule {
   const char *name;
@@ -46,9 +48,9 @@ pld_status check_presence(const pld_op &op, const Rule &rule, const pld_weight *
     bool wanted = i == 0 || (rule.n_out == 2 && op.in[1] >= 0);
     if (wanted != (op.out[i] >= 0))
       return fail(PLD_INVALID_ARGUMENT, "%s: output %d must %sbe there", rule.name, i, wanted ? "" : "not ");
-    if (wanted && (op.out_width[i] < 1 || op.out_width[i] > kMaxWidth))
-      return fail(PLD_INVALID_ARGUMENT, "%s: output %d has width %d; the limit is %d", rule.name, i, op.out_width[i],
-                  kMaxWidth);
+    if (wanted && (op.out_width[i] < 1 || op.out_width[i] > kMaxWidth || op.out_col[i] < 0))
+      return fail(PLD_INVALID_ARGUMENT, "%s: output %d has column %d and width %d; the limit is %d", rule.name, i,
+                  op.out_col[i], op.out_width[i], kMaxWidth);
   }
   for (int i = 0; i < PLD_MAX_WEIGHTS; ++i) {
     if (i < rule.n_weights && weight[i] == nullptr)
@@ -115,6 +117,10 @@ pld_status check_moe(const pld_op &op, const char *name, const pld_weight *const
           need(x >= 1 && x <= 512 && op.in_width[1] == x && op.i[1] >= 1 && op.i[1] <= x && valid_act(op.i[2]), name,
                "experts (at most 512), top_k and activation must fit the router"))
     return s;
+  for (int i = 0; i < 2; ++i)
+    if (pld_status s =
+            need(weight[i]->dtype == PLD_F32 || weight[i]->dtype == PLD_BF16, name, "experts are float32 or bfloat16"))
+      return s;
   int64_t f = weight[1]->cols;
   if (pld_status s = need(f <= kMaxWidth && f % 64 == 0 && d % 64 == 0 && op.out_width[0] == d, name,
                           "widths must be multiples of 64 and within the limit"))
@@ -130,6 +136,9 @@ pld_status check_shapes(const pld_op &op, const char *name, const pld_weight *co
       return check_matrix(name, 0, weight[0], weight[0]->rows, out0, false);
     case PLD_OP_LINEAR:
       if (pld_status s = need(valid_act(op.i[0]), name, "unknown activation")) return s;
+      if (pld_status s =
+              need(weight[0]->dtype != PLD_I8 || in0 <= kMaxI8Cols, name, "an I8 row is at most 65,536 wide"))
+        return s;
       if (pld_status s = check_matrix(name, 0, weight[0], out0, in0, true)) return s;
       return check_vector(name, 1, weight[1], out0);
     case PLD_OP_RMS_NORM:
@@ -180,8 +189,9 @@ pld_status check_op(const pld_op &op, const pld_weight *const *weight) {
 }
 
 pld_status check_weight(const pld_weight &w, int index) {
-  if (w.data == nullptr || w.rows < 1 || w.cols < 1 || (w.dtype != PLD_F32 && w.dtype != PLD_BF16) ||
-      (w.layout != PLD_ROW_MAJOR && w.layout != PLD_PANELS))
+  const bool plain = w.dtype == PLD_F32 || w.dtype == PLD_BF16;
+  if (w.data == nullptr || w.rows < 1 || w.cols < 1 || (w.layout != PLD_ROW_MAJOR && w.layout != PLD_PANELS) ||
+      (!plain && (w.layout != PLD_PANELS || strip_format(w.dtype) == nullptr)))
     return fail(PLD_INVALID_ARGUMENT, "weight %d: data, shape [%lld, %lld], dtype %d or layout %d is invalid", index,
                 (long long)w.rows, (long long)w.cols, w.dtype, w.layout);
   int64_t bytes = w.layout == PLD_PANELS ? pld_packed_bytes(w.rows, w.cols, w.dtype) : pld_row_bytes(w.dtype, w.cols);

@@ -66,9 +66,27 @@ pld_domain domain_of(const pld_program_desc &d, int32_t index) {
   return index < d.n_forward_ops ? PLD_ROWS_T : PLD_ROWS_L;
 }
 
+// Who holds each slot, and how many columns of each buffer are written: from 0 on, without gaps.
+struct Written {
+  std::vector<int32_t> owner, columns;
+
+  explicit Written(int32_t n_buffers)
+      : owner(static_cast<size_t>(n_buffers), -1), columns(static_cast<size_t>(n_buffers), 0) {}
+  bool holds(const pld_program_desc &d, int32_t buffer, int64_t end) const {
+    return owner[static_cast<size_t>(d.buffers[buffer].slot)] == buffer && end <= columns[static_cast<size_t>(buffer)];
+  }
+  bool whole(const pld_program_desc &d, int32_t buffer) const { return holds(d, buffer, d.buffers[buffer].width); }
+  bool write(const pld_program_desc &d, int32_t buffer, int32_t column, int32_t width) {
+    if (column > 0 && !(holds(d, buffer, column) && columns[static_cast<size_t>(buffer)] == column)) return false;
+    owner[static_cast<size_t>(d.buffers[buffer].slot)] = buffer;
+    columns[static_cast<size_t>(buffer)] = column + width;
+    return true;
+  }
+};
+
 // Operands in range, of the right domain, written before they are read, and not overwritten by a later buffer of their
 // slot.
-pld_status check_operands(const pld_program_desc &d, int32_t index, std::vector<int32_t> &owner) {
+pld_status check_operands(const pld_program_desc &d, int32_t index, Written &written) {
   const pld_op &op = d.ops[index];
   for (int i = 0; i < PLD_MAX_IN; ++i) {
     if (op.in[i] < 0) continue;
@@ -81,16 +99,17 @@ pld_status check_operands(const pld_program_desc &d, int32_t index, std::vector<
       return fail(PLD_INVALID_ARGUMENT, "op %d: input %d is of the wrong domain", index, i);
     if (gathers && op.in[i] != d.hidden)
       return fail(PLD_INVALID_ARGUMENT, "op %d: rows are gathered from the hidden states alone", index);
-    if (owner[static_cast<size_t>(d.buffers[op.in[i]].slot)] != op.in[i])
+    if (!written.holds(d, op.in[i], static_cast<int64_t>(op.in_col[i]) + op.in_width[i]))
       return fail(PLD_INVALID_ARGUMENT, "op %d: input %d, buffer %d, was not written or is overwritten", index, i,
                   op.in[i]);
   }
   for (int i = 0; i < PLD_MAX_OUT; ++i) {
     if (op.out[i] < 0) continue;
-    if (op.out[i] >= d.n_buffers || d.buffers[op.out[i]].width != op.out_width[i] ||
+    if (op.out[i] >= d.n_buffers || op.out_col[i] < 0 ||
+        static_cast<int64_t>(op.out_col[i]) + op.out_width[i] > d.buffers[op.out[i]].width ||
         d.buffers[op.out[i]].domain != domain_of(d, index))
-      return fail(PLD_INVALID_ARGUMENT, "op %d: output %d is buffer %d: out of range or of another width", index, i,
-                  op.out[i]);
+      return fail(PLD_INVALID_ARGUMENT, "op %d: output %d is buffer %d, columns [%d, +%d]: out of range", index, i,
+                  op.out[i], op.out_col[i], op.out_width[i]);
     for (int j = 0; j < PLD_MAX_IN; ++j)
       if (op.in[j] >= 0 && d.buffers[op.in[j]].slot == d.buffers[op.out[i]].slot)
         return fail(PLD_INVALID_ARGUMENT, "op %d: output %d shares the slot of input %d", index, i, j);
@@ -98,12 +117,14 @@ pld_status check_operands(const pld_program_desc &d, int32_t index, std::vector<
   if (op.out[1] >= 0 && d.buffers[op.out[0]].slot == d.buffers[op.out[1]].slot)
     return fail(PLD_INVALID_ARGUMENT, "op %d: its outputs share a slot", index);
   for (int i = 0; i < PLD_MAX_OUT; ++i)
-    if (op.out[i] >= 0) owner[static_cast<size_t>(d.buffers[op.out[i]].slot)] = op.out[i];
+    if (op.out[i] >= 0 && !written.write(d, op.out[i], op.out_col[i], op.out_width[i]))
+      return fail(PLD_INVALID_ARGUMENT, "op %d: output %d, buffer %d, is not written up to column %d", index, i,
+                  op.out[i], op.out_col[i]);
   return PLD_OK;
 }
 
 pld_status check_program(const pld_program_desc &d) {
-  std::vector<int32_t> owner(static_cast<size_t>(d.n_buffers), -1);
+  Written written(d.n_buffers);
   std::vector<int8_t> domain(static_cast<size_t>(d.n_buffers), -1);
   for (int32_t b = 0; b < d.n_buffers; ++b) {
     int8_t &slot_domain = domain[static_cast<size_t>(d.buffers[b].slot)];
@@ -128,10 +149,9 @@ pld_status check_program(const pld_program_desc &d) {
     if (op.kind == PLD_OP_EMBEDDING && weight[0]->rows < d.vocab_size)
       return fail(PLD_INVALID_ARGUMENT, "op %d: the embedding has %lld rows; vocab_size is %d", index,
                   (long long)weight[0]->rows, d.vocab_size);
-    if (pld_status status = check_operands(d, index, owner)) return status;
+    if (pld_status status = check_operands(d, index, written)) return status;
   }
-  if (owner[static_cast<size_t>(d.buffers[d.hidden].slot)] != d.hidden ||
-      owner[static_cast<size_t>(d.buffers[d.logits].slot)] != d.logits)
+  if (!written.whole(d, d.hidden) || !written.whole(d, d.logits))
     return fail(PLD_INVALID_ARGUMENT, "hidden or logits is not written, or is overwritten");
   return PLD_OK;
 }
@@ -173,8 +193,9 @@ void resolve_args(pld_program &p) {
     for (int i = 0; i < PLD_MAX_OUT; ++i) {
       if (op.out[i] < 0) continue;
       size_t buffer = static_cast<size_t>(op.out[i]);
-      args.out[i] = reinterpret_cast<float *>(p.arena.data() + p.offset[buffer]);
-      args.out_stride[i] = args.out_width[i] = p.buffers[buffer].width;
+      args.out[i] = reinterpret_cast<float *>(p.arena.data() + p.offset[buffer]) + op.out_col[i];
+      args.out_stride[i] = p.buffers[buffer].width;
+      args.out_width[i] = op.out_width[i];
     }
     for (int i = 0; i < PLD_MAX_WEIGHTS; ++i)
       args.weight[i] = op.weight[i] >= 0 ? &p.weights[static_cast<size_t>(op.weight[i])] : nullptr;

@@ -20,7 +20,8 @@ from pellucid.ops.batch import BatchInput
 
 ABI_VERSION = 1
 MAX_IN, MAX_OUT, MAX_WEIGHTS = 3, 2, 2
-F32, BF16 = 0, 1
+F32, BF16, F16 = 0, 1, 2
+Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, I8 = 3, 4, 5, 6, 7, 8, 9, 10, 11
 ROW_MAJOR, PANELS = 0, 1
 ISA_NAMES = {0: "auto", 1: "portable", 2: "avx2", 3: "avx512"}
 ISA_CODES = {name: code for code, name in ISA_NAMES.items()}
@@ -44,6 +45,7 @@ OP_DTYPE = np.dtype(
         ("in_col", "<i4", (MAX_IN,)),
         ("in_width", "<i4", (MAX_IN,)),
         ("out", "<i4", (MAX_OUT,)),
+        ("out_col", "<i4", (MAX_OUT,)),
         ("out_width", "<i4", (MAX_OUT,)),
         ("weight", "<i4", (MAX_WEIGHTS,)),
         ("i", "<i4", (6,)),

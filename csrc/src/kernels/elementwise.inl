@@ -16,6 +16,7 @@ static void embedding_row(const OpArgs &args, int64_t row) {
     }
     return;
   }
+  if (strip_format(w.dtype) != nullptr) return dequantise_row(w, id, out);
   const int64_t panel = id / 64, lane = id % 64;  // out of the packed matrix, so that a tied head is stored once
   if (w.dtype == PLD_F32) {
     const float *source = (const float *)w.data + panel * cols * 64 + lane;

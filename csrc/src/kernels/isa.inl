@@ -6,13 +6,16 @@
 
 #include "kernels.hpp"
 #include "kv.hpp"
+#include "strips.hpp"
 // clang-format off: each builds on those before
 #include "simd.hpp"
 #include "rows.inl"
+#include "linear.inl"
+#include "quantised.inl"
+#include "linear_op.inl"
 #include "elementwise.inl"
 #include "norm.inl"
 #include "rotary.inl"
-#include "linear.inl"
 #include "attention.inl"
 #include "moe.inl"
 #include "sample.inl"

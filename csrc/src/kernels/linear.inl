@@ -185,12 +185,18 @@ struct Epilogue {
   pld_act act;
 };
 
-static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t column, int count, const float *sums) {
+static Epilogue epilogue_of(const OpArgs &args) {
+  return {args.out[0], args.out_stride[0], args.out_width[0],
+          args.weight[1] == nullptr ? nullptr : (const float *)args.weight[1]->data, args.op->i[0]};
+}
+
+static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t column, int count, const float *sums,
+                        int64_t stride) {
   const int64_t left = e.width - column < count ? e.width - column : count;
   for (int64_t m = 0; m < rows; ++m) {
     float *out = e.out + (row + m) * e.stride + column;
     for_lanes(left, [&](int64_t i, int n) {
-      vf y = load(sums + m * kPanel + i);
+      vf y = load(sums + m * stride + i);
       if (e.bias != nullptr) y = y + load_lanes(e.bias + column + i, n);
       if (e.act != PLD_ACT_NONE) y = activate(y, e.act);
       store_lanes(out + i, y, n);
@@ -218,66 +224,9 @@ static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64
                      (next < kSlab ? next : kSlab) << shift, 0, shift};
       linear_slab<Panels>(x + row * x_stride + k, x_stride, rows, w + k * kPanel, count, here, sums + first, ahead);
     }
-    finish_rows(e, row, rows, column + first, count, sums + first);
+    finish_rows(e, row, rows, column + first, count, sums + first, kPanel);
   }
 }
-
-// Panels are cut in halves when there are too few whole ones to keep the threads level.
-static int linear_halves(const OpArgs &args, int n_threads) {
-  const int64_t panels = (args.out_width[0] + kPanel - 1) / kPanel;
-  return n_threads > 1 && panels < 8 * n_threads ? 2 : 1;
-}
-static int64_t linear_row_blocks(const OpArgs &args) { return (args.rows + kRowBlock - 1) / kRowBlock; }
-
-static int64_t linear_tasks(const OpArgs &args, int stage, int n_threads) {
-  if (stage == 0) return args.weight[0]->dtype == PLD_BF16 ? row_tasks(args, 0, n_threads) : 0;
-  const int64_t panels = (args.out_width[0] + kPanel - 1) / kPanel;
-  return panels * linear_halves(args, n_threads) * linear_row_blocks(args);
-}
-
-static void round_row(const OpArgs &args, int64_t row) {
-  const int64_t width = args.in_width[0], words = BF16Panels::words(width);
-  const float *in = args.in[0] + row * args.in_stride[0];
-  uint16_t *out = (uint16_t *)args.scratch + row * words * 2;
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    vh h = to_bf16(load(in + i));
-    memcpy(out + i, &h, sizeof h);
-  }
-  for (; i < width; ++i) out[i] = to_bf16(in[i]);
-  if (width % 2) out[width] = 0;
-}
-
-static void linear_run(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *scratch) {
-  if (stage == 0) {
-    run_rows<round_row>(args, 0, task, n_threads, scratch);
-    return;
-  }
-  const pld_weight &w = *args.weight[0];
-  const int halves = linear_halves(args, n_threads);
-  const int64_t slices = (args.out_width[0] + kPanel - 1) / kPanel * halves;
-  const int64_t block = task / slices, blocks = linear_row_blocks(args);  // all columns of a block before the next
-  const int64_t begin = block * args.rows / blocks, end = (block + 1) * args.rows / blocks;
-  const int64_t panel = task % slices / halves;
-  const int count = kPanel / halves, first = (int)(task % halves) * count;
-  const Epilogue e = {args.out[0], args.out_stride[0], args.out_width[0],
-                      args.weight[1] == nullptr ? nullptr : (const float *)args.weight[1]->data, args.op->i[0]};
-  if (w.dtype == PLD_F32) {
-    const float *data = (const float *)w.data + panel * w.cols * kPanel;
-    linear_panel<F32Panels>(args.in[0], args.in_stride[0], begin, end, data, first, count, w.cols, panel * kPanel, e);
-  } else {
-    const int64_t words = BF16Panels::words(w.cols);
-    const uint32_t *data = (const uint32_t *)w.data + panel * words * kPanel;
-    linear_panel<BF16Panels>((const uint32_t *)args.scratch, words, begin, end, data, first, count, words,
-                             panel * kPanel, e);
-  }
-}
-
-static size_t linear_scratch(const pld_op &op, const pld_weight *const *weight, int64_t rows) {
-  return weight[0]->dtype == PLD_BF16 ? (size_t)(rows * BF16Panels::words(op.in_width[0]) * 4) : 0;
-}
-
-static const Kernel linear_kernel = {2, linear_tasks, linear_run, linear_scratch};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

@@ -8,6 +8,7 @@
 #include "error.hpp"
 #include "kv.hpp"
 #include "op.hpp"
+#include "stages.hpp"
 
 struct pld_program {
   pld_context *context;
@@ -22,6 +23,7 @@ struct pld_program {
   std::vector<int64_t> offset;  // of each buffer in the arena
   pld::Scratch op_scratch;
   std::vector<pld::OpArgs> args;
+  std::vector<pld::Step> steps[2];  // of the forward part, and of the logits
   pld::CellMarks marks;
   int32_t rows_left = 0;  // hidden rows that the last run left
 };
@@ -228,34 +230,33 @@ pld_status create_program(pld_context *context, const pld_program_desc *desc, pl
   program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
   place_buffers(*program);
   resolve_args(*program);
+  for (int part = 0; part < 2; ++part)
+    program->steps[part] =
+        plan_steps(program->ops.data(), program->buffers.data(), program->args, context->table,
+                   part == 0 ? 0 : desc->n_forward_ops, part == 0 ? desc->n_forward_ops : desc->n_ops);
   *out = program.release();
   return PLD_OK;
 }
 
-struct Region {
-  pld_program &program;
-  size_t begin, end;
-};
-
-// Ops [begin, end) as one region: all threads walk them together.
-void run_ops(pld_program &p, size_t begin, size_t end, const pld_batch &batch, pld_kv *kv) {
-  for (size_t index = begin; index < end; ++index) {
+// The parts of a program that a run walks: forward, logits, or both; each as one region.
+void run_parts(pld_program &p, int first, int last, const pld_batch &batch, pld_kv *kv) {
+  for (size_t index = 0; index < p.args.size(); ++index) {
     OpArgs &args = p.args[index];
     args.batch = &batch;
     args.kv = kv;
     args.rows = static_cast<int32_t>(index) < p.n_forward_ops ? batch.n_tokens : batch.n_logit_rows;
   }
-  Region region{p, begin, end};
+  struct Region {
+    pld_program &program;
+    int first, last;
+  } region{p, first, last};
   p.context->turns.reset();
   p.context->pool.run(
       [](void *argument, int thread) {
         Region &r = *static_cast<Region *>(argument);
         uint32_t turn = 0;
-        for (size_t index = r.begin; index < r.end; ++index) {
-          const OpArgs &args = r.program.args[index];
-          const Kernel &kernel = r.program.context->table.ops[args.op->kind];
-          run_stages(kernel, args, *r.program.context, turn, thread);
-        }
+        for (int part = r.first; part <= r.last; ++part)
+          run_steps(r.program.steps[part], r.program.args, *r.program.context, turn, thread);
       },
       &region);
 }
@@ -275,8 +276,7 @@ pld_status run_program(pld_program *p, pld_kv *kv, const pld_batch *batch) {
   if (pld_status status = check_layers(*p, *kv)) return status;
   BatchLimits limits{p->max_rows[PLD_ROWS_T], p->max_rows[PLD_ROWS_L], p->vocab_size};
   if (pld_status status = check_batch(batch, *kv, limits, p->marks)) return status;
-  size_t n_ops = batch->n_logit_rows > 0 ? p->ops.size() : static_cast<size_t>(p->n_forward_ops);
-  run_ops(*p, 0, n_ops, *batch, kv);
+  run_parts(*p, 0, batch->n_logit_rows > 0 ? 1 : 0, *batch, kv);
   p->rows_left = batch->n_tokens;
   return PLD_OK;
 }
@@ -294,7 +294,7 @@ pld_status run_logits(pld_program *p, const int32_t *rows, int32_t n_rows) {
   batch.n_tokens = p->rows_left;
   batch.n_logit_rows = n_rows;
   batch.logit_rows = rows;
-  run_ops(*p, static_cast<size_t>(p->n_forward_ops), p->ops.size(), batch, nullptr);
+  run_parts(*p, 1, 1, batch, nullptr);
   return PLD_OK;
 }
 

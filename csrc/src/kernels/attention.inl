@@ -405,7 +405,7 @@ static void run_attention(const OpArgs &args, int stage, int64_t task, int n_thr
   }
 }
 
-static const Kernel attention_kernel = {2, attention_tasks, run_attention, nullptr};
+static const Kernel attention_kernel = {2, attention_tasks, run_attention, nullptr, nullptr, nullptr};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

@@ -34,6 +34,10 @@ struct Kernel {
   int64_t (*n_tasks)(const OpArgs &args, int stage, int n_threads);
   void (*run)(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *thread_scratch);
   size_t (*scratch_bytes)(const pld_op &op, const pld_weight *const *weight, int64_t rows);  // null: none
+  // Stage 0 for rows [begin, end), when each row of it reads no other row of its inputs (gather_rows: of the hidden
+  // states) and writes no other; null: it is not like that.
+  void (*run_rows)(const OpArgs &args, int64_t begin, int64_t end);
+  bool (*is_void)(const OpArgs &args, int stage);  // a stage that never has tasks; null: none
 };
 
 inline constexpr int kNumOpKinds = PLD_OP_SAMPLE + 1;

@@ -107,12 +107,24 @@ PLD_INLINE nf load_halves(const uint8_t *p) {
   return v;
 #endif
 }
-template <typename Byte>
-PLD_INLINE nf load_bytes(const uint8_t *p) {
-  typedef Byte Bytes __attribute__((vector_size(kNative)));
-  Bytes b;
-  memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(__builtin_convertvector(b, ni), nf);
+// Bytes as floats. Spelled out, because the compiler would take them one by one.
+PLD_INLINE nf load_unsigned(const uint8_t *p) {
+#if defined(__AVX512F__)
+  return (nf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (nf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  return nf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
+#endif
+}
+PLD_INLINE nf load_signed(const uint8_t *p) {
+#if defined(__AVX512F__)
+  return (nf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (nf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  return nf{(float)(int8_t)p[0], (float)(int8_t)p[1], (float)(int8_t)p[2], (float)(int8_t)p[3]};
+#endif
 }
 
 // A type of weights: where a group's quants and scales are found, for native vector v at column c of the strip.
@@ -143,14 +155,14 @@ struct Quantised {
   // The scale of w in half `h` of a group, and its minimum; `unit` and `group` are where those begin.
   PLD_INLINE nf scale(const uint8_t *unit, const uint8_t *group, int h, int c) {
     const nf d = load_halves(unit + c * 2);
-    if constexpr (kType == PLD_Q4_K || kType == PLD_Q5_K) return d * load_bytes<uint8_t>(group + c);
-    if constexpr (kType == PLD_Q6_K) return d * load_bytes<int8_t>(group + h * 32 + c);
+    if constexpr (kType == PLD_Q4_K || kType == PLD_Q5_K) return d * load_unsigned(group + c);
+    if constexpr (kType == PLD_Q6_K) return d * load_signed(group + h * 32 + c);
     return d;
   }
   PLD_INLINE nf minimum(const uint8_t *unit, const uint8_t *group, int c) {
     const nf m = load_halves(unit + 64 + c * 2);
     if constexpr (kType == PLD_Q4_1) return m;
-    return -(m * load_bytes<uint8_t>(group + 32 + c));
+    return -(m * load_unsigned(group + 32 + c));
   }
 };
 

@@ -207,9 +207,15 @@ void resolve_args(pld_program &p) {
       scratch = std::max(scratch, kernel.scratch_bytes(op, args.weight, rows));
     }
   }
-  p.op_scratch.reserve(scratch);
-  for (OpArgs &args : p.args) args.scratch = p.op_scratch.data();
-  p.arena_bytes += static_cast<int64_t>(scratch);
+  // Two, taken by turns: a gated linear reads its own input while it writes that of the op after next.
+  scratch = (scratch + 63) / 64 * 64;
+  p.op_scratch.reserve(2 * scratch);
+  bool second = false;
+  for (OpArgs &args : p.args) {
+    args.scratch = p.op_scratch.data() + (second ? scratch : 0);
+    if (args.op->kind == PLD_OP_LINEAR) second = !second;
+  }
+  p.arena_bytes += static_cast<int64_t>(2 * scratch);
 }
 
 pld_status create_program(pld_context *context, const pld_program_desc *desc, pld_program **out) {
@@ -230,6 +236,8 @@ pld_status create_program(pld_context *context, const pld_program_desc *desc, pl
   program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
   place_buffers(*program);
   resolve_args(*program);
+  fuse_gates(program->ops.data(), program->buffers.data(), desc->n_buffers, program->args,
+             {desc->hidden, desc->logits});
   for (int part = 0; part < 2; ++part)
     program->steps[part] =
         plan_steps(program->ops.data(), program->buffers.data(), program->args, context->table,

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "strips.hpp"
+
 namespace pld {
 namespace {
 
@@ -32,11 +34,52 @@ class SlotStrides {
   std::vector<std::pair<int32_t, int32_t>> seen_;
 };
 
+// The op at `reader` reads all of the output of the op before it, and nothing else does.
+bool reads_alone(const pld_op *ops, const pld_buffer *buffers, const std::vector<int32_t> &reads, int32_t reader) {
+  const pld_op &from = ops[reader - 1], &to = ops[reader];
+  const int32_t buffer = from.out[0];
+  return to.in[0] == buffer && reads[static_cast<size_t>(buffer)] == 1 && from.out_col[0] == 0 && to.in_col[0] == 0 &&
+         from.out_width[0] == buffers[buffer].width && to.in_width[0] == buffers[buffer].width;
+}
+
+// The stage is done by the gated linear in front of it.
+bool is_fused(const std::vector<OpArgs> &args, int32_t index, int stage) {
+  const auto at = static_cast<size_t>(index);
+  return (at >= 1 && args[at - 1].gated != nullptr) || (at >= 2 && args[at - 2].feeds != nullptr && stage == 0);
+}
+
 int64_t chain_rows(int64_t rows, int n_threads) {
   return std::min<int64_t>(std::max<int64_t>((rows + 4 * n_threads - 1) / (4 * n_threads), 1), 32);
 }
 
 }  // namespace
+
+void fuse_gates(const pld_op *ops, const pld_buffer *buffers, int32_t n_buffers, std::vector<OpArgs> &args,
+                const std::vector<int32_t> &kept) {
+  std::vector<int32_t> reads(static_cast<size_t>(n_buffers), 0);
+  for (size_t index = 0; index < args.size(); ++index)
+    for (int32_t buffer : ops[index].in)
+      if (buffer >= 0) ++reads[static_cast<size_t>(buffer)];
+  for (int32_t buffer : kept) reads[static_cast<size_t>(buffer)] += 2;
+  const auto count = static_cast<int32_t>(args.size());
+  for (int32_t index = 0; index + 1 < count; ++index) {
+    OpArgs &linear = args[static_cast<size_t>(index)];
+    const OpArgs &gate = args[static_cast<size_t>(index) + 1];
+    if (ops[index].kind != PLD_OP_LINEAR || ops[index].i[0] != PLD_ACT_NONE ||
+        ops[index + 1].kind != PLD_OP_ACT_AND_MUL || gate.out_width[0] % kStrip != 0 ||
+        !reads_alone(ops, buffers, reads, index + 1))
+      continue;
+    // Float32 input is read where it stands: what is written meanwhile must stand elsewhere.
+    if (linear.weight[0]->dtype == PLD_F32 && buffers[ops[index].in[0]].slot == buffers[ops[index + 1].out[0]].slot)
+      continue;
+    linear.gated = &gate;
+    if (index + 2 >= count || ops[index + 2].kind != PLD_OP_LINEAR || !reads_alone(ops, buffers, reads, index + 2))
+      continue;
+    const OpArgs &next = args[static_cast<size_t>(index) + 2];
+    const pld_dtype dtype = next.weight[0]->dtype;
+    if (dtype != PLD_F32 && dtype != PLD_I8) linear.feeds = &next;
+  }
+}
 
 std::vector<Step> plan_steps(const pld_op *ops, const pld_buffer *buffers, const std::vector<OpArgs> &args,
                              const KernelTable &table, int32_t begin, int32_t end) {
@@ -45,6 +88,7 @@ std::vector<Step> plan_steps(const pld_op *ops, const pld_buffer *buffers, const
   for (int32_t index = begin; index < end; ++index) {
     const Kernel &kernel = table.ops[ops[index].kind];
     for (int32_t stage = 0; stage < kernel.n_stages; ++stage) {
+      if (is_fused(args, index, stage)) continue;
       if (kernel.is_void != nullptr && kernel.is_void(args[static_cast<size_t>(index)], stage)) continue;
       const bool rowwise = kernel.run_rows != nullptr && stage == 0;
       const bool joins = rowwise && !steps.empty() && steps.back().chain && ops[index].kind != PLD_OP_GATHER_ROWS &&

@@ -22,7 +22,13 @@ struct Step {
   bool chain;
 };
 
-// Steps of ops [begin, end). `args` are resolved but for batch, cache and rows; buffers and slots as in the program.
+// Lets each linear whose output only an act_and_mul reads gate it on the way, and round the result for the linear that
+// alone reads that. Neither result is stored then. `kept` are buffers that callers look at.
+void fuse_gates(const pld_op *ops, const pld_buffer *buffers, int32_t n_buffers, std::vector<OpArgs> &args,
+                const std::vector<int32_t> &kept);
+
+// Steps of ops [begin, end), without stages that have been fused. `args` are resolved but for batch, cache and rows;
+// buffers and slots as in the program.
 std::vector<Step> plan_steps(const pld_op *ops, const pld_buffer *buffers, const std::vector<OpArgs> &args,
                              const KernelTable &table, int32_t begin, int32_t end);
 

@@ -22,6 +22,10 @@ struct OpArgs {
   const pld_batch *batch;
   pld_kv *kv;
   std::byte *scratch;  // shared by the stages of this op; Kernel::scratch_bytes of it, 64-byte aligned
+  // linear within a program (stages.cpp). `gated`: the act_and_mul that alone reads the output is computed on the way,
+  // and the output is not stored. `feeds`: the linear that alone reads that result gets it rounded into its scratch.
+  const OpArgs *gated;
+  const OpArgs *feeds;
 };
 
 inline constexpr size_t kThreadScratchBytes = 512 * 1024;

@@ -190,13 +190,12 @@ static Epilogue epilogue_of(const OpArgs &args) {
           args.weight[1] == nullptr ? nullptr : (const float *)args.weight[1]->data, args.op->i[0]};
 }
 
-static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t column, int count, const float *sums,
-                        int64_t stride) {
+static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t column, int count, const float *sums) {
   const int64_t left = e.width - column < count ? e.width - column : count;
   for (int64_t m = 0; m < rows; ++m) {
     float *out = e.out + (row + m) * e.stride + column;
     for_lanes(left, [&](int64_t i, int n) {
-      vf y = load(sums + m * stride + i);
+      vf y = load(sums + m * kPanel + i);
       if (e.bias != nullptr) y = y + load_lanes(e.bias + column + i, n);
       if (e.act != PLD_ACT_NONE) y = activate(y, e.act);
       store_lanes(out + i, y, n);
@@ -204,27 +203,20 @@ static void finish_rows(const Epilogue &e, int64_t row, int64_t rows, int64_t co
   }
 }
 
-// Rows [begin, end) times columns [first, first + count) of one panel, which is all of it or a half; `column` is the
-// panel's first.
+// `rows` rows, at most kRowBlock, times columns [first, first + count) of one panel, which is all of it or a half.
+// `behind`: what is read next.
 template <typename Panels>
-static void linear_panel(const typename Panels::Word *x, int64_t x_stride, int64_t begin, int64_t end,
-                         const void *panel, int first, int count, int64_t steps, int64_t column, const Epilogue &e) {
-  using Word = typename Panels::Word;
-  alignas(64) float sums[kRowBlock * kPanel];
-  const Word *w = (const Word *)panel + first;
-  const Word *behind = first + count < kPanel ? w + count : (const Word *)panel + steps * kPanel;  // the next task's
-  for (int64_t row = begin; row < end; row += kRowBlock) {
-    const int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
-    memset(sums, 0, (size_t)rows * kPanel * sizeof(float));
-    for (int64_t k = 0; k < steps; k += kSlab) {
-      const int64_t here = steps - k < kSlab ? steps - k : kSlab, left = steps - k - here;
-      const int64_t next = left > 0 ? left : steps;
-      const int shift = count == kPanel ? 2 : 1;
-      Ahead ahead = {(const char *)(left > 0 ? w + (k + here) * kPanel : behind), 0,
-                     (next < kSlab ? next : kSlab) << shift, 0, shift};
-      linear_slab<Panels>(x + row * x_stride + k, x_stride, rows, w + k * kPanel, count, here, sums + first, ahead);
-    }
-    finish_rows(e, row, rows, column + first, count, sums + first, kPanel);
+static void panel_sums(const typename Panels::Word *x, int64_t x_stride, int64_t rows, const void *panel, int first,
+                       int count, int64_t steps, const void *behind, float *sums) {
+  const auto *w = (const typename Panels::Word *)panel + first;
+  for (int64_t m = 0; m < rows; ++m) memset(sums + m * kPanel, 0, (size_t)count * sizeof(float));
+  for (int64_t k = 0; k < steps; k += kSlab) {
+    const int64_t here = steps - k < kSlab ? steps - k : kSlab, left = steps - k - here;
+    const int64_t next = left > 0 ? left : steps;
+    const int shift = count == kPanel ? 2 : 1;
+    Ahead ahead = {(const char *)(left > 0 ? w + (k + here) * kPanel : behind), 0,
+                   (next < kSlab ? next : kSlab) << shift, 0, shift};
+    linear_slab<Panels>(x + k, x_stride, rows, w + k * kPanel, count, here, sums, ahead);
   }
 }
 

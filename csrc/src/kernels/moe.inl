@@ -126,12 +126,17 @@ static void route(const OpArgs &args, const MoeShape &s, const MoeScratch &scrat
 // Rows of x times one panel of a weight, 64 columns, to `out`.
 PLD_INLINE void moe_panel(const pld_weight &w, const uint32_t *x, int64_t x_words, int64_t rows, int64_t panel,
                           pld_act act, float *out, int64_t stride) {
-  const Epilogue e = {out, stride, kPanel, nullptr, act};
   const char *data = (const char *)w.data + panel * x_words * kPanel * 4;
-  if (w.dtype == PLD_F32)
-    linear_panel<F32Panels>((const float *)x, x_words, 0, rows, data, 0, kPanel, x_words, 0, e);
-  else
-    linear_panel<BF16Panels>(x, x_words, 0, rows, data, 0, kPanel, x_words, 0, e);
+  const void *behind = data + x_words * kPanel * 4;
+  alignas(64) float sums[kRowBlock * kPanel];
+  for (int64_t row = 0; row < rows; row += kRowBlock) {
+    const int64_t n = rows - row < kRowBlock ? rows - row : kRowBlock;
+    if (w.dtype == PLD_F32)
+      panel_sums<F32Panels>((const float *)x + row * x_words, x_words, n, data, 0, kPanel, x_words, behind, sums);
+    else
+      panel_sums<BF16Panels>(x + row * x_words, x_words, n, data, 0, kPanel, x_words, behind, sums);
+    finish_rows({out, stride, kPanel, nullptr, act}, row, n, 0, kPanel, sums);
+  }
 }
 
 static void gate_and_up(const OpArgs &args, const MoeShape &s, const MoeScratch &scratch, int64_t task, char *memory) {

@@ -186,7 +186,8 @@ constexpr int kQuantRows = 6;  // 12 integer and 12 float accumulators of 32 reg
 constexpr int kQuantRows = 3;
 #endif
 
-// M rows times kQuantVectors vectors at column `c` of a strip, over groups [begin, end), added to `sums` [M][kStrip].
+// M rows times kQuantVectors vectors at column `c` of a strip, over groups [begin, end), added to `sums` (rows of
+// kPanel).
 template <typename Q, int M>
 static void quantised_tile(const int8_t *x, int64_t x_stride, const GroupSums *beside, int64_t n_groups,
                            const uint8_t *strip, int64_t begin, int64_t end, int c, float *sums, AheadBytes &ahead) {
@@ -194,7 +195,7 @@ static void quantised_tile(const int8_t *x, int64_t x_stride, const GroupSums *b
   nf total[M][V];
   PLD_FULLY
   for (int m = 0; m < M; ++m) PLD_FULLY
-  for (int v = 0; v < V; ++v) total[m][v] = load_native<nf>(sums + m * kStrip + v * kNative);
+  for (int v = 0; v < V; ++v) total[m][v] = load_native<nf>(sums + m * kPanel + v * kNative);
   for (int64_t g = begin; g < end; ++g) {
     request(ahead);
     const uint8_t *unit = strip + unit_offset(Q::kFormat, g), *group = strip + group_offset(Q::kFormat, g);
@@ -242,7 +243,7 @@ static void quantised_tile(const int8_t *x, int64_t x_stride, const GroupSums *b
   }
   PLD_FULLY
   for (int m = 0; m < M; ++m) PLD_FULLY
-  for (int v = 0; v < V; ++v) memcpy(sums + m * kStrip + v * kNative, &total[m][v], sizeof(nf));
+  for (int v = 0; v < V; ++v) memcpy(sums + m * kPanel + v * kNative, &total[m][v], sizeof(nf));
 }
 
 // PLD_I8: one scale a row and a column, so that all of K is one integer sum.
@@ -278,7 +279,7 @@ static void channel_tile(const int8_t *x, int64_t x_stride, const GroupSums *bes
     for (int v = 0; v < V; ++v) {
       const nf scale = load_native<nf>(strip + (c + v * kNative) * 4);
       const nf y = to_float(acc[m][v]) * (scale * a);
-      memcpy(sums + m * kStrip + v * kNative, &y, sizeof y);
+      memcpy(sums + m * kPanel + v * kNative, &y, sizeof y);
     }
   }
 }
@@ -312,29 +313,48 @@ constexpr int64_t slab_groups() {
   return groups / 8 * 8;
 }
 
-// Rows [begin, end) times one strip.
+// `rows` rows times one strip. `behind`: what is read next.
 template <pld_dtype kType>
-static void quantised_strip(const QuantisedRows &r, int64_t begin, int64_t end, const uint8_t *strip, float *sums) {
+static void strip_sums(const QuantisedRows &r, int64_t rows, const uint8_t *strip, const uint8_t *behind, float *sums) {
+  constexpr const StripFormat &kFormat = *strip_format(kType);
   constexpr int kColumns = kQuantVectors * kNative, kMost = kType == PLD_I8 ? 2 * kQuantRows : kQuantRows;
-  const int64_t rows = end - begin, tiles = (rows + kMost - 1) / kMost;
-  const int64_t slab = kType == PLD_I8 ? r.n_groups : slab_groups<kType>();
-  memset(sums, 0, (size_t)(rows * kStrip) * sizeof(float));
+  const int64_t tiles = (rows + kMost - 1) / kMost, slab = kType == PLD_I8 ? r.n_groups : slab_groups<kType>();
+  for (int64_t m = 0; m < rows; ++m) memset(sums + m * kPanel, 0, kStrip * sizeof(float));
   for (int64_t group = 0; group < r.n_groups; group += slab) {
     const int64_t stop = group + slab < r.n_groups ? group + slab : r.n_groups;
     const int64_t visits = (stop - group) * tiles * (kStrip / kColumns);
-    const int64_t bytes =
-        unit_bytes(*strip_format(kType)) * kQuantGroup / strip_format(kType)->unit_values * (stop - group);
-    const uint8_t *behind = strip + group_offset(*strip_format(kType), stop);
-    AheadBytes ahead = {behind, behind + bytes, (bytes / kLine + visits - 1) / visits * kLine};
+    const int64_t bytes = unit_bytes(kFormat) * kQuantGroup / kFormat.unit_values * (stop - group);
+    const uint8_t *next = stop < r.n_groups ? strip + group_offset(kFormat, stop) : behind;
+    AheadBytes ahead = {next, next + bytes, (bytes / kLine + visits - 1) / visits * kLine};
     for (int c = 0; c < kStrip; c += kColumns)
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile * rows / tiles, height = (tile + 1) * rows / tiles - row;
-        quantised_rows_of<kType, kMost>(height, r, begin + row, strip, group, stop, c, sums + row * kStrip + c, ahead);
+        quantised_rows_of<kType, kMost>(height, r, row, strip, group, stop, c, sums + row * kPanel + c, ahead);
       }
   }
 }
 
-// ---- the op's stages ---------------------------------------------------------------------------------------------
+static void strip_sums_of(pld_dtype dtype, const QuantisedRows &r, int64_t rows, const uint8_t *strip,
+                          const uint8_t *behind, float *sums) {
+  switch (dtype) {
+    case PLD_I8:
+      return strip_sums<PLD_I8>(r, rows, strip, behind, sums);
+    case PLD_Q8_0:
+      return strip_sums<PLD_Q8_0>(r, rows, strip, behind, sums);
+    case PLD_Q4_0:
+      return strip_sums<PLD_Q4_0>(r, rows, strip, behind, sums);
+    case PLD_Q4_1:
+      return strip_sums<PLD_Q4_1>(r, rows, strip, behind, sums);
+    case PLD_Q4_K:
+      return strip_sums<PLD_Q4_K>(r, rows, strip, behind, sums);
+    case PLD_Q5_K:
+      return strip_sums<PLD_Q5_K>(r, rows, strip, behind, sums);
+    default:
+      return strip_sums<PLD_Q6_K>(r, rows, strip, behind, sums);
+  }
+}
+
+// ---- rounding of x -------------------------------------------------------------------------------------------------
 
 // How the scratch of a linear op holds its quantised input: all rows of int8, then what stands beside them.
 struct QuantisedInput {
@@ -397,81 +417,58 @@ PLD_INLINE int32_t round_sixteen(vf x, float inverse, int8_t *out) {
 #endif
 }
 
+// The scratch of a linear op, row by row.
+struct QuantisedTarget {
+  int8_t *x;
+  GroupSums *beside;
+
+  QuantisedTarget(const OpArgs &args, const QuantisedInput &layout, int64_t row)
+      : x((int8_t *)args.scratch + row * layout.row_bytes),
+        beside((GroupSums *)(args.scratch + args.rows * layout.row_bytes) + row * layout.n_beside) {}
+};
+
+// `count` values, at most a group, as int8; gives the sums of both halves.
+PLD_INLINE void round_group(const float *x, int64_t count, float inverse, int8_t *out, int32_t sums[2]) {
+  for (int h = 0; h < 2; ++h) {
+    const int64_t left = count - 16 * h;
+    const vf values = left >= 16 ? load(x + 16 * h) : left > 0 ? load_n(x + 16 * h, (int)left) : vf{};
+    sums[h] = round_sixteen(values, inverse, out + 16 * h);
+  }
+}
+
+// A whole group with a scale of its own: every type but PLD_I8.
+PLD_INLINE void quantise_group(const float *x, pld_dtype dtype, const QuantisedTarget &target, int64_t g) {
+  const Rounding rounding = rounding_of(greatest_bits(x, kQuantGroup));
+  int32_t sums[2];
+  round_group(x, kQuantGroup, rounding.inverse, target.x + g * kQuantGroup, sums);
+  const int32_t sum = sums[0] + sums[1], zero = zero_of(dtype);
+  target.beside[g] = {
+      rounding.scale, rounding.scale * (float)sum, {-zero * (dtype == PLD_Q6_K ? sums[0] : sum), -zero * sums[1]}};
+}
+
 static void quantise_row(const OpArgs &args, int64_t row) {
   const int64_t width = args.in_width[0];
   const pld_dtype dtype = args.weight[0]->dtype;
   const QuantisedInput layout(dtype, width);
-  const float *in = args.in[0] + row * args.in_stride[0];
-  int8_t *out = (int8_t *)args.scratch + row * layout.row_bytes;
-  GroupSums *beside = (GroupSums *)(args.scratch + args.rows * layout.row_bytes) + row * layout.n_beside;
-  const int zero = zero_of(dtype);
-  Rounding rounding = {};
-  int32_t row_sum = 0;
-  if (dtype == PLD_I8) rounding = rounding_of(greatest_bits(in, width));
-  for (int64_t g = 0; g < layout.n_groups; ++g) {
-    const int64_t first = g * kQuantGroup, count = width - first < kQuantGroup ? width - first : kQuantGroup;
-    const float *x = in + first;
-    if (dtype != PLD_I8) rounding = rounding_of(greatest_bits(x, count));
-    int32_t sums[2];
-    for (int h = 0; h < 2; ++h) {
-      const int64_t left = count - 16 * h;
-      const vf values = left >= 16 ? load(x + 16 * h) : left > 0 ? load_n(x + 16 * h, (int)left) : vf{};
-      sums[h] = round_sixteen(values, rounding.inverse, out + first + 16 * h);
-    }
-    row_sum += sums[0] + sums[1];
-    if (dtype == PLD_I8) continue;
-    const int32_t sum = sums[0] + sums[1];
-    const bool halves = dtype == PLD_Q6_K;
-    beside[g] = {rounding.scale, rounding.scale * (float)sum, {-zero * (halves ? sums[0] : sum), -zero * sums[1]}};
+  const QuantisedTarget target(args, layout, row);
+  const float *x = args.in[0] + row * args.in_stride[0];
+  if (dtype != PLD_I8) {
+    for (int64_t g = 0; g < layout.n_groups; ++g) quantise_group(x + g * kQuantGroup, dtype, target, g);
+    return;
   }
-  if (dtype == PLD_I8) beside[0] = {rounding.scale, 0.0f, {-zero * row_sum, 0}};
+  const Rounding rounding = rounding_of(greatest_bits(x, width));
+  int32_t total = 0, sums[2];
+  for (int64_t k = 0; k < width; k += kQuantGroup) {
+    round_group(x + k, width - k < kQuantGroup ? width - k : kQuantGroup, rounding.inverse, target.x + k, sums);
+    total += sums[0] + sums[1];
+  }
+  target.beside[0] = {rounding.scale, 0.0f, {-zero_of(dtype) * total, 0}};
 }
 
 // Rows of a task: as many as stay in the second-level cache while strips pass by.
 static int64_t quantised_block_rows(int64_t width) {
   const int64_t rows = 256 * 1024 / width / 12 * 12;
   return rows < 48 ? 48 : rows > 192 ? 192 : rows;
-}
-
-static int64_t quantised_tasks(const OpArgs &args) {
-  const int64_t block = quantised_block_rows(args.in_width[0]);
-  return (args.out_width[0] + kStrip - 1) / kStrip * ((args.rows + block - 1) / block);
-}
-
-static void quantised_run(const OpArgs &args, int64_t task) {
-  const pld_weight &w = *args.weight[0];
-  const QuantisedInput layout(w.dtype, args.in_width[0]);
-  const int64_t strips = (args.out_width[0] + kStrip - 1) / kStrip, strip = task % strips;
-  const int64_t most = quantised_block_rows(args.in_width[0]), blocks = (args.rows + most - 1) / most;
-  const int64_t block = task / strips, begin = block * args.rows / blocks, end = (block + 1) * args.rows / blocks;
-  const QuantisedRows rows = {(const int8_t *)args.scratch, layout.row_bytes,
-                              (const GroupSums *)(args.scratch + args.rows * layout.row_bytes), layout.n_beside,
-                              layout.n_groups};
-  const uint8_t *data = (const uint8_t *)w.data + strip * strip_bytes(*strip_format(w.dtype), w.cols);
-  alignas(64) float sums[192 * kStrip];
-  switch (w.dtype) {
-    case PLD_I8:
-      quantised_strip<PLD_I8>(rows, begin, end, data, sums);
-      break;
-    case PLD_Q8_0:
-      quantised_strip<PLD_Q8_0>(rows, begin, end, data, sums);
-      break;
-    case PLD_Q4_0:
-      quantised_strip<PLD_Q4_0>(rows, begin, end, data, sums);
-      break;
-    case PLD_Q4_1:
-      quantised_strip<PLD_Q4_1>(rows, begin, end, data, sums);
-      break;
-    case PLD_Q4_K:
-      quantised_strip<PLD_Q4_K>(rows, begin, end, data, sums);
-      break;
-    case PLD_Q5_K:
-      quantised_strip<PLD_Q5_K>(rows, begin, end, data, sums);
-      break;
-    default:
-      quantised_strip<PLD_Q6_K>(rows, begin, end, data, sums);
-  }
-  finish_rows(epilogue_of(args), begin, end - begin, strip * kStrip, (int)kStrip, sums, kStrip);
 }
 
 // One row of W, exactly as stored: for embeddings that share the head's matrix.

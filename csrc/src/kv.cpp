@@ -76,7 +76,11 @@ size_t v_bytes(const pld_kv &kv) { return static_cast<size_t>(kv.v_layer_bytes) 
 std::byte *reserve(size_t bytes) {
 #if PLD_HAS_MMAP
   void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return memory == MAP_FAILED ? nullptr : static_cast<std::byte *>(memory);
+  if (memory == MAP_FAILED) return nullptr;
+#ifdef MADV_HUGEPAGE
+  madvise(memory, bytes, MADV_HUGEPAGE);  // a step reads a little from very many places
+#endif
+  return static_cast<std::byte *>(memory);
 #else
   void *raw = std::calloc(bytes + 128, 1);
   if (raw == nullptr) return nullptr;

@@ -140,7 +140,7 @@ typedef struct pld_kv_params {
   int32_t head_dim;   /* E, even */
   int32_t block_size; /* S >= 1 */
   int32_t n_blocks;   /* B >= 1 */
-  pld_dtype dtype;    /* PLD_F32 or PLD_BF16 */
+  pld_dtype dtype;    /* PLD_F32, PLD_BF16, or PLD_I8: int8 with a float32 scale for each position and head */
 } pld_kv_params;
 PLD_API pld_kv_params pld_kv_default_params(void);
 /* Memory is reserved at once and touched on first use. */

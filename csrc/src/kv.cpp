@@ -19,7 +19,7 @@ constexpr int32_t kMaxHeadDim = 2048;  // bounds what attention keeps in its thr
 constexpr int64_t kGroup = 16;         // positions of a K group
 
 bool multiply(int64_t a, int64_t b, int64_t *product) { return !__builtin_mul_overflow(a, b, product); }
-int64_t value_bytes(pld_dtype dtype) { return dtype == PLD_F32 ? 4 : 2; }
+int64_t value_bytes(pld_dtype dtype) { return dtype == PLD_F32 ? 4 : dtype == PLD_BF16 ? 2 : 1; }
 
 struct Field {
   const char *name;
@@ -39,9 +39,9 @@ pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes
       return fail(PLD_INVALID_ARGUMENT, "kv %s is %d; it must be in [1, %d]", field.name, field.value, field.limit);
   if (params->head_dim % 2 != 0)
     return fail(PLD_INVALID_ARGUMENT, "kv head_dim is %d; it must be even", params->head_dim);
-  if (params->dtype != PLD_F32 && params->dtype != PLD_BF16)
-    return fail(PLD_INVALID_ARGUMENT, "kv dtype is %d; it must be F32 (%d) or BF16 (%d)", params->dtype, PLD_F32,
-                PLD_BF16);
+  if (params->dtype != PLD_F32 && params->dtype != PLD_BF16 && params->dtype != PLD_I8)
+    return fail(PLD_INVALID_ARGUMENT, "kv dtype is %d; it must be F32 (%d), BF16 (%d) or I8 (%d)", params->dtype,
+                PLD_F32, PLD_BF16, PLD_I8);
   *kv = {};
   kv->n_layers = params->n_layers;
   kv->n_kv_heads = params->n_kv_heads;
@@ -51,17 +51,17 @@ pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes
   kv->dtype = params->dtype;
   kv->n_cells = static_cast<int64_t>(params->n_blocks) * params->block_size;
   kv->n_groups = kv->n_cells / kGroup + (kv->n_cells % kGroup != 0);
-  int64_t cell_bytes = 0, k_bytes = 0, v_bytes = 0;
-  bool fits = multiply(params->n_kv_heads, params->head_dim * value_bytes(params->dtype), &cell_bytes) &&
-              multiply(kv->n_groups * kGroup, cell_bytes, &kv->k_layer_bytes);
-  if (fits) {
-    int64_t exact = kv->n_cells * cell_bytes;
-    kv->v_layer_bytes = exact > INT64_MAX - 63 ? INT64_MAX : (exact + 63) / 64 * 64;
-    fits = multiply(kv->k_layer_bytes, params->n_layers, &k_bytes) &&
-           multiply(kv->v_layer_bytes, params->n_layers, &v_bytes) &&
-           !__builtin_add_overflow(k_bytes, v_bytes, total_bytes) &&
-           static_cast<uint64_t>(*total_bytes) <= SIZE_MAX / 2;
-  }
+  kv->value_width = (params->head_dim + kGroup - 1) / kGroup * kGroup;
+  kv->value_bytes = value_bytes(params->dtype);
+  kv->v_offset = kGroup * params->head_dim * kv->value_bytes;
+  kv->v_offset = (kv->v_offset + 63) / 64 * 64;
+  kv->scale_offset = kv->v_offset + kGroup * kv->value_width * kv->value_bytes;
+  kv->unit_bytes = kv->scale_offset + (params->dtype == PLD_I8 ? 2 * kGroup * 4 : 0);
+  int64_t group_bytes = 0;
+  const bool fits = multiply(params->n_kv_heads, kv->unit_bytes, &group_bytes) &&
+                    multiply(kv->n_groups, group_bytes, &kv->layer_bytes) &&
+                    multiply(kv->layer_bytes, params->n_layers, total_bytes) &&
+                    static_cast<uint64_t>(*total_bytes) <= SIZE_MAX / 2;
   if (!fits)
     return fail(PLD_INVALID_ARGUMENT,
                 "a kv cache of %d layers, %d heads of %d and %d blocks of %d does not fit the address space",
@@ -69,8 +69,7 @@ pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes
   return PLD_OK;
 }
 
-size_t k_bytes(const pld_kv &kv) { return static_cast<size_t>(kv.k_layer_bytes) * static_cast<size_t>(kv.n_layers); }
-size_t v_bytes(const pld_kv &kv) { return static_cast<size_t>(kv.v_layer_bytes) * static_cast<size_t>(kv.n_layers); }
+size_t data_bytes(const pld_kv &kv) { return static_cast<size_t>(kv.layer_bytes) * static_cast<size_t>(kv.n_layers); }
 
 // Zeroed memory of which untouched pages cost nothing; null when there is none.
 std::byte *reserve(size_t bytes) {
@@ -108,12 +107,10 @@ pld_status create_kv(const pld_kv_params *params, pld_kv **out) {
   pld_kv planned;
   int64_t total = 0;
   if (pld_status status = plan_kv(params, &planned, &total)) return status;
-  planned.k = reserve(k_bytes(planned));
-  planned.v = planned.k == nullptr ? nullptr : reserve(v_bytes(planned));
-  pld_kv *kv = planned.v == nullptr ? nullptr : new (std::nothrow) pld_kv(planned);
+  planned.data = reserve(data_bytes(planned));
+  pld_kv *kv = planned.data == nullptr ? nullptr : new (std::nothrow) pld_kv(planned);
   if (kv == nullptr) {
-    release(planned.k, k_bytes(planned));
-    release(planned.v, v_bytes(planned));
+    release(planned.data, data_bytes(planned));
     return fail(PLD_OUT_OF_MEMORY, "no memory for a kv cache of %lld bytes", static_cast<long long>(total));
   }
   *out = kv;
@@ -122,6 +119,7 @@ pld_status create_kv(const pld_kv_params *params, pld_kv **out) {
 
 float widen(const std::byte *base, int64_t index, pld_dtype dtype) {
   uint32_t bits = 0;
+  if (dtype == PLD_I8) return static_cast<float>(static_cast<int8_t>(base[index]));
   if (dtype == PLD_F32) {
     std::memcpy(&bits, base + index * 4, 4);
   } else {
@@ -141,14 +139,18 @@ pld_status read_kv(const pld_kv *kv, int32_t layer, int64_t cell, float *k, floa
   if (cell < 0 || cell >= kv->n_cells)
     return fail(PLD_INVALID_ARGUMENT, "cell is %lld; the cache has %lld", static_cast<long long>(cell),
                 static_cast<long long>(kv->n_cells));
-  const std::byte *k_layer = kv->k + layer * kv->k_layer_bytes, *v_layer = kv->v + layer * kv->v_layer_bytes;
-  int64_t heads = kv->n_kv_heads, width = kv->head_dim, pair = kv->dtype == PLD_F32 ? 1 : 2;
-  for (int64_t g = 0; g < heads; ++g) {
-    int64_t k_head = (cell / kGroup * heads + g) * width * kGroup, v_head = (cell * heads + g) * width;
+  const int64_t width = kv->head_dim, pair = kv->dtype == PLD_F32 ? 1 : 2, lane = cell % kGroup;
+  for (int64_t g = 0; g < kv->n_kv_heads; ++g) {
+    const std::byte *unit = kv->data + layer * kv->layer_bytes + (cell / kGroup * kv->n_kv_heads + g) * kv->unit_bytes;
+    float scale[2] = {1.0f, 1.0f};
+    if (kv->dtype == PLD_I8)
+      for (int64_t part = 0; part < 2; ++part)
+        std::memcpy(&scale[part], unit + kv->scale_offset + (part * kGroup + lane) * 4, 4);
     for (int64_t e = 0; e < width; ++e) {
-      int64_t index = (e / pair * kGroup + cell % kGroup) * pair + e % pair;
-      k[g * width + e] = widen(k_layer, k_head + index, kv->dtype);
-      v[g * width + e] = widen(v_layer, v_head + e, kv->dtype);
+      const int64_t at_k = (e / pair * kGroup + lane) * pair + e % pair;
+      const int64_t at_v = (lane / pair * kv->value_width + e) * pair + lane % pair;
+      k[g * width + e] = widen(unit, at_k, kv->dtype) * scale[0];
+      v[g * width + e] = widen(unit + kv->v_offset, at_v, kv->dtype) * scale[1];
     }
   }
   return PLD_OK;
@@ -165,8 +167,7 @@ extern "C" pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out) {
 
 extern "C" void pld_kv_destroy(pld_kv *kv) {
   if (kv == nullptr) return;
-  pld::release(kv->k, pld::k_bytes(*kv));
-  pld::release(kv->v, pld::v_bytes(*kv));
+  pld::release(kv->data, pld::data_bytes(*kv));
   delete kv;
 }
 

@@ -6,19 +6,28 @@
 
 #include "pellucid.h"
 
-// K is transposed inside a group so that a vector is sixteen positions: one multiply-add scores sixteen keys and needs
-// no horizontal sum.
-//   K, F32:  [layer][group][G][E][16]        K, BF16: [layer][group][G][E/2][16][2]
-//   V:       [layer][cell][G][E]
-// cell = block * S + offset, group = cell / 16, lane = cell % 16. The arithmetic of a position does not depend on its
-// cell, so neither block size nor placement changes a bit.
+// What one kv head keeps of a group of 16 cells is one unit: its keys, its values, and for int8 their scales. So a
+// sequence is read in runs of whole units. Keys are transposed: a vector is sixteen positions, and one multiply-add
+// scores sixteen keys without a horizontal sum. Two neighbours of E (of keys), or of positions (of values), lie
+// together for dot products of pairs.
+//
+//   [layer][group][G] units of
+//     F32    K [E][16]          V [16][W]
+//     BF16   K [E/2][16][2]     V [8][W][2]
+//     int8   K [E/2][16][2]     V [8][W][2]    scales of K float32 [16], of V float32 [16]
+//
+// W is E rounded up to 16; the columns from E on are 0. cell = block * S + offset, group = cell / 16, lane = cell % 16.
+// The arithmetic of a position does not depend on its cell, so neither block size nor placement changes a bit.
 struct pld_kv {
   int32_t n_layers, n_kv_heads, head_dim, block_size, n_blocks;
-  pld_dtype dtype;
-  int64_t n_cells;        // n_blocks * block_size
-  int64_t n_groups;       // ceil(n_cells / 16)
-  int64_t k_layer_bytes;  // bytes of one layer's K
-  int64_t v_layer_bytes;
-  std::byte *k;  // 64-byte aligned, zero, touched on first use
-  std::byte *v;
+  pld_dtype dtype;       // PLD_F32, PLD_BF16 or PLD_I8
+  int64_t n_cells;       // n_blocks * block_size
+  int64_t n_groups;      // ceil(n_cells / 16)
+  int64_t value_width;   // W
+  int64_t value_bytes;   // of one number
+  int64_t v_offset;      // of V in a unit
+  int64_t scale_offset;  // of the scales in a unit
+  int64_t unit_bytes;
+  int64_t layer_bytes;
+  std::byte *data;  // 64-byte aligned, zero, touched on first use
 };

@@ -90,7 +90,7 @@ std::vector<Step> plan_steps(const pld_op *ops, const pld_buffer *buffers, const
     for (int32_t stage = 0; stage < kernel.n_stages; ++stage) {
       if (is_fused(args, index, stage)) continue;
       if (kernel.is_void != nullptr && kernel.is_void(args[static_cast<size_t>(index)], stage)) continue;
-      const bool rowwise = kernel.run_rows != nullptr && stage == 0;
+      const bool rowwise = ((kernel.row_stages >> stage) & 1u) != 0;
       const bool joins = rowwise && !steps.empty() && steps.back().chain && ops[index].kind != PLD_OP_GATHER_ROWS &&
                          strides.agrees(ops[index], buffers);
       if (!joins) {
@@ -115,7 +115,8 @@ void run_steps(const std::vector<Step> &steps, const std::vector<OpArgs> &args, 
       context.turns.take(turn++, (rows + each - 1) / each, thread, [&](int64_t task) {
         for (const Part &part : step.parts) {
           const OpArgs &a = args[static_cast<size_t>(part.op)];
-          context.table.ops[a.op->kind].run_rows(a, task * each, std::min(rows, (task + 1) * each));
+          context.table.ops[a.op->kind].run_rows(a, part.stage, task * each, std::min(rows, (task + 1) * each),
+                                                 n_threads);
         }
       });
     } else {

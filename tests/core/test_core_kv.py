@@ -25,9 +25,9 @@ def test_cache_when_created_then_counts_keys_and_values(changes: dict[str, int],
     assert _create(**changes).nbytes == 2 * 2 * values * 3 * 64 * value_bytes
 
 
-def test_cells_when_no_multiple_of_a_group_then_keys_are_rounded_up() -> None:
+def test_cells_when_no_multiple_of_a_group_then_they_are_rounded_up() -> None:
     cache = _create(block_size=5, n_blocks=5)
-    assert cache.nbytes == 2 * (32 + 25) * 3 * 64 * 4
+    assert cache.nbytes == 2 * (32 + 32) * 3 * 64 * 4
 
 
 def test_fresh_cache_when_read_then_zero() -> None:

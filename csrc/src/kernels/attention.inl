@@ -1,31 +1,27 @@
 // Attention through the cache. One recipe for prefill and decode, so that a row's bits depend on nothing but its own
 // sequence: a (query row, head) pair walks tiles of 64 absolute positions in ascending order with an online softmax
 // (https://arxiv.org/abs/1805.02867), scores by multiply-adds over E ascending, values added position by position
-// ascending. Which pairs share the loads of a tile is a matter of speed alone.
+// ascending. After each span of 1,024 positions the softmax begins anew, and spans are merged in ascending order. Which
+// pairs share the loads of a tile, and whether one thread or several walk the spans, is a matter of speed alone.
 //
-// K is read as "words" of 4 bytes, sixteen positions a vector: one float32, or a pair of bfloat16 (even, odd).
+// With a bfloat16 cache queries and weights are rounded to bfloat16 and products are taken by pairs. An int8 cache is
+// widened to bfloat16, exactly, tile by tile, and its scales multiply the scores and the weights.
+//
+// Denormals are flushed throughout, because the machine's products of pairs flush them: so a weight of 0 changes
+// nothing, whatever stands in the accumulator.
 #include "../kv.hpp"
 #include "attention_softmax.inl"
 
 namespace pld {
 namespace PLD_ISA_NS {
 
-constexpr int kTileVectors = kTile / kLanes;
-constexpr int kWriteRows = 16;          // tokens a task of stage 0 writes
+constexpr int kSpan = 1024;             // positions between merges
+constexpr int kMaxSpans = 128;          // of a sequence that several threads walk
+constexpr int64_t kMaxSplitRows = 8;    // query rows of a step in which they do
 constexpr int kMaxQueryRows = 16;       // query rows of a task of stage 1
 constexpr int64_t kTasksPerThread = 8;  // enough to even out causal work
 constexpr int64_t kMaxChunkPairs = 64;
 constexpr int64_t kPrefetchPairs = 12;  // with more, computing takes longer than the next tile takes to arrive
-
-// What a thread keeps while it works on a chunk of pairs of one sequence and one kv head.
-struct AttentionScratch {
-  float *scores;     // [pairs, kTile]: scores, then weights
-  float *q;          // [pairs, E] floats, or E / 2 words
-  float *acc;        // [pairs, width]
-  Softmax *softmax;  // [pairs]
-  char *gathered;    // [kTileVectors, words, 64]: K of groups that do not lie together
-  int64_t max_pairs;
-};
 
 struct AttentionShape {
   int64_t e;      // E
@@ -35,7 +31,7 @@ struct AttentionShape {
   int64_t n_kv_heads;
   float scale, softcap;
   int64_t window;
-  bool bf16;
+  bool bf16;  // pairs of bfloat16 are multiplied
 };
 
 PLD_INLINE AttentionShape attention_shape(const OpArgs &args) {
@@ -43,7 +39,7 @@ PLD_INLINE AttentionShape attention_shape(const OpArgs &args) {
   AttentionShape s;
   s.e = op.i[3];
   s.width = (s.e + kLanes - 1) / kLanes * kLanes;
-  s.bf16 = args.kv->dtype == PLD_BF16;
+  s.bf16 = args.kv->dtype != PLD_F32;
   s.words = s.bf16 ? s.e / 2 : s.e;
   s.n_kv_heads = op.i[2];
   s.heads_per_group = op.i[1] / op.i[2];
@@ -53,84 +49,146 @@ PLD_INLINE AttentionShape attention_shape(const OpArgs &args) {
   return s;
 }
 
-PLD_INLINE AttentionScratch attention_scratch(const AttentionShape &s, char *memory) {
+// What a thread keeps while it works on a chunk of pairs of one sequence and one kv head.
+struct AttentionScratch {
+  float *scores;      // [pairs, kTile]
+  uint32_t *weights;  // [pairs, kTile] floats, or kTile / 2 words
+  uint32_t *q;        // [pairs, width] words
+  float *acc;         // [pairs, width] of the span
+  float *total;       // [pairs, width] of the spans before
+  Softmax *softmax;   // [pairs]
+  Softmax *totals;    // [pairs]
+  char *gathered;     // [kTileGroups] units that do not lie together
+  char *widened;      // [kTileGroups] units of bfloat16, from int8
+  int64_t max_pairs;
+};
+
+PLD_INLINE AttentionScratch attention_scratch(const AttentionShape &s, const pld_kv &kv, char *memory) {
   AttentionScratch scratch;
+  const int64_t widened = kLanes * (s.e + s.width) * 2;
   scratch.gathered = memory;
-  memory += kTileVectors * s.words * kWordGroupBytes;
-  int64_t pair_bytes = 4 * (kTile + 2 * s.width) + (int64_t)sizeof(Softmax);
-  int64_t room = (int64_t)kThreadScratchBytes - kTileVectors * s.words * kWordGroupBytes;
-  int64_t n = room / pair_bytes;
+  scratch.widened = memory + kTileGroups * kv.unit_bytes;
+  memory = scratch.widened + kTileGroups * (widened + 64) / 64 * 64;
+  const int64_t pair_bytes = 4 * (2 * kTile + 3 * s.width) + 2 * (int64_t)sizeof(Softmax);
+  int64_t n = ((int64_t)kThreadScratchBytes - (memory - scratch.gathered)) / pair_bytes;
   n = n < kMaxChunkPairs ? n : kMaxChunkPairs;
   scratch.max_pairs = n;
-  scratch.scores = (float *)memory;
-  scratch.q = scratch.scores + n * kTile;
-  scratch.acc = scratch.q + n * s.width;
-  scratch.softmax = (Softmax *)(scratch.acc + n * s.width);
+  scratch.softmax = (Softmax *)memory;
+  scratch.totals = scratch.softmax + n;
+  scratch.scores = (float *)(scratch.totals + n);
+  scratch.weights = (uint32_t *)(scratch.scores + n * kTile);
+  scratch.q = scratch.weights + n * kTile;
+  scratch.acc = (float *)(scratch.q + n * s.width);
+  scratch.total = scratch.acc + n * s.width;
   return scratch;
 }
 
 // ---- Stage 0: new keys and values ----------------------------------------------------------------------------------
 
-// n values as cache words: two bfloat16 a word, or the float's own bits.
-PLD_INLINE void to_cache(const float *x, int64_t n, bool bf16, void *target) {
-  if (!bf16) {
-    memcpy(target, x, (size_t)n * 4);
-    return;
+PLD_INLINE float int8_scale(const float *x, int64_t n) {
+  float greatest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float size = x[i] < 0 ? -x[i] : x[i];
+    greatest = size > greatest || size != size ? size : greatest;  // a NaN stays
   }
-  uint16_t *half = (uint16_t *)target;
-  for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(x[i]);
+  return greatest / 127.0f;
 }
 
-static void write_kv(const OpArgs &args, int64_t first, int64_t last, uint32_t *row) {
-  const AttentionShape s = attention_shape(args);
-  pld_kv &kv = *args.kv;
-  char *k_layer = (char *)kv.k + args.op->i[0] * kv.k_layer_bytes;
-  char *v_layer = (char *)kv.v + args.op->i[0] * kv.v_layer_bytes;
-  int64_t value_bytes = s.bf16 ? 2 : 4;
-  for (int64_t t = first; t < last; ++t) {
-    int64_t cell = args.batch->slot_mapping[t];
-    if (cell < 0) continue;  // stands in a shared block already
-    const float *k = args.in[1] + t * args.in_stride[1], *v = args.in[2] + t * args.in_stride[2];
-    char *group = k_layer + cell / kLanes * s.n_kv_heads * s.words * kWordGroupBytes + cell % kLanes * 4;
-    for (int64_t g = 0; g < s.n_kv_heads; ++g) {
-      to_cache(k + g * s.e, s.e, s.bf16, row);
-      for (int64_t w = 0; w < s.words; ++w, group += kWordGroupBytes) memcpy(group, row + w, 4);
+// n values as cache numbers: the float's own bits, bfloat16, or int8 times `scale`.
+PLD_INLINE void to_cache(const float *x, int64_t n, pld_dtype dtype, float scale, void *target) {
+  if (dtype == PLD_F32) {
+    memcpy(target, x, (size_t)n * 4);
+  } else if (dtype == PLD_BF16) {
+    uint16_t *half = (uint16_t *)target;
+    for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(x[i]);
+  } else {
+    const float inverse = scale > 0.0f && 1.0f / scale < 3.0e38f ? 1.0f / scale : 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+      const float rounded = (x[i] * inverse + 12582912.0f) - 12582912.0f;
+      ((int8_t *)target)[i] = rounded >= -127.0f && rounded <= 127.0f ? (int8_t)rounded : 0;
     }
-    to_cache(v, s.n_kv_heads * s.e, s.bf16, v_layer + cell * s.n_kv_heads * s.e * value_bytes);
   }
+}
+
+// Numbers of `bytes` bytes: in[i] to out[i * stride].
+template <typename Number>
+PLD_INLINE void spread(const void *in, int64_t n, void *out, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i) ((Number *)out)[i * stride] = ((const Number *)in)[i];
+}
+
+// Where the unit of the first kv head lies that token t is written to; null: it stands in a shared block already.
+PLD_INLINE char *unit_of_token(const OpArgs &args, int64_t t) {
+  const pld_kv &kv = *args.kv;
+  const int64_t cell = args.batch->slot_mapping[t];
+  if (cell < 0) return nullptr;
+  return (char *)kv.data + args.op->i[0] * kv.layer_bytes + cell / kLanes * kv.n_kv_heads * kv.unit_bytes;
+}
+
+// Keys are transposed: a token's are written to as many lines as it has words, and each would be waited for.
+PLD_INLINE void prefetch_row(const OpArgs &args, int64_t t) {
+  const pld_kv &kv = *args.kv;
+  const char *unit = unit_of_token(args, t);
+  if (unit == nullptr) return;
+  const int64_t lane = args.batch->slot_mapping[t] % kLanes, per_word = kv.dtype == PLD_F32 ? 1 : 2;
+  const int64_t row_bytes = kv.value_width * per_word * kv.value_bytes;
+  for (int64_t g = 0; g < kv.n_kv_heads; ++g, unit += kv.unit_bytes) {
+    for (int64_t b = 0; b < kv.v_offset; b += 64) __builtin_prefetch(unit + b, 1);
+    for (int64_t b = 0; b < row_bytes; b += 64)
+      __builtin_prefetch(unit + kv.v_offset + lane / per_word * row_bytes + b, 1);
+  }
+}
+
+static void write_row(const OpArgs &args, int64_t t) {
+  char *unit = unit_of_token(args, t);
+  if (unit == nullptr) return;
+  const AttentionShape s = attention_shape(args);
+  const pld_kv &kv = *args.kv;
+  const int64_t lane = args.batch->slot_mapping[t] % kLanes;
+  alignas(64) float row[2048];
+  for (int64_t g = 0; g < s.n_kv_heads; ++g, unit += kv.unit_bytes)
+    for (int part = 0; part < 2; ++part) {
+      const float *x = args.in[1 + part] + t * args.in_stride[1 + part] + g * s.e;
+      char *to = unit + (part == 0 ? 0 : kv.v_offset);
+      const float scale = kv.dtype == PLD_I8 ? int8_scale(x, s.e) : 1.0f;
+      to_cache(x, s.e, kv.dtype, scale, row);
+      if (kv.dtype == PLD_I8) memcpy(unit + kv.scale_offset + (part * kLanes + lane) * 4, &scale, 4);
+      if (kv.dtype == PLD_F32)
+        spread<uint32_t>(row, s.e, to + (part == 0 ? lane : lane * kv.value_width) * 4, part == 0 ? kLanes : 1);
+      else if (part == 0 && kv.dtype == PLD_BF16)
+        spread<uint32_t>(row, s.e / 2, to + lane * 4, kLanes);
+      else if (part == 0)
+        spread<uint16_t>(row, s.e / 2, to + lane * 2, kLanes);
+      else if (kv.dtype == PLD_BF16)
+        spread<uint16_t>(row, s.e, to + (lane / 2 * kv.value_width * 2 + lane % 2) * 2, 2);
+      else
+        spread<uint8_t>(row, s.e, to + lane / 2 * kv.value_width * 2 + lane % 2, 2);
+    }
 }
 
 // ---- Stage 1: tiles ------------------------------------------------------------------------------------------------
 
-// Where positions [begin, end) of one tile of one sequence and kv head lie.
+// Where positions [begin, end) of one tile of one sequence and kv head lie: the units of its groups. A group whose
+// positions do not lie together is null until it is gathered.
 struct TilePlace {
   int begin, end;
-  const char *keys[kTileVectors];  // groups of sixteen positions; null: they do not lie together
-  const char *values[kTile];       // [E] of each position
-  int64_t cells[kTile];
+  const char *units[kTileGroups];
 };
 
 // One layer's cache as one kv head sees it.
 struct HeadCache {
-  const char *k, *v;
-  int64_t word_bytes;   // of a head in a K group
-  int64_t group_bytes;  // of all heads in a K group
-  int64_t value_bytes;  // of a head in a V cell
-  int64_t cell_bytes;   // of all heads in a V cell
+  const char *data;
+  int64_t group_bytes;  // from group to group
   int64_t block_size;
 };
 
 PLD_INLINE HeadCache head_cache(const OpArgs &args, const AttentionShape &s, int64_t g) {
   const pld_kv &kv = *args.kv;
-  HeadCache c;
-  c.word_bytes = s.words * kWordGroupBytes;
-  c.group_bytes = s.n_kv_heads * c.word_bytes;
-  c.value_bytes = s.e * (s.bf16 ? 2 : 4);
-  c.cell_bytes = s.n_kv_heads * c.value_bytes;
-  c.k = (const char *)kv.k + args.op->i[0] * kv.k_layer_bytes + g * c.word_bytes;
-  c.v = (const char *)kv.v + args.op->i[0] * kv.v_layer_bytes + g * c.value_bytes;
-  c.block_size = kv.block_size;
-  return c;
+  return {(const char *)kv.data + args.op->i[0] * kv.layer_bytes + g * kv.unit_bytes, s.n_kv_heads * kv.unit_bytes,
+          kv.block_size};
+}
+
+PLD_INLINE int64_t cell_of(const HeadCache &cache, const int32_t *table, int64_t position) {
+  return (int64_t)table[position / cache.block_size] * cache.block_size + position % cache.block_size;
 }
 
 // Finds positions [begin, end) (within the tile that starts at `start`) of a block table; nothing outside is looked at.
@@ -138,50 +196,102 @@ static void find_tile(const HeadCache &cache, const int32_t *table, int64_t star
                       TilePlace &place) {
   place.begin = begin;
   place.end = end;
-  int64_t block = (start + begin) / cache.block_size, offset = (start + begin) % cache.block_size;
-  for (int p = begin; p < end; ++block, offset = 0) {
-    int64_t cell = (int64_t)table[block] * cache.block_size + offset;
-    int64_t left = cache.block_size - offset;
-    int last = left < end - p ? p + (int)left : end;
-    for (; p < last; ++p, ++cell) {
-      place.cells[p] = cell;
-      place.values[p] = cache.v + cell * cache.cell_bytes;
-    }
-  }
   for (int v = begin / kLanes; v < (end + kLanes - 1) / kLanes; ++v) {
-    int first = begin > v * kLanes ? begin : v * kLanes;
-    int last = end < (v + 1) * kLanes ? end : (v + 1) * kLanes;
-    bool together = place.cells[first] % kLanes == first % kLanes;
+    const int first = begin > v * kLanes ? begin : v * kLanes, last = end < (v + 1) * kLanes ? end : (v + 1) * kLanes;
+    const int64_t cell = cell_of(cache, table, start + first);
+    bool together = cell % kLanes == first % kLanes;
     if (cache.block_size % kLanes != 0)
-      for (int p = first + 1; p < last; ++p) together = together && place.cells[p] == place.cells[p - 1] + 1;
-    place.keys[v] = together ? cache.k + place.cells[first] / kLanes * cache.group_bytes : nullptr;
+      for (int p = first + 1; p < last && together; ++p)
+        together = cell_of(cache, table, start + p) == cell + p - first;
+    place.units[v] = together ? cache.data + cell / kLanes * cache.group_bytes : nullptr;
   }
 }
 
-// Brings keys that do not lie together into one group of scratch, lane by lane.
-static void gather_keys(const HeadCache &cache, char *gathered, TilePlace &place) {
+// One position of a unit to another lane of another unit.
+static void copy_position(const AttentionShape &s, const pld_kv &kv, const char *from, int64_t from_lane, char *to,
+                          int64_t to_lane) {
+  const int64_t word = kv.dtype == PLD_I8 ? 2 : 4, per_word = word / kv.value_bytes;
+  for (int64_t w = 0; w < s.words; ++w)
+    memcpy(to + (w * kLanes + to_lane) * word, from + (w * kLanes + from_lane) * word, (size_t)word);
+  const char *v_from =
+      from + kv.v_offset + (from_lane / per_word * kv.value_width * per_word + from_lane % per_word) * kv.value_bytes;
+  char *v_to =
+      to + kv.v_offset + (to_lane / per_word * kv.value_width * per_word + to_lane % per_word) * kv.value_bytes;
+  const int64_t step = per_word * kv.value_bytes;
+  for (int64_t e = 0; e < kv.value_width; ++e) memcpy(v_to + e * step, v_from + e * step, (size_t)kv.value_bytes);
+  for (int part = 0; part < 2 && kv.dtype == PLD_I8; ++part)
+    memcpy(to + kv.scale_offset + (part * kLanes + to_lane) * 4,
+           from + kv.scale_offset + (part * kLanes + from_lane) * 4, 4);
+}
+
+// Brings positions that do not lie together into units of scratch.
+static void gather_units(const AttentionShape &s, const pld_kv &kv, const HeadCache &cache, const int32_t *table,
+                         int64_t start, char *gathered, TilePlace &place) {
   for (int v = place.begin / kLanes; v < (place.end + kLanes - 1) / kLanes; ++v) {
-    if (place.keys[v] != nullptr) continue;
-    char *target = gathered + v * cache.word_bytes;
-    int first = place.begin > v * kLanes ? place.begin : v * kLanes;
-    int last = place.end < (v + 1) * kLanes ? place.end : (v + 1) * kLanes;
+    if (place.units[v] != nullptr) continue;
+    char *target = gathered + v * kv.unit_bytes;
+    const int first = place.begin > v * kLanes ? place.begin : v * kLanes;
+    const int last = place.end < (v + 1) * kLanes ? place.end : (v + 1) * kLanes;
     for (int p = first; p < last; ++p) {
-      const char *from = cache.k + place.cells[p] / kLanes * cache.group_bytes + place.cells[p] % kLanes * 4;
-      for (int64_t w = 0; w < cache.word_bytes; w += kWordGroupBytes) memcpy(target + w + p % kLanes * 4, from + w, 4);
+      const int64_t cell = cell_of(cache, table, start + p);
+      copy_position(s, kv, cache.data + cell / kLanes * cache.group_bytes, cell % kLanes, target, p % kLanes);
     }
-    place.keys[v] = target;
+    place.units[v] = target;
   }
 }
 
-// Asks for what a later tile will read. A few pairs take less time than their tile takes to arrive.
-PLD_INLINE void prefetch_keys(const HeadCache &cache, const TilePlace &place) {
-  for (int v = place.begin / kLanes; v < (place.end + kLanes - 1) / kLanes; ++v)
-    for (int64_t b = 0; place.keys[v] != nullptr && b < cache.word_bytes; b += 64)
-      __builtin_prefetch(place.keys[v] + b);
+// int8 to bfloat16, which holds every int8 exactly. n is a multiple of 32.
+PLD_INLINE void widen_int8(const char *from, int64_t n, char *to) {
+#if defined(__AVX512BF16__)
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i))));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i + 16))));
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+    memcpy(to + i * 2, &both, sizeof both);
+  }
+#else
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = (float)(int8_t)from[i];
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t half = (uint16_t)(bits >> 16);
+    memcpy(to + i * 2, &half, 2);
+  }
+#endif
 }
-PLD_INLINE void prefetch_values(const HeadCache &cache, const TilePlace &place) {
-  for (int p = place.begin; p < place.end; ++p)
-    for (int64_t b = 0; b < cache.value_bytes; b += 64) __builtin_prefetch(place.values[p] + b);
+
+// A tile as the products read it.
+struct TileOperands {
+  const char *keys[kTileGroups], *next_keys[kTileGroups];
+  ValuePlace values;
+  const float *key_scales[kTileGroups], *value_scales[kTileGroups];
+};
+
+// `next`: the tile to ask for meanwhile, or null.
+static void load_tile(const AttentionShape &s, const pld_kv &kv, const TilePlace &place, const TilePlace *next,
+                      char *widened, TileOperands &t) {
+  const int64_t widened_bytes = kLanes * (s.e + s.width) * 2;
+  for (int v = place.begin / kLanes; v < (place.end + kLanes - 1) / kLanes; ++v) {
+    const char *unit = place.units[v];
+    t.keys[v] = unit;
+    t.values.groups[v] = unit + kv.v_offset;
+    if (kv.dtype == PLD_I8) {
+      char *wide = widened + v * widened_bytes;
+      widen_int8(unit, kLanes * s.e, wide);
+      widen_int8(unit + kv.v_offset, kLanes * s.width, wide + kLanes * s.e * 2);
+      t.keys[v] = wide;
+      t.values.groups[v] = wide + kLanes * s.e * 2;
+      t.key_scales[v] = (const float *)(unit + kv.scale_offset);
+      t.value_scales[v] = t.key_scales[v] + kLanes;
+    }
+    const bool ahead = next != nullptr && v >= next->begin / kLanes && v < (next->end + kLanes - 1) / kLanes &&
+                       next->units[v] != nullptr;
+    if (ahead && kv.dtype == PLD_I8)
+      for (int64_t b = 0; b < kv.unit_bytes; b += 64) __builtin_prefetch(next->units[v] + b);
+    const bool along = ahead && kv.dtype != PLD_I8;  // the products ask for the same places of the next tile
+    t.next_keys[v] = along ? next->units[v] : t.keys[v];
+    t.values.next[v] = along ? next->units[v] + kv.v_offset : t.values.groups[v];
+  }
 }
 
 // Query rows of one sequence: row i stands at position first_position + i and is row first_token + i of the batch.
@@ -195,50 +305,38 @@ struct QuerySpan {
 };
 
 // One tile for n pairs (n <= kMaxPairs), the first of which is pair `pair` of the span and index `i` of the scratch.
-// `next`: the tile to ask for meanwhile, or null.
-static void attend_pairs(const AttentionShape &s, const QuerySpan &span, const AttentionScratch &scratch,
-                         const HeadCache &cache, const TilePlace &place, const TilePlace *next, int64_t start,
-                         int64_t pair, int64_t i, int n) {
-  int begin[kMaxPairs], end[kMaxPairs];
-  int low = kTile, high = 0, shared_begin = 0, shared_end = kTile;
+static void attend_pairs(const AttentionShape &s, bool int8, const QuerySpan &span, const AttentionScratch &scratch,
+                         const TileOperands &tile, int64_t start, int64_t pair, int64_t i, int n) {
+  int begin[kMaxPairs], end[kMaxPairs], low = kTile, high = 0;
   for (int j = 0; j < n; ++j) {
-    int64_t row = (pair + j) / s.heads_per_group, b = span.begin(s, row) - start, e = span.end(row) - start;
+    const int64_t row = (pair + j) / s.heads_per_group, b = span.begin(s, row) - start, e = span.end(row) - start;
     begin[j] = b < 0 ? 0 : (int)b;
     end[j] = e > kTile ? kTile : (int)e;
     low = begin[j] < low ? begin[j] : low;
     high = end[j] > high ? end[j] : high;
-    shared_begin = begin[j] > shared_begin ? begin[j] : shared_begin;
-    shared_end = end[j] < shared_end ? end[j] : shared_end;
   }
+  const int64_t weight_words = s.bf16 ? kTile / 2 : kTile;
   float *scores = scratch.scores + i * kTile, *acc = scratch.acc + i * s.width;
-  if (next != nullptr) prefetch_keys(cache, *next);
-  score_tile(s.bf16, n, scratch.q + i * s.width, s.width, place.keys, s.words, low, high, scores);
-  if (next != nullptr) prefetch_values(cache, *next);
+  uint32_t *weights = scratch.weights + i * weight_words;
+  const Softening softening = {s.scale, s.softcap, s.bf16, int8 ? tile.key_scales : nullptr,
+                               int8 ? tile.value_scales : nullptr};
+  score_tile(s.bf16, n, scratch.q + i * s.width, s.width, tile.keys, tile.next_keys, s.words, low, high, scores);
   for (int j = 0; j < n; ++j)
-    soften(s.scale, s.softcap, scores + j * kTile, begin[j], end[j], scratch.softmax[i + j], acc + j * s.width,
-           s.width);
-  if (shared_begin > shared_end) shared_begin = shared_end = kTile;  // nothing in common: each pair alone
-  for (int j = 0; j < n; ++j)
-    add_values(s.bf16, 1, scores + j * kTile, place.values, begin[j], end[j] < shared_begin ? end[j] : shared_begin,
-               s.e, acc + j * s.width, s.width);
-  add_values(s.bf16, n, scores, place.values, shared_begin, shared_end, s.e, acc, s.width);
-  for (int j = 0; j < n; ++j)
-    add_values(s.bf16, 1, scores + j * kTile, place.values, shared_end, end[j], s.e, acc + j * s.width, s.width);
+    soften(softening, scores + j * kTile, weights + j * weight_words, begin[j], end[j], low, high,
+           scratch.softmax[i + j], acc + j * s.width, s.width);
+  add_values(s.bf16, n, weights, tile.values, low, high, s.width, acc);
 }
 
-// Queries as the score kernels read them: rounded to the cache's dtype.
-PLD_INLINE void load_query(const AttentionShape &s, const float *x, float *q) {
-#if defined(__AVX512BF16__)
-  to_cache(x, s.e, s.bf16, q);
-#else
-  for (int64_t e = 0; e < s.e; ++e) q[e] = s.bf16 ? from_bf16(to_bf16(x[e])) : x[e];
-#endif
+// Queries as the score kernels read them: rounded to bfloat16 by pairs, or floats.
+PLD_INLINE void load_query(const AttentionShape &s, const float *x, uint32_t *q) {
+  to_cache(x, s.e, s.bf16 ? PLD_BF16 : PLD_F32, 1.0f, q);
 }
 
-// Pairs [first, last) of a span: as many as the scratch holds.
+// Pairs [first, last) of a span: as many as the scratch holds. Positions [from, to) are walked.
 struct Chunk {
   QuerySpan span;
   int64_t first, last;
+  int64_t from, to;
 };
 
 // The pairs [a, b) of a chunk that see anything of the tile that starts at `start`; and where that lies.
@@ -248,10 +346,16 @@ struct ChunkTile {
 };
 
 PLD_INLINE int64_t first_tile(const AttentionShape &s, const Chunk &chunk) {
-  return chunk.span.begin(s, chunk.first / s.heads_per_group) / kTile * kTile;
+  const int64_t begin = chunk.span.begin(s, chunk.first / s.heads_per_group);
+  return (begin > chunk.from ? begin : chunk.from) / kTile * kTile;
 }
 PLD_INLINE int64_t end_of_chunk(const AttentionShape &s, const Chunk &chunk) {
-  return chunk.span.end((chunk.last - 1) / s.heads_per_group);
+  const int64_t end = chunk.span.end((chunk.last - 1) / s.heads_per_group);
+  return end < chunk.to ? end : chunk.to;
+}
+
+PLD_INLINE const int32_t *table_of(const OpArgs &args, const Chunk &chunk) {
+  return args.batch->block_tables + chunk.span.seq * args.batch->block_table_width;
 }
 
 static void place_tile(const OpArgs &args, const AttentionShape &s, const HeadCache &cache, const Chunk &chunk,
@@ -266,8 +370,7 @@ static void place_tile(const OpArgs &args, const AttentionShape &s, const HeadCa
   tile.start = start;
   tile.a = row_a * n > chunk.first ? row_a * n : chunk.first;
   tile.b = (row_b + 1) * n < chunk.last ? (row_b + 1) * n : chunk.last;
-  find_tile(cache, args.batch->block_tables + span.seq * args.batch->block_table_width, start, low < 0 ? 0 : (int)low,
-            high > kTile ? kTile : (int)high, tile.place);
+  find_tile(cache, table_of(args, chunk), start, low < 0 ? 0 : (int)low, high > kTile ? kTile : (int)high, tile.place);
 }
 
 static void begin_chunk(const OpArgs &args, const AttentionShape &s, const Chunk &chunk, int64_t g,
@@ -277,31 +380,48 @@ static void begin_chunk(const OpArgs &args, const AttentionShape &s, const Chunk
     int64_t i = pair - chunk.first, head = g * n + pair % n;
     load_query(s, args.in[0] + (chunk.span.first_token + pair / n) * args.in_stride[0] + head * s.e,
                scratch.q + i * s.width);
-    memset(scratch.acc + i * s.width, 0, (size_t)s.width * sizeof(float));
-    scratch.softmax[i] = {Native{}, -__builtin_inff()};
+    begin_softmax(scratch.softmax[i], scratch.acc + i * s.width, s.width);
+    scratch.totals[i].begun = false;
+  }
+}
+
+// The span's softmax goes to the total, and begins anew.
+static void end_span(const AttentionShape &s, const Chunk &chunk, const AttentionScratch &scratch) {
+  for (int64_t i = 0; i < chunk.last - chunk.first; ++i) {
+    merge_softmax(scratch.totals[i], scratch.total + i * s.width, scratch.softmax[i], scratch.acc + i * s.width,
+                  s.width);
+    begin_softmax(scratch.softmax[i], scratch.acc + i * s.width, s.width);
+  }
+}
+
+PLD_INLINE void divide_values(const AttentionShape &s, const Softmax &softmax, const float *acc, float *out) {
+  const Native sum = native_splat(lanes_sum(softmax.sum));
+  for (int64_t e = 0; e < s.e; e += kNativeLanes) {
+    const Native y = native_load(acc + e) / sum;
+    memcpy(out + e, &y, (size_t)(s.e - e < kNativeLanes ? s.e - e : kNativeLanes) * sizeof(float));
   }
 }
 
 static void finish_chunk(const OpArgs &args, const AttentionShape &s, const Chunk &chunk, int64_t g,
                          const AttentionScratch &scratch) {
   int64_t n = s.heads_per_group;
+  end_span(s, chunk, scratch);
   for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
     int64_t i = pair - chunk.first, head = g * n + pair % n;
-    float *out = args.out[0] + (chunk.span.first_token + pair / n) * args.out_stride[0] + head * s.e;
-    const Native sum = native_splat(lanes_sum(scratch.softmax[i].sum));
-    for (int64_t e = 0; e < s.e; e += kNativeLanes) {
-      const Native y = native_load(scratch.acc + i * s.width + e) / sum;
-      memcpy(out + e, &y, (size_t)(s.e - e < kNativeLanes ? s.e - e : kNativeLanes) * sizeof(float));
-    }
+    divide_values(s, scratch.totals[i], scratch.total + i * s.width,
+                  args.out[0] + (chunk.span.first_token + pair / n) * args.out_stride[0] + head * s.e);
   }
 }
 
-// One chunk. `tiles` are two; the first is placed already, and is left so for `following` (null: none).
+// One chunk's tiles. `tile` is placed already, and is left so for `following` (null: none).
 static void attend_chunk(const OpArgs &args, const AttentionShape &s, const HeadCache &cache, const Chunk &chunk,
                          const Chunk *following, int64_t g, const AttentionScratch &scratch, ChunkTile *&tile,
                          ChunkTile *&next) {
+  const pld_kv &kv = *args.kv;
+  TileOperands operands;
   begin_chunk(args, s, chunk, g, scratch);
   for (int64_t end = end_of_chunk(s, chunk), more = true; more;) {
+    if (tile->start % kSpan == 0) end_span(s, chunk, scratch);
     more = tile->start + kTile < end;
     if (more)
       place_tile(args, s, cache, chunk, tile->start + kTile, *next);
@@ -309,22 +429,48 @@ static void attend_chunk(const OpArgs &args, const AttentionShape &s, const Head
       place_tile(args, s, cache, *following, first_tile(s, *following), *next);
     const TilePlace *wanted =
         (more || following != nullptr) && tile->b - tile->a <= kPrefetchPairs ? &next->place : nullptr;
-    gather_keys(cache, scratch.gathered, tile->place);
+    gather_units(s, kv, cache, table_of(args, chunk), tile->start, scratch.gathered, tile->place);
+    load_tile(s, kv, tile->place, wanted, scratch.widened, operands);
     int64_t n_blocks = (tile->b - tile->a + kMaxPairs - 1) / kMaxPairs;
     int64_t size = (tile->b - tile->a + n_blocks - 1) / n_blocks;
-    for (int64_t pair = tile->a; pair < tile->b; pair += size) {
-      attend_pairs(s, chunk.span, scratch, cache, tile->place, wanted, tile->start, pair, pair - chunk.first,
+    for (int64_t pair = tile->a; pair < tile->b; pair += size)
+      attend_pairs(s, kv.dtype == PLD_I8, chunk.span, scratch, operands, tile->start, pair, pair - chunk.first,
                    (int)(tile->b - pair < size ? tile->b - pair : size));
-      wanted = nullptr;
-    }
     ChunkTile *done = tile;
     tile = next;
     next = done;
   }
-  finish_chunk(args, s, chunk, g, scratch);
 }
 
-// ---- Stages --------------------------------------------------------------------------------------------------------
+// ---- Stage 1: the cut into tasks -----------------------------------------------------------------------------------
+
+// Few rows with long pasts: a task is one span of one row and kv head, and stage 2 merges them. 0: it is not so.
+PLD_INLINE int64_t split_spans(const OpArgs &args, int n_threads) {
+  const pld_batch &batch = *args.batch;
+  if (args.rows > kMaxSplitRows || n_threads == 1) return 0;
+  int32_t longest = 0;
+  for (int32_t r = 0; r < batch.n_seqs; ++r) longest = batch.seq_lens[r] > longest ? batch.seq_lens[r] : longest;
+  const int64_t spans = ((int64_t)longest + kSpan - 1) / kSpan;
+  return spans > 1 && spans <= kMaxSpans ? spans : 0;
+}
+
+// What a task of such a step leaves: the softmax of each head of the group, then their values.
+struct SpanResult {
+  Softmax *softmax;
+  float *acc;
+
+  SpanResult(const OpArgs &args, const AttentionShape &s, int64_t spans, int64_t row, int64_t head, int64_t span) {
+    const int64_t heads = s.heads_per_group * s.n_kv_heads, index = (row * heads + head) * spans + span;
+    softmax = (Softmax *)args.scratch + index;
+    acc = (float *)((Softmax *)args.scratch + args.rows * heads * spans) + index * s.width;
+  }
+};
+
+static size_t attention_scratch_bytes(const pld_op &op, const pld_weight *const *, int64_t rows) {
+  const int64_t width = (op.i[3] + kLanes - 1) / kLanes * kLanes;
+  rows = rows < kMaxSplitRows ? rows : kMaxSplitRows;
+  return (size_t)(rows * op.i[1] * kMaxSpans * ((int64_t)sizeof(Softmax) + width * 4));
+}
 
 PLD_INLINE int64_t query_rows_of_task(const OpArgs &args, int n_threads) {
   int64_t rows = args.rows * args.op->i[2] / (n_threads * kTasksPerThread);
@@ -332,7 +478,8 @@ PLD_INLINE int64_t query_rows_of_task(const OpArgs &args, int n_threads) {
 }
 
 static int64_t attention_tasks(const OpArgs &args, int stage, int n_threads) {
-  if (stage == 0) return (args.rows + kWriteRows - 1) / kWriteRows;
+  if (stage != 1) return row_tasks(args, stage, n_threads);
+  if (const int64_t spans = split_spans(args, n_threads)) return args.rows * args.op->i[2] * spans;
   int64_t rows = query_rows_of_task(args, n_threads);
   return (args.rows + rows - 1) / rows * args.op->i[2];
 }
@@ -368,6 +515,8 @@ struct ChunkWalk {
       chunk.span = {seq, token, (int64_t)batch.seq_lens[seq] - (batch.query_start[seq + 1] - token)};
       chunk.first = pair;
       chunk.last = pair + max_pairs < n_pairs ? pair + max_pairs : n_pairs;
+      chunk.from = 0;
+      chunk.to = INT64_MAX;
       pair = chunk.last;
       return true;
     }
@@ -376,9 +525,8 @@ struct ChunkWalk {
 };
 
 // The last tokens first: in a prompt they have the most to do.
-static void attend(const OpArgs &args, int64_t task, int n_threads, char *memory) {
-  const AttentionShape s = attention_shape(args);
-  const AttentionScratch scratch = attention_scratch(s, memory);
+static void attend_rows(const OpArgs &args, const AttentionShape &s, const AttentionScratch &scratch, int64_t task,
+                        int n_threads) {
   int64_t rows = query_rows_of_task(args, n_threads), n_blocks = (args.rows + rows - 1) / rows;
   int64_t g = task % s.n_kv_heads, token = (n_blocks - 1 - task / s.n_kv_heads) * rows;
   int64_t last_token = token + rows < args.rows ? token + rows : args.rows;
@@ -393,19 +541,85 @@ static void attend(const OpArgs &args, int64_t task, int n_threads, char *memory
   for (int i = 0; more; i ^= 1) {
     more = walk.step(chunks[i ^ 1]);
     attend_chunk(args, s, cache, chunks[i], more ? &chunks[i ^ 1] : nullptr, g, scratch, tile, next);
+    finish_chunk(args, s, chunks[i], g, scratch);
+  }
+}
+
+static void attend_span(const OpArgs &args, const AttentionShape &s, const AttentionScratch &scratch, int64_t task,
+                        int64_t spans) {
+  const int64_t span = task % spans, g = task / spans % s.n_kv_heads, token = task / spans / s.n_kv_heads;
+  const HeadCache cache = head_cache(args, s, g);
+  ChunkWalk walk{*args.batch, s.heads_per_group, scratch.max_pairs, token, token + 1, 0, 0};
+  walk.start();
+  for (Chunk chunk; walk.step(chunk);) {
+    chunk.from = span * kSpan;
+    chunk.to = chunk.from + kSpan;
+    const bool sees = first_tile(s, chunk) < end_of_chunk(s, chunk);
+    if (sees) {
+      ChunkTile tiles[2];
+      ChunkTile *tile = &tiles[0], *next = &tiles[1];
+      place_tile(args, s, cache, chunk, first_tile(s, chunk), *tile);
+      attend_chunk(args, s, cache, chunk, nullptr, g, scratch, tile, next);
+    }
+    for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
+      const int64_t i = pair - chunk.first;
+      const SpanResult result(args, s, spans, token, g * s.heads_per_group + pair, span);
+      *result.softmax = scratch.softmax[i];
+      if (!sees) result.softmax->begun = false;
+      memcpy(result.acc, scratch.acc + i * s.width, sees ? (size_t)s.width * sizeof(float) : 0);
+    }
+  }
+}
+
+// Stage 2 of a split step: the spans of a row, merged as one walk merges them.
+static void merge_row(const OpArgs &args, int64_t row, int64_t spans) {
+  const AttentionShape s = attention_shape(args);
+  for (int64_t head = 0; head < s.heads_per_group * s.n_kv_heads; ++head) {
+    const SpanResult total(args, s, spans, row, head, 0);
+    for (int64_t span = 1; span < spans; ++span) {
+      const SpanResult part(args, s, spans, row, head, span);
+      merge_softmax(*total.softmax, total.acc, *part.softmax, part.acc, s.width);
+    }
+    divide_values(s, *total.softmax, total.acc, args.out[0] + row * args.out_stride[0] + head * s.e);
+  }
+}
+
+// Flushes denormals while it lives.
+struct Flushing {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  Flushing() { _mm_setcsr(before | 0x8040u); }
+  ~Flushing() { _mm_setcsr(before); }
+#endif
+};
+
+static void attention_rows(const OpArgs &args, int stage, int64_t begin, int64_t end, int n_threads) {
+  const Flushing flushing;
+  const int64_t spans = stage == 2 ? split_spans(args, n_threads) : 0;
+  if (stage == 0) prefetch_row(args, begin);
+  for (int64_t row = begin; row < end; ++row) {
+    if (stage == 0 && row + 1 < end) prefetch_row(args, row + 1);
+    if (stage == 0) write_row(args, row);
+    if (spans != 0) merge_row(args, row, spans);
   }
 }
 
 static void run_attention(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *thread_scratch) {
-  if (stage == 0) {
-    int64_t first = task * kWriteRows, last = first + kWriteRows;
-    write_kv(args, first, last < args.rows ? last : args.rows, (uint32_t *)thread_scratch);
-  } else {
-    attend(args, task, n_threads, (char *)thread_scratch);
+  if (stage != 1) {
+    const int64_t rows = rows_per_task(args, n_threads), end = (task + 1) * rows;
+    return attention_rows(args, stage, task * rows, end < args.rows ? end : args.rows, n_threads);
   }
+  const Flushing flushing;
+  const AttentionShape s = attention_shape(args);
+  const AttentionScratch scratch = attention_scratch(s, *args.kv, (char *)thread_scratch);
+  if (const int64_t spans = split_spans(args, n_threads))
+    attend_span(args, s, scratch, task, spans);
+  else
+    attend_rows(args, s, scratch, task, n_threads);
 }
 
-static const Kernel attention_kernel = {2, attention_tasks, run_attention, nullptr, nullptr, nullptr};
+static const Kernel attention_kernel = {3,     attention_tasks, run_attention, attention_scratch_bytes,
+                                        0b101, attention_rows,  nullptr};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

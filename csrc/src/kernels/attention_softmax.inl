@@ -79,39 +79,98 @@ PLD_INLINE Native tanh_of_score(Native x) {
   return (Native)((is_near & (NativeBits)near) | (~is_near & (NativeBits)far));
 }
 
-// The state of a pair between tiles.
+// The state of a pair between tiles, beside its sum of values.
 struct Softmax {
   Native sum;  // of the weights, a lane each
   float max;
+  bool begun;  // a tile has been seen
 };
+
+PLD_INLINE void begin_softmax(Softmax &state, float *acc, int64_t width) {
+  state = {Native{}, -__builtin_inff(), false};
+  memset(acc, 0, (size_t)width * sizeof(float));
+}
+
+// Adds what another softmax has come to: both brought to the greater maximum.
+static void merge_softmax(Softmax &state, float *acc, const Softmax &other, const float *other_acc, int64_t width) {
+  if (!other.begun) return;
+  if (!state.begun) {
+    state = other;
+    memcpy(acc, other_acc, (size_t)width * sizeof(float));
+    return;
+  }
+  const float max = other.max > state.max ? other.max : state.max;
+  const Native mine = exp_of_negative(native_splat(state.max - max));
+  const Native theirs = exp_of_negative(native_splat(other.max - max));
+  state.sum = state.sum * mine + other.sum * theirs;
+  state.max = max;
+  for (int64_t e = 0; e < width; e += kNativeLanes)
+    native_store(acc + e, native_load(acc + e) * mine + native_load(other_acc + e) * theirs);
+}
+
+// How raw scores become weights: the scale of the dot products, the soft cap (0: none), and for int8 the scales of the
+// keys and values of each group of sixteen positions (null: none).
+struct Softening {
+  float scale, softcap;
+  bool bf16;  // weights are stored as bfloat16
+  const float *const *key_scales, *const *value_scales;
+};
+
+PLD_INLINE void store_weights(Native weight, bool bf16, void *weights, int position) {
+  if (!bf16) {
+    native_store((float *)weights + position, weight);
+    return;
+  }
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weight);
+  memcpy((uint16_t *)weights + position, &rounded, sizeof rounded);
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kNativeLanes * 2)));
+  const NativeBits u = (NativeBits)weight;
+  const Halves rounded = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, Halves);
+  memcpy((uint16_t *)weights + position, &rounded, sizeof rounded);
+#endif
+}
+
+PLD_INLINE NativeBits seen_lanes(int position, int begin, int end) {
+  typedef int32_t Lanes __attribute__((vector_size(sizeof(Native))));
+  Lanes lane;
+  for (int i = 0; i < kNativeLanes; ++i) lane[i] = position + i;
+  return (NativeBits)((lane >= begin) & (lane < end));
+}
 
 // What `soften` does, on vectors [first, last) of the tile: constants where the tile is whole, so that the loops
 // unroll.
-PLD_INLINE void soften_vectors(float scale, float softcap, float *scores, int begin, int end, int first, int last,
-                               Softmax &state, float *acc, int64_t width) {
-  typedef int32_t Lanes __attribute__((vector_size(sizeof(Native))));
+PLD_INLINE void soften_vectors(const Softening &s, float softcap, float *scores, void *weights, int begin, int end,
+                               int first, int last, Softmax &state, float *acc, int64_t width) {
   Native top = native_splat(-__builtin_inff());
   PLD_UNROLL
   for (int v = first; v < last; ++v) {
-    Native x = native_load(scores + v * kNativeLanes) * scale;
+    const int position = v * kNativeLanes;
+    Native x = native_load(scores + position) * s.scale;
+    if (s.key_scales != nullptr) x = x * native_load(s.key_scales[position / kLanes] + position % kLanes);
     if (softcap > 0) x = softcap * tanh_of_score(x / softcap);
-    if (v * kNativeLanes < begin || (v + 1) * kNativeLanes > end) {
-      Lanes position;
-      for (int i = 0; i < kNativeLanes; ++i) position[i] = v * kNativeLanes + i;
-      const NativeBits seen = (NativeBits)((position >= begin) & (position < end));
+    if (position < begin || position + kNativeLanes > end) {
+      const NativeBits seen = seen_lanes(position, begin, end);
       x = (Native)((seen & (NativeBits)x) | (~seen & 0xff800000u));  // minus infinity
     }
-    native_store(scores + v * kNativeLanes, x);
+    native_store(scores + position, x);
     top = native_max(top, x);
   }
   const float tile_max = lanes_max(top), old_max = state.max, new_max = tile_max > old_max ? tile_max : old_max;
   Native tile_sum = {};
   PLD_UNROLL
   for (int v = first; v < last; ++v) {
-    const Native weight = exp_of_negative(native_load(scores + v * kNativeLanes) - new_max);
-    native_store(scores + v * kNativeLanes, weight);
+    const int position = v * kNativeLanes;
+    Native weight = exp_of_negative(native_load(scores + position) - new_max);
     tile_sum = tile_sum + weight;
+    if (s.value_scales != nullptr) {
+      weight = weight * native_load(s.value_scales[position / kLanes] + position % kLanes);
+      weight = (Native)((NativeBits)weight & seen_lanes(position, begin, end));  // a scale may be anything there
+    }
+    store_weights(weight, s.bf16, weights, position);
   }
+  state.begun = true;
   if (old_max == new_max) {
     state.sum = state.sum + tile_sum;
     return;
@@ -122,15 +181,15 @@ PLD_INLINE void soften_vectors(float scale, float softcap, float *scores, int be
   for (int64_t e = 0; e < width; e += kNativeLanes) native_store(acc + e, native_load(acc + e) * correction);
 }
 
-// Scores of positions [begin, end) of a tile become weights; what went before (`state`, and acc[0 .. width)) is
-// rescaled to the new maximum. Lanes outside may hold anything.
-static void soften(float scale, float softcap, float *scores, int begin, int end, Softmax &state, float *acc,
-                   int64_t width) {
-  if (begin == 0 && end == kTile && softcap <= 0)
-    soften_vectors(scale, 0.0f, scores, 0, kTile, 0, kTile / kNativeLanes, state, acc, width);
+// Scores of positions [begin, end) of a tile become weights, those of [low, begin) and [end, high) 0; what went before
+// (`state`, and acc[0 .. width)) is rescaled to the new maximum.
+static void soften(const Softening &s, float *scores, void *weights, int begin, int end, int low, int high,
+                   Softmax &state, float *acc, int64_t width) {
+  if (begin == 0 && end == kTile && s.softcap <= 0)
+    soften_vectors(s, 0.0f, scores, weights, 0, kTile, 0, kTile / kNativeLanes, state, acc, width);
   else
-    soften_vectors(scale, softcap, scores, begin, end, begin / kNativeLanes, (end + kNativeLanes - 1) / kNativeLanes,
-                   state, acc, width);
+    soften_vectors(s, s.softcap, scores, weights, begin, end, low / kNativeLanes,
+                   (high + kNativeLanes - 1) / kNativeLanes, state, acc, width);
 }
 
 }  // namespace PLD_ISA_NS

@@ -28,7 +28,7 @@ struct OpArgs {
   const OpArgs *feeds;
 };
 
-inline constexpr size_t kThreadScratchBytes = 512 * 1024;
+inline constexpr size_t kThreadScratchBytes = 2 * 1024 * 1024;
 inline constexpr int kMaxStages = 3;
 
 // An op is a few stages with a barrier between them; a stage is tasks that may run in any order on any thread. How the
@@ -38,9 +38,10 @@ struct Kernel {
   int64_t (*n_tasks)(const OpArgs &args, int stage, int n_threads);
   void (*run)(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *thread_scratch);
   size_t (*scratch_bytes)(const pld_op &op, const pld_weight *const *weight, int64_t rows);  // null: none
-  // Stage 0 for rows [begin, end), when each row of it reads no other row of its inputs (gather_rows: of the hidden
-  // states) and writes no other; null: it is not like that.
-  void (*run_rows)(const OpArgs &args, int64_t begin, int64_t end);
+  // Stages (a bit each) of which a row reads no other row of what stands before it (gather_rows: but the hidden states)
+  // and writes no other; and such a stage for rows [begin, end).
+  uint32_t row_stages;
+  void (*run_rows)(const OpArgs &args, int stage, int64_t begin, int64_t end, int n_threads);
   bool (*is_void)(const OpArgs &args, int stage);  // a stage that never has tasks; null: none
 };
 

@@ -145,7 +145,8 @@ static size_t linear_scratch(const pld_op &op, const pld_weight *const *weight, 
 
 static bool linear_is_void(const OpArgs &args, int stage) { return stage == 0 && args.weight[0]->dtype == PLD_F32; }
 
-static const Kernel linear_kernel = {2, linear_tasks, linear_run, linear_scratch, each_row<round_row>, linear_is_void};
+static const Kernel linear_kernel = {2, linear_tasks,        linear_run,    linear_scratch,
+                                     1, each_row<round_row>, linear_is_void};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

@@ -198,7 +198,7 @@ static size_t moe_scratch_bytes(const pld_op &op, const pld_weight *const *weigh
   return moe_scratch(moe_shape(op, weight, rows), nullptr).bytes;
 }
 
-static const Kernel moe_kernel = {3, moe_tasks, run_moe, moe_scratch_bytes, nullptr, nullptr};
+static const Kernel moe_kernel = {3, moe_tasks, run_moe, moe_scratch_bytes, 0, nullptr, nullptr};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

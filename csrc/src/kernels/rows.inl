@@ -13,17 +13,17 @@ static int64_t row_tasks(const OpArgs &args, int, int n_threads) {
 }
 
 template <void (*Row)(const OpArgs &args, int64_t row)>
-static void each_row(const OpArgs &args, int64_t begin, int64_t end) {
+static void each_row(const OpArgs &args, int, int64_t begin, int64_t end, int) {
   for (int64_t row = begin; row < end; ++row) Row(args, row);
 }
 template <void (*Row)(const OpArgs &args, int64_t row)>
 static void run_rows(const OpArgs &args, int, int64_t task, int n_threads, std::byte *) {
   int64_t rows = rows_per_task(args, n_threads);
-  each_row<Row>(args, task * rows, (task + 1) * rows < args.rows ? (task + 1) * rows : args.rows);
+  each_row<Row>(args, 0, task * rows, (task + 1) * rows < args.rows ? (task + 1) * rows : args.rows, n_threads);
 }
 
 #define PLD_ROW_KERNEL(name) \
-  static const Kernel name##_kernel = {1, row_tasks, run_rows<name##_row>, nullptr, each_row<name##_row>, nullptr}
+  static const Kernel name##_kernel = {1, row_tasks, run_rows<name##_row>, nullptr, 1, each_row<name##_row>, nullptr}
 
 // f(first column, lanes) for a row of `width`, sixteen columns at a time; the last may have fewer.
 template <typename Function>

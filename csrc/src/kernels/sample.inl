@@ -51,7 +51,7 @@ static void run_sample(const OpArgs &args, int, int64_t row, int, std::byte *) {
   out[3] = 0.0f;
 }
 
-static const Kernel sample_kernel = {1, sample_tasks, run_sample, nullptr, nullptr, nullptr};
+static const Kernel sample_kernel = {1, sample_tasks, run_sample, nullptr, 0, nullptr, nullptr};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

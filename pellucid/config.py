@@ -15,6 +15,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 ALIASES = {"max_batch_size": "max_num_seqs", "model_path": "model"}
 DTYPES = ("auto", "float32", "bfloat16")
+KV_CACHE_DTYPES = (*DTYPES, "int8")
+QUANTIZATIONS = ("int8", "int8_channel", "int4")
 POLICIES = ("mixed", "prefill_first")
 
 
@@ -33,7 +35,8 @@ class EngineConfig:
     model: str = _setting(DEFAULT_MODEL, "Directory, .gguf file, hub id, or a name that `pellucid pull` knows.")
     tokenizer: str | None = _setting(None, "Directory with a tokenizer.json to use in place of the model's own.")
     dtype: str = _setting("auto", "Weights and matrix inputs: auto, float32 or bfloat16. auto: float32 if stored so.")
-    kv_cache_dtype: str = _setting("auto", "Keys and values: auto (as dtype), float32 or bfloat16.")
+    quantization: str | None = _setting(None, "Round matrices at load: int8, int8_channel or int4.")
+    kv_cache_dtype: str = _setting("auto", "Keys and values: auto (as dtype), float32, bfloat16 or int8.")
     kv_layout: str = _setting("block", "How the cache is addressed: block.")
     block_size: int = _setting(16, "Tokens in a block of the cache, 1 to 256.")
     num_blocks: int | None = _setting(None, "Blocks in the cache; by default from the memory that is free.")
@@ -118,7 +121,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "model": _text(optional=False),
     "tokenizer": _text(optional=True),
     "dtype": _one_of(*DTYPES),
-    "kv_cache_dtype": _one_of(*DTYPES),
+    "quantization": lambda value: None if value is None else _one_of(*QUANTIZATIONS)(value),
+    "kv_cache_dtype": _one_of(*KV_CACHE_DTYPES),
     "kv_layout": _one_of("block"),
     "block_size": _integer(1, 256),
     "num_blocks": _integer(1, 2**30, optional=True),

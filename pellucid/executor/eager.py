@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,22 @@ from pellucid.ops import abi, gather_rows
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
+from pellucid.program.file import ProgramFile
 from pellucid.weights.checkpoint import Checkpoint, open_checkpoint
 from pellucid.weights.hub import resolve_model
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def materialise(model: Any, context: abi.Context, dtype: torch.dtype) -> None:
-    """Gives every parameter of a loaded model its values: matrices in `dtype`, rounded as packing rounds; vectors in float32."""
+def materialise(model: Any, context: abi.Context, dtype: torch.dtype, keep: Container[int] = ()) -> None:
+    """Gives the parameters of a loaded model their values: matrices in `dtype`, rounded as packing rounds; vectors in float32.
+
+    Those whose id is in `keep` stay as they are.
+    """
     shared: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is None:
+            if parameter is None or id(parameter) in keep:
                 continue
             if id(parameter) not in shared:
                 kind = torch.float32 if parameter.dim() == 1 else dtype
@@ -49,21 +54,40 @@ def _values(parameter: Any, context: abi.Context, dtype: torch.dtype) -> torch.T
     return tensor
 
 
-def load_eager(checkpoint: Checkpoint, context: abi.Context, dtype: str) -> Any:
-    """The checkpoint's model as a torch module with its weights."""
+def load_eager(
+    checkpoint: Checkpoint, backend: NativeBackend, dtype: str, stored: Mapping[str, list[tuple[int, abi.Weight]]]
+) -> Any:
+    """The checkpoint's model as a torch module with its weights; matrices in `stored` are used as they are packed."""
     config = ModelConfig.from_dict(checkpoint.config)
     model = ModelRegistry.resolve(config.architecture)(config)
     model.load_weights(checkpoint.tensors())
-    materialise(model, context, TORCH_DTYPES[dtype])
+    keep = {id(parameter): parts for name, parameter in model.named_parameters() if (parts := stored.get(name))}
+    for _, parameter in model.named_parameters():
+        if id(parameter) in keep:
+            backend.store(parameter, keep[id(parameter)])
+    materialise(model, backend.context, TORCH_DTYPES[dtype], keep)
     return model
+
+
+def quantised_matrices(file: ProgramFile) -> dict[str, list[tuple[int, abi.Weight]]]:
+    """The program's quantised matrices by parameter name: (first row, weight). A mixed one has several parts."""
+    found: dict[str, list[tuple[int, abi.Weight]]] = {}
+    mixed = {str(name).split("#")[0] for name, *_ in file.meta["weights"] if "#" in str(name)}
+    for name, rows, cols, dtype, layout, offset, nbytes in file.meta["weights"]:
+        parameter, _, row = str(name).partition("#")
+        if layout == abi.PANELS and (dtype not in (abi.F32, abi.BF16) or parameter in mixed):
+            weight = abi.Weight(file.sections["data"][offset : offset + nbytes], rows, cols, dtype, layout)
+            found.setdefault(parameter, []).append((int(row or 0), weight))
+    return found
 
 
 class EagerModel:
     """An executable that runs the module. Gives the same bits as its program, because the ops are the same."""
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel, context: abi.Context, kv: abi.KVCache) -> None:
-        self.module = load_eager(open_checkpoint(resolve_model(config.model)), context, loaded.dtype)
         self._backend, self._kv = NativeBackend(context), kv
+        checkpoint = open_checkpoint(resolve_model(config.model))
+        self.module = load_eager(checkpoint, self._backend, loaded.dtype, quantised_matrices(loaded.file))
         self._hidden = torch.empty(0, loaded.config.hidden_size)
         self._batch: BatchInput | None = None
 

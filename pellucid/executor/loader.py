@@ -18,11 +18,12 @@ from pellucid.models.registry import ModelRegistry
 from pellucid.ops import abi
 from pellucid.program.builder import FORMAT_VERSION, build_program_file
 from pellucid.program.file import ProgramFile, open_program_file
+from pellucid.quant.scheme import WeightScheme
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.weights.hub import cache_dir, resolve_model
 
 # Rooms whose code decides what a program is: a change there makes cached programs stale.
-_CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "text", "weights")
+_CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "quant", "text", "weights")
 _CORE_DTYPES = {"float32": abi.F32, "bfloat16": abi.BF16}
 
 Progress = Callable[[int, int], None]
@@ -78,6 +79,7 @@ def fingerprint(path: Path, config: EngineConfig) -> str:
         _stamps(model_files(path)),
         tokenizer,
         config.dtype,
+        config.quantization,
         ModelRegistry.registered_digest(),
         _code_stamps(),
     )
@@ -115,9 +117,17 @@ def build_program(
     model = ModelRegistry.resolve(model_config.architecture)(model_config)
     model.load_weights(checkpoint.tensors())
     recording = trace(model)
-    dtype = resolve_dtype(config.dtype, model_config, [view.dtype for view in _views(model)])
+    dtype = resolve_dtype(config.dtype, [view.dtype for view in _views(model)], config.quantization)
+    scheme = WeightScheme(_CORE_DTYPES[dtype], config.dtype == "auto", config.quantization)
     tokenizer = load_tokenizer(path, config, checkpoint)
-    meta = {"kind": "program", "model": path.name, "source": str(path.resolve()), "dtype": dtype}
+    meta = {
+        "kind": "program",
+        "model": path.name,
+        "source": str(path.resolve()),
+        "dtype": dtype,
+        "quantization": config.quantization,
+        "keeps": scheme.keep,
+    }
     texts = {
         "config": json.dumps(checkpoint.config).encode(),
         "generation_config": json.dumps(checkpoint.generation_config).encode(),
@@ -127,7 +137,7 @@ def build_program(
         target,
         recording,
         context,
-        matrix_dtype=_CORE_DTYPES[dtype],
+        scheme=scheme,
         vocab_size=model_config.vocab_size,
         meta=meta,
         texts=texts,
@@ -152,11 +162,11 @@ def load_tokenizer(path: Path, config: EngineConfig, checkpoint: Any) -> Tokeniz
     return None
 
 
-def resolve_dtype(asked: str, config: ModelConfig, stored: list[str]) -> str:
-    """auto: float32 for a checkpoint whose tensors are all stored so, else bfloat16."""
+def resolve_dtype(asked: str, stored: list[str], quantization: str | None = None) -> str:
+    """What is not quantised, and keys and values: float32 for a checkpoint all of whose tensors are stored so, else bfloat16."""
     if asked != "auto":
         return asked
-    return "float32" if stored and all(dtype == "F32" for dtype in stored) else "bfloat16"
+    return "float32" if quantization is None and stored and all(dtype == "F32" for dtype in stored) else "bfloat16"
 
 
 def _read(path: Path, key: str, config: EngineConfig, *, from_cache: bool) -> LoadedModel:
@@ -179,7 +189,8 @@ def _read(path: Path, key: str, config: EngineConfig, *, from_cache: bool) -> Lo
 
 
 def _drop_stale(made: Path, source: Path) -> None:
-    """Removes older programs of the same model files and dtype: their key can never be asked for again."""
+    """Removes older programs of the same model files and precision: their key can never be asked for again."""
+    precision = ("source", "dtype", "quantization", "keeps")
     fresh = open_program_file(made).meta
     for other in made.parent.glob("*.pld"):
         if other == made:
@@ -188,14 +199,15 @@ def _drop_stale(made: Path, source: Path) -> None:
             meta = open_program_file(other).meta
         except (WeightFormatError, OSError):
             continue
-        if (meta.get("source"), meta.get("dtype")) == (fresh["source"], fresh["dtype"]):
+        if all(meta.get(name) == fresh[name] for name in precision):
             other.unlink(missing_ok=True)
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
     """Bytes of keys and values that one token occupies in all layers."""
-    width = 4 if kv_dtype == "float32" else 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+    width = {"float32": 4, "bfloat16": 2, "int8": 1}[kv_dtype]
+    scale = 4 if kv_dtype == "int8" else 0
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * (config.head_dim * width + scale)
 
 
 def resolve_max_model_len(asked: int | None, config: ModelConfig) -> int:

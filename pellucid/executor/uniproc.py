@@ -84,6 +84,6 @@ def make_kv_cache(config: EngineConfig, model: LoadedModel, max_model_len: int) 
         head_dim=model.config.head_dim,
         block_size=config.block_size,
         n_blocks=num_blocks,
-        dtype=abi.F32 if dtype == "float32" else abi.BF16,
+        dtype={"float32": abi.F32, "bfloat16": abi.BF16, "int8": abi.I8}[dtype],
     )
     return KVCacheSize(num_blocks, config.block_size, per_token, per_token * config.block_size * num_blocks), kv

@@ -6,6 +6,7 @@ This file does not import torch: it takes whatever has a data pointer. The servi
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,11 @@ class NativeBackend:
     def __init__(self, context: abi.Context) -> None:
         self.context = context
         self._packed: dict[int, tuple[Any, tuple[int, int], abi.Weight]] = {}
+        self._stored: dict[int, tuple[Any, list[tuple[int, abi.Weight]]]] = {}
+
+    def store(self, tensor: Any, parts: list[tuple[int, abi.Weight]]) -> None:
+        """Matrices to use for `tensor`, which may be on the meta device: (first row, weight) in order of rows."""
+        self._stored[id(tensor)] = (tensor, parts)
 
     def __call__(self, spec: OpSpec, step: Step) -> tuple[Any, ...]:
         """Runs one op on torch tensors (float32 activations on the CPU, unit column stride)."""
@@ -76,11 +82,35 @@ class NativeBackend:
             tensors = [None if value is None else _activation(value) for value in values]
             inputs = [None if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
             targets = [(t.data_ptr(), t.stride(0)) for t in outputs]
-            weights = [None if w is None else self._weight(spec.kind, i, w) for i, w in enumerate(spec.weights)]
             kv = step.kv if spec.kind == "attention" else None
-            abi.run_op(self.context, op_struct(spec), rows, inputs, targets, weights, batch, kv)
+            parts = self._parts(spec)
+            if parts is None or len(parts) == 1:
+                weights = [None if w is None else self._weight(spec.kind, i, w) for i, w in enumerate(spec.weights)]
+                abi.run_op(self.context, op_struct(spec), rows, inputs, targets, weights, batch, kv)
+            else:
+                self._run_parts(spec, parts, rows, inputs, targets[0])
         del keep
         return tuple(outputs)
+
+    def _parts(self, spec: OpSpec) -> list[tuple[int, abi.Weight]] | None:
+        held = self._stored.get(id(spec.weights[0])) if spec.weights else None
+        return None if held is None else held[1]
+
+    def _run_parts(
+        self,
+        spec: OpSpec,
+        parts: list[tuple[int, abi.Weight]],
+        rows: int,
+        inputs: list[tuple[int, int] | None],
+        target: tuple[int, int],
+    ) -> None:
+        """A linear op whose matrix is stored in several types: each part fills its columns of the output."""
+        bias = spec.weights[1] if len(spec.weights) > 1 else None
+        for row, weight in parts:
+            some = None if bias is None else bias[row : row + weight.rows]
+            op = op_struct(replace(spec, weights=(weight, some), out_widths=(weight.rows,)))
+            place = (target[0] + 4 * row, target[1])
+            abi.run_op(self.context, op, rows, inputs, [place], [weight, None if some is None else _vector(some)])
 
     @staticmethod
     def _batch(spec: OpSpec, step: Step) -> tuple[abi.BatchStruct | None, object]:
@@ -99,6 +129,8 @@ class NativeBackend:
 
     def _weight(self, kind: str, operand: int, tensor: Any) -> abi.Weight:
         is_matrix = operand in MATRIX_OPERANDS.get(kind, ())
+        if is_matrix and id(tensor) in self._stored:
+            return self._stored[id(tensor)][1][0][1]
         stamp = (0, 0) if isinstance(tensor, np.ndarray) else (tensor.data_ptr(), tensor._version)
         key = id(tensor) * 4 + (0 if not is_matrix else 1 if kind == "embedding" else 2)
         held = self._packed.get(key)

@@ -12,11 +12,13 @@ import numpy as np
 from pellucid.ops import abi
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.file import Bytes, aligned, write_program_file
+from pellucid.program.formats import choose_dtypes
 from pellucid.program.planner import assign_slots
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
+from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView, from_float32
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NO_OPERAND = (-1, 0, 0)
 _DOMAINS = {"T": 0, "L": 1}
 
@@ -58,6 +60,8 @@ def _encode_op(row: Any, op: RecordedOp, widths: list[int]) -> None:
     row["in"], row["in_col"], row["in_width"] = zip(*operands, strict=True)
     row["out"] = _padded(op.outputs, abi.MAX_OUT, -1)
     row["out_width"] = _padded(tuple(widths[buffer] for buffer in op.outputs), abi.MAX_OUT, 0)
+    if op.out_range is not None:
+        row["out_col"][0], row["out_width"][0] = op.out_range
     row["weight"] = _padded(tuple(-1 if w is None else w for w in op.weights), abi.MAX_WEIGHTS, -1)
     row["i"] = _padded(op.ints, 6, 0)
     row["f"] = _padded(op.floats, 4, 0.0)
@@ -72,14 +76,15 @@ def encode_buffers(recording: Recording) -> np.ndarray[Any, Any]:
     return table
 
 
-def place_weights(recording: Recording, matrix_dtype: int) -> list[PackedWeight]:
-    """Layout, size and place of every weight: matrices in panels, gathered tables in rows, vectors in float32."""
+def place_weights(weights: list[RecordedWeight], dtypes: list[int]) -> list[PackedWeight]:
+    """Layout, size and place of every weight: matrices in panels, gathered tables in rows (quantised ones in panels too),
+    vectors in float32."""
     placed, offset = [], 0
-    for weight in recording.weights:
+    for weight, dtype in zip(weights, dtypes, strict=True):
         cols = weight.shape[-1]
         rows = int(np.prod(weight.shape[:-1], dtype=np.int64))
-        dtype = abi.F32 if weight.kind == "vector" else matrix_dtype
-        layout = abi.PANELS if weight.kind == "matrix" else abi.ROW_MAJOR
+        is_plain = dtype in (abi.F32, abi.BF16)
+        layout = abi.PANELS if weight.kind == "matrix" or not is_plain else abi.ROW_MAJOR
         nbytes = abi.packed_bytes(rows, cols, dtype) if layout == abi.PANELS else rows * abi.row_bytes(dtype, cols)
         placed.append(PackedWeight(weight.name, rows, cols, dtype, layout, offset, nbytes))
         offset = aligned(offset + nbytes)
@@ -114,7 +119,7 @@ def build_program_file(
     recording: Recording,
     context: abi.Context,
     *,
-    matrix_dtype: int,
+    scheme: WeightScheme,
     vocab_size: int,
     meta: Mapping[str, Any],
     texts: Mapping[str, bytes],
@@ -124,7 +129,8 @@ def build_program_file(
 
     `meta` and `texts` (JSON documents) are kept beside the program. `progress(done, total)` is told bytes packed.
     """
-    placed = place_weights(recording, matrix_dtype)
+    recording, dtypes = choose_dtypes(recording, scheme)
+    placed = place_weights(recording.weights, dtypes)
     total = placed[-1].offset + placed[-1].nbytes if placed else 0
 
     def fill(data: Bytes) -> None:

@@ -31,6 +31,8 @@ def assign_slots(recording: Recording) -> list[int]:
         dying.setdefault(index, []).append(buffer)
     for index, op in enumerate(recording.ops):
         for buffer in op.outputs:
+            if slots[buffer] >= 0:  # another op has begun to fill it
+                continue
             width, domain = recording.widths[buffer], recording.domains[buffer]
             candidates = [s for s in free if slot_domain[s] == domain]
             fitting = [s for s in candidates if slot_width[s] >= width]

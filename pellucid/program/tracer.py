@@ -33,6 +33,7 @@ class RecordedOp:
     weights: tuple[int | None, ...]
     ints: tuple[int, ...]
     floats: tuple[float, ...]
+    out_range: tuple[int, int] | None = None  # column and width that output 0 is written to; None: all of it
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from utils.real_model import real_model
+from utils.tiny_gguf import MIXED_TYPES, build_tiny_gguf
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
@@ -94,12 +95,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama"))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def reference(request: pytest.FixtureRequest, tiny_model: str) -> tuple[str, str, list[Bits]]:
-    found, llm = run(tiny_model, dtype=request.param)
+PRECISIONS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int8, int8 cache": {"quantization": "int8", "kv_cache_dtype": "int8"},
+    "int8 a channel": {"quantization": "int8_channel"},
+    "int4": {"quantization": "int4"},
+    "stored types": {},
+}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def reference(
+    request: pytest.FixtureRequest, tiny_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, str], list[Bits]]:
+    precision, model = PRECISIONS[request.param], tiny_model
+    if not precision:
+        model = str(build_tiny_gguf(tmp_path_factory.mktemp("gguf"), MIXED_TYPES))
+    found, llm = run(model, **precision)
     assert all(len(bits.tokens) == MAX_TOKENS for bits in found)
     assert max(len(record.running) for record in llm.engine.trace.records) == len(LENGTHS)
-    return tiny_model, request.param, found
+    return model, precision, found
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -120,29 +137,29 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_twelve_requests_when_scheduled_otherwise_then_same_bits(
-    reference: tuple[str, str, list[Bits]], schedule: str
+    reference: tuple[str, dict[str, str], list[Bits]], schedule: str
 ) -> None:
-    model, dtype, expected = reference
-    found, _ = run(model, dtype=dtype, **SCHEDULES[schedule])
+    model, precision, expected = reference
+    found, _ = run(model, **precision, **SCHEDULES[schedule])
     assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("policy", ["mixed", "prefill_first"])
 @pytest.mark.parametrize("caching", [False, True])
 def test_twelve_requests_when_blocks_are_few_then_preempted_and_same_bits(
-    reference: tuple[str, str, list[Bits]], policy: str, caching: bool
+    reference: tuple[str, dict[str, str], list[Bits]], policy: str, caching: bool
 ) -> None:
-    model, dtype, expected = reference
-    found, llm = run(model, dtype=dtype, num_blocks=26, policy=policy, enable_prefix_caching=caching)
+    model, precision, expected = reference
+    found, llm = run(model, num_blocks=26, policy=policy, enable_prefix_caching=caching, **precision)
     assert any(record.preempted for record in llm.engine.trace.records), "no request was preempted"
     assert_same_bits(found, expected)
 
 
 def test_twelve_requests_when_run_again_on_a_warm_prefix_cache_then_hits_and_same_bits(
-    reference: tuple[str, str, list[Bits]],
+    reference: tuple[str, dict[str, str], list[Bits]],
 ) -> None:
-    model, dtype, expected = reference
-    with LLM(model, **{**BASE, "dtype": dtype, "enable_prefix_caching": True, "block_size": 8}) as llm:
+    model, precision, expected = reference
+    with LLM(model, **{**BASE, **precision, "enable_prefix_caching": True, "block_size": 8}) as llm:
         asked = prompts(llm.engine.vocab_size), [params(i) for i in range(len(LENGTHS))]
         assert_same_bits([bits_of(output) for output in llm.generate(*asked)], expected)
         hits = llm.kv_cache_stats()["prefix_hits"]
@@ -152,15 +169,19 @@ def test_twelve_requests_when_run_again_on_a_warm_prefix_cache_then_hits_and_sam
         assert_same_bits([bits_of(output) for output in again], expected * 3)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8, int8 cache", "int4"])
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_each_instruction_set_when_alone_chunked_or_together_then_same_bits(tiny_model: str, isa: str) -> None:
+def test_each_instruction_set_when_alone_chunked_or_together_then_same_bits(
+    tiny_model: str, isa: str, precision: str
+) -> None:
     from pellucid.ops import abi
 
     if abi.ISA_CODES[isa] > abi.ISA_CODES[abi.cpu_info().best_isa]:
         pytest.skip(f"this machine has no {isa}")
-    expected, _ = run(tiny_model, dtype="bfloat16", isa=isa)
-    assert_same_bits(run(tiny_model, dtype="bfloat16", isa=isa, alone=True)[0], expected)
-    chunked, _ = run(tiny_model, dtype="bfloat16", isa=isa, max_num_batched_tokens=16, block_size=8, num_threads=1)
+    as_asked = {**PRECISIONS[precision], "isa": isa}
+    expected, _ = run(tiny_model, **as_asked)
+    assert_same_bits(run(tiny_model, **as_asked, alone=True)[0], expected)
+    chunked, _ = run(tiny_model, **as_asked, max_num_batched_tokens=16, block_size=8, num_threads=1)
     assert_same_bits(chunked, expected)
 
 
@@ -186,14 +207,14 @@ def test_n_choices_when_asked_together_or_as_the_first_of_fewer_then_same_bits(t
             assert one.logprobs == other.logprobs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(dtype: str) -> None:
-    model = str(real_model())
-    expected, _ = run(model, dtype=dtype)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "stored types"])
+def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(precision: str) -> None:
+    model, as_asked = str(real_model()), PRECISIONS[precision]
+    expected, _ = run(model, **as_asked)
     variants: list[dict[str, Any]] = [
         {"alone": True, "num_threads": 1},
         {"max_num_batched_tokens": 64, "num_blocks": 26},
         {"enable_prefix_caching": True, "block_size": 8, "policy": "prefill_first"},
     ]
     for variant in variants:
-        assert_same_bits(run(model, dtype=dtype, **variant)[0], expected)
+        assert_same_bits(run(model, **as_asked, **variant)[0], expected)

@@ -61,7 +61,7 @@ def residual_streams(model: Any, input_ids: torch.Tensor) -> tuple[list[torch.Te
 def test_each_layer_when_run_eagerly_then_hidden_states_are_transformers(checkpoint: Path, backend: str) -> None:
     context = abi.Context(num_threads=1)
     opened = open_checkpoint(checkpoint)
-    model = load_eager(opened, context, "float32")
+    model = load_eager(opened, NativeBackend(context), "float32", {})
     config = model.config
     prompt = random_prompts()[0]
     batch = single_sequence_batch(prompt, 16)

@@ -20,7 +20,13 @@ from pellucid.ops.batch import BatchInput
 from pellucid.program.runner import NativeProgram
 
 ISAS = [isa for isa, code in abi.ISA_CODES.items() if isa != "auto" and code <= abi.ISA_CODES[abi.cpu_info().best_isa]]
-DTYPES = ("float32", "bfloat16")
+PRECISIONS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8", "kv_cache_dtype": "int8"},
+    "int8_channel": {"quantization": "int8_channel"},
+    "int4": {"quantization": "int4"},
+}
 BLOCK_SIZE, BLOCKS_EACH = 8, 6
 # tokens of each of three sequences in each step: whole prompts, chunks and decodes together, some sequences absent
 SCHEDULE = ((17, 1, 0), (1, 4, 23), (1, 1, 1), (0, 1, 9), (1, 1, 1))
@@ -73,10 +79,12 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
         assert torch.equal(one, other), f"step {step // 2}: {'hidden states' if step % 2 else 'logits'} differ"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_program_when_run_beside_its_module_then_every_bit_is_equal(checkpoint: Path, isa: str, dtype: str) -> None:
-    config = EngineConfig(model=str(checkpoint), dtype=dtype, block_size=BLOCK_SIZE, num_blocks=3 * BLOCKS_EACH)
+def test_program_when_run_beside_its_module_then_every_bit_is_equal(checkpoint: Path, isa: str, precision: str) -> None:
+    config = EngineConfig(
+        model=str(checkpoint), block_size=BLOCK_SIZE, num_blocks=3 * BLOCKS_EACH, **PRECISIONS[precision]
+    )
     outputs = {}
     for threads in (1, 2):
         context = abi.Context(num_threads=threads, isa=isa)

@@ -1,0 +1,1 @@
+"""Quantised weights: which matrix is kept, or made, in which of the core's formats."""

@@ -1,74 +1,239 @@
-"""One set of bfloat16 weights in two formats: safetensors for Pellucid and transformers, GGUF for llama.cpp.
+"""One set of bfloat16 weights in every peer's format, and at 8 and 4 bits by the peer's own converter.
 
-Made from the packaged SmolLM2-135M-Instruct, dequantised and rounded once. Needs the test extra. Prints the two paths as JSON.
+    python benchmarks/make_models.py smollm2|llama-1b [--peers FOLDER] [--formats hf gguf q8_0 q4_0 openvino-bf16 ...]
+
+smollm2: the packaged SmolLM2-135M-Instruct, dequantised and rounded once. llama-1b: random weights in the shape of Llama-3.2-1B.
+FOLDER holds the environments that `setup_peers.py` makes. Needs the test extra. Prints the paths as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from safetensors.torch import save_file
 
+from pellucid.text.tokenizer import Tokenizer
 from pellucid.weights.checkpoint import open_checkpoint
 from pellucid.weights.hub import cache_dir, resolve_model
 
-MODEL = "smollm2-135m-instruct"
+PACKAGED = "smollm2-135m-instruct"
+LLAMA_1B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128_256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
 
 
-def write_safetensors(source: Path, folder: Path) -> None:
-    """A Hugging Face folder with config.json and model.safetensors."""
-    checkpoint = open_checkpoint(source)
+def save_tokenizer(folder: Path) -> None:
+    """Peers want one beside the weights; prompts are token ids, so it is never used."""
+    checkpoint = open_checkpoint(resolve_model(PACKAGED))
+    tokenizer = Tokenizer.from_gguf(checkpoint.gguf.metadata)
+    (folder / "tokenizer.json").write_text(str(tokenizer.to_bundle()["tokenizer_json"]))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+        )
+    )
+
+
+def write_packaged(folder: Path) -> None:
+    """SmolLM2 as a Hugging Face folder."""
+    checkpoint = open_checkpoint(resolve_model(PACKAGED))
     tensors = {}
     for name, view in checkpoint.tensors():
         raw = view.data.reshape(view.rows, view.row_bytes)
         kind = gguf.GGMLQuantizationType[view.dtype]
         values = dequantize(raw, kind) if view.dtype != "F32" else view.to_float32()
         tensors[name] = torch.from_numpy(values.reshape(view.shape).copy()).to(torch.bfloat16)
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**checkpoint.config, "torch_dtype": "bfloat16"}))
 
 
-def write_gguf(source: Path, target: Path) -> None:
-    """The same file with every quantised tensor as BF16; vectors stay float32, as llama.cpp's own converter leaves them."""
-    reader = gguf.GGUFReader(source)
-    architecture = str(reader.fields["general.architecture"].contents())
-    writer = gguf.GGUFWriter(target, architecture)
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        kind = field.types[0]
-        element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), kind, sub_type=element)
+def write_llama_1b(folder: Path) -> None:
+    """Random weights of the spread that such models have."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).to(torch.bfloat16)
+
+    c = LLAMA_1B
+    width, ffn, kv = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"] * c["head_dim"]
+    ones = torch.ones(width, dtype=torch.bfloat16)
+    tensors = {"model.embed_tokens.weight": random(c["vocab_size"], width), "model.norm.weight": ones}
+    shapes = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (ffn, width),
+        "mlp.up_proj": (ffn, width),
+        "mlp.down_proj": (width, ffn),
+    }
+    for layer in range(c["num_hidden_layers"]):
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = random(*shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = ones.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(c))
+
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _gguf_name(name: str) -> str:
+    if name.startswith("model.layers."):
+        _, _, layer, rest = name.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
+    return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+
+
+def _rotated(values: Any, heads: int) -> Any:
+    """Rows of a head in the order of llama.cpp's rotation of neighbours."""
+    rows, cols = values.shape
+    return values.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2).reshape(rows, cols)
+
+
+def write_gguf(hf: Path, target: Path) -> None:
+    """BF16 matrices, float32 vectors, no vocabulary: prompts are token ids."""
+    checkpoint = open_checkpoint(hf)
+    c = checkpoint.config
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_rope_freq_base(c["rope_theta"])
+    writer.add_rope_dimension_count(c.get("head_dim") or c["hidden_size"] // heads)
+    writer.add_vocab_size(c["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    bf16 = gguf.GGMLQuantizationType.BF16
-    for tensor in reader.tensors:
-        if tensor.tensor_type == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(tensor.name, tensor.data)
-        else:
-            writer.add_tensor(tensor.name, quantize(dequantize(tensor.data, tensor.tensor_type), bf16), raw_dtype=bf16)
+    for name, view in checkpoint.tensors():
+        if len(view.shape) == 1:
+            writer.add_tensor(_gguf_name(name), view.to_float32())
+            continue
+        values = view.data.view("<u2").reshape(view.shape)
+        if "q_proj" in name or "k_proj" in name:
+            values = _rotated(values, heads if "q_proj" in name else kv_heads)
+        raw = values.copy().view("u1").reshape(view.shape[0], -1)
+        writer.add_tensor(_gguf_name(name), raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def main() -> None:
-    """Makes both unless they are there."""
-    source = resolve_model(MODEL)
-    folder = cache_dir() / "benchmarks" / f"{MODEL}-bf16"
-    target = folder / "model-bf16.gguf"
+# llama.cpp's own quantiser, called in its environment.
+_QUANTISE = """
+import sys, llama_cpp as C
+params = C.llama_model_quantize_default_params()
+params.ftype, params.nthread = int(sys.argv[3]), 2
+sys.exit(C.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
+"""
+_FILE_TYPES = {"q8_0": 7, "q4_0": 2, "q4_1": 3, "q4_k": 15, "q6_k": 18}
+_OPENVINO = {
+    "openvino-bf16": ["--weight-format", "fp16"],
+    "openvino-int8": ["--weight-format", "int8"],
+    "openvino-int4": ["--weight-format", "int4", "--sym", "--group-size", "64", "--ratio", "1.0"],
+}
+
+
+def _convert(format: str, folder: Path, target: Path, peers: Path) -> None:
+    """One format, by its peer."""
     hf = folder / "hf"
-    if not (target.is_file() and (hf / "model.safetensors").is_file()):
-        shutil.rmtree(folder, ignore_errors=True)
-        write_safetensors(source, hf)
-        write_gguf(source, target)
-    print(json.dumps({"hf": str(hf), "gguf": str(target)}))
+    if format in _FILE_TYPES:
+        python = peers / "llama.cpp" / "bin" / "python"
+        source = folder / "model-bf16.gguf"
+        subprocess.run([python, "-c", _QUANTISE, source, target, str(_FILE_TYPES[format])], check=True)
+    elif format in _OPENVINO:
+        tool = peers / "openvino" / "bin" / "optimum-cli"
+        task = ["--task", "text-generation-with-past"]
+        subprocess.run([tool, "export", "openvino", "-m", hf, *task, *_OPENVINO[format], target], check=True)
+    else:
+        python = peers / "onnxruntime-genai" / "bin" / "python"
+        builder = ["-m", "onnxruntime_genai.models.builder", "-m", hf, "-o", target, "-p", "int4", "-e", "cpu"]
+        subprocess.run([python, *builder], check=True)
+
+
+FORMATS = ("hf", "gguf", *_FILE_TYPES, *_OPENVINO, "onnx-int4")
+_WRITERS: dict[str, Callable[[Path], None]] = {"smollm2": write_packaged, "llama-1b": write_llama_1b}
+
+
+def place_of(model: str, format: str) -> Path:
+    """Where a format lies, made or not."""
+    folder = cache_dir() / "benchmarks" / model
+    if format == "gguf":
+        return folder / "model-bf16.gguf"
+    return folder / (f"model-{format}.gguf" if format in _FILE_TYPES else format)
+
+
+def make(model: str, formats: list[str], peers: Path) -> dict[str, str]:
+    """Makes what is not there yet; the paths by format. A converter that fails is reported and left out."""
+    folder = cache_dir() / "benchmarks" / model
+    hf = folder / "hf"
+    if not (hf / "tokenizer_config.json").is_file():
+        hf.mkdir(parents=True, exist_ok=True)
+        _WRITERS[model](hf)
+        save_tokenizer(hf)
+    found = {}
+    for format in formats:
+        target = place_of(model, format)
+        try:
+            if format == "gguf" and not target.is_file():
+                write_gguf(hf, target)
+            elif format not in ("hf", "gguf") and not target.exists():
+                _convert(format, folder, target, peers)
+            found[format] = str(target)
+        except (subprocess.CalledProcessError, OSError) as error:
+            print(f"{model} {format}: {error}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=_WRITERS)
+    parser.add_argument("--peers", type=Path, default=Path("build/peers"))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["hf", "gguf"])
+    options = parser.parse_args()
+    print(json.dumps(make(options.model, options.formats, options.peers)))
 
 
 if __name__ == "__main__":

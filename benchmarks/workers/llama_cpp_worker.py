@@ -98,7 +98,7 @@ class Engine:
 
 
 def load(command: dict[str, Any]) -> Engine:
-    return Engine(command["models"]["gguf"], command["threads"])
+    return Engine(command["model"], command["threads"])
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pellucid import LLM, SamplingParams
 class Engine:
     """Every measure drives the engine step by step, as `LLM.generate` does."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, options: dict[str, Any]) -> None:
         self.llm = LLM(
             model,
-            dtype="bfloat16",
+            **options,
             num_threads=threads,
             enable_prefix_caching=False,
             max_num_seqs=32,
@@ -63,7 +63,7 @@ class Engine:
 
 
 def load(command: dict[str, Any]) -> Engine:
-    return Engine(command["models"]["hf"], command["threads"])
+    return Engine(command["model"], command["threads"], command["options"])
 
 
 if __name__ == "__main__":

@@ -6,11 +6,18 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Prompts = list[list[int]]
 # Given prompts and the number of tokens wanted of each, (output tokens counted, seconds).
 Measure = tuple[int, float]
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held, its children not counted."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def serve(load: Callable[[dict[str, Any]], Any], versions: Callable[[], dict[str, str]]) -> None:
@@ -27,5 +34,5 @@ def serve(load: Callable[[dict[str, Any]], Any], versions: Callable[[], dict[str
             reply: dict[str, Any] = {"versions": versions()}
         else:
             tokens, seconds = getattr(engine, command["kind"])(command["prompts"], command["outputs"])
-            reply = {"tokens": tokens, "seconds": seconds}
+            reply = {"tokens": tokens, "seconds": seconds, "peak_bytes": peak_bytes()}
         replies.write(json.dumps(reply) + "\n")

@@ -65,7 +65,7 @@ class Engine:
 
 
 def load(command: dict[str, Any]) -> Engine:
-    return Engine(command["models"]["hf"], command["threads"])
+    return Engine(command["model"], command["threads"])
 
 
 if __name__ == "__main__":

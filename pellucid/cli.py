@@ -11,6 +11,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 import pellucid
+from pellucid.commands import bench
 from pellucid.commands.options import (
     engine_kwargs,
     engine_parameters,
@@ -32,6 +33,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder, .gguf file, hub id or packaged name; a small model by default."),
 ]
+app.add_typer(bench.app, name="bench")
 # Bad input exits with 2; anything else that goes wrong, with 1.
 _BAD_INPUT = (ValueError, TypeError, FileNotFoundError)
 

@@ -161,7 +161,7 @@ class LLMEngine:
         self._ended_outside = []
         if plan.entries:
             seconds = (scheduled - began, executed - scheduled, self._clock() - executed)
-            self.trace.record(self._record(plan, events, seconds))
+            self.trace.record(self._record(plan, events, seconds, result.sample_seconds))
         if self._check_every_step or not self.scheduler.has_unfinished:
             self.scheduler.check_invariants()
         return outputs
@@ -215,7 +215,9 @@ class LLMEngine:
         for choice_id, (start, rows) in result.prompt_logprobs.items():
             self.output.add_prompt_logprobs(choice_id, start, rows)
 
-    def _record(self, plan: StepPlan, events: list[TokenEvent], seconds: tuple[float, float, float]) -> StepRecord:
+    def _record(
+        self, plan: StepPlan, events: list[TokenEvent], seconds: tuple[float, float, float], sample_seconds: float
+    ) -> StepRecord:
         used = self.block_manager.num_used_blocks
         return StepRecord(
             step=plan.step_id,
@@ -232,6 +234,7 @@ class LLMEngine:
             preempted=list(plan.preempted),
             schedule_seconds=seconds[0],
             execute_seconds=seconds[1],
+            sample_seconds=sample_seconds,
             output_seconds=seconds[2],
             waiting_reasons=dict(plan.waiting),
         )

@@ -31,7 +31,8 @@ class StepRecord:
     tokens: dict[str, int] = field(default_factory=dict)  # request id -> tokens computed
     preempted: list[str] = field(default_factory=list)
     schedule_seconds: float = 0.0
-    execute_seconds: float = 0.0
+    execute_seconds: float = 0.0  # the forward pass and sampling
+    sample_seconds: float = 0.0  # the part of execute_seconds that sampling took
     output_seconds: float = 0.0
     waiting_reasons: dict[str, str] = field(default_factory=dict)
 
@@ -58,6 +59,11 @@ class Trace:
     def records(self) -> list[StepRecord]:
         """The records in memory, oldest first."""
         return list(self._records)
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The newest record; None before the first step."""
+        return self._records[-1] if self._records else None
 
     def record(self, record: StepRecord) -> None:
         """Add a step. After `close()` it is kept in memory alone."""

@@ -1,0 +1,1 @@
+"""Benchmarks of Pellucid itself, behind `pellucid bench`. Comparisons with other engines live in benchmarks/ of the source tree."""

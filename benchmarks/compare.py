@@ -5,8 +5,8 @@
 
 FOLDER holds the environments that `setup_peers.py` makes; models come from `make_models.py`. A group is a model at a precision. Within it
 every engine lives in a process of its own, loaded once; in every round every case runs once on every engine, in an order that rotates,
-while the others are stopped. Reported: medians, spread, ratios to the best peer. An engine that fails or takes too long is reported and left
-out. Groups that --json already holds are kept, so that a run can be taken up again.
+while the others are stopped. Reported: medians, spread, ratios to the best peer. An engine that fails or takes too long is reported and
+left out. Groups that --json already holds are kept, so that a run can be taken up again.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 namespace pld {
 
 static constexpr int kMaxThreads = 256;
-static constexpr int kDefaultSpinUs = 50;
+static constexpr int kDefaultSpinUs = 1000;  // longer than the host takes between two steps
 static constexpr int kMaxSpinUs = 1000000;
 
 void Scratch::reserve(size_t bytes) {

@@ -157,7 +157,7 @@ def load_tokenizer(path: Path, config: EngineConfig, checkpoint: Any) -> Tokeniz
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_directory(folder)
-    if checkpoint.gguf is not None and "tokenizer.ggml.model" in checkpoint.gguf.metadata:
+    if checkpoint.gguf is not None and checkpoint.gguf.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab":
         return Tokenizer.from_gguf(checkpoint.gguf.metadata)
     return None
 

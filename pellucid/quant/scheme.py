@@ -53,4 +53,4 @@ class WeightScheme:
             )
         if self.quantization == "int8_channel" or piece.cols % _GROUP:
             return abi.I8 if piece.cols <= _MAX_CHANNEL_COLS else self.float_dtype
-        return abi.Q4_0 if self.quantization == "int4" and not is_head else abi.Q8_0
+        return abi.Q4_1 if self.quantization == "int4" and not is_head else abi.Q8_0

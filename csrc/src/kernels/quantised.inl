@@ -306,11 +306,13 @@ PLD_INLINE void quantised_rows_of(int64_t rows, const QuantisedRows &r, int64_t 
   }
 }
 
-// Groups of a strip that stay in the first-level cache while all rows pass over them.
+// Groups of a strip that all rows pass over at once: slabs of nearly equal size that stay in the first-level cache.
 template <pld_dtype kType>
-constexpr int64_t slab_groups() {
-  const int64_t groups = 16 * 1024 / (unit_bytes(*strip_format(kType)) * 32 / strip_format(kType)->unit_values);
-  return groups / 8 * 8;
+PLD_INLINE int64_t slab_groups(int64_t n_groups) {
+  constexpr const StripFormat &kFormat = *strip_format(kType);
+  constexpr int64_t kMost = 24 * 1024 * kFormat.unit_values / (unit_bytes(kFormat) * kQuantGroup);
+  const int64_t slabs = (n_groups + kMost - 1) / kMost;
+  return (n_groups + slabs - 1) / slabs;
 }
 
 // `rows` rows times one strip. `behind`: what is read next.
@@ -318,7 +320,8 @@ template <pld_dtype kType>
 static void strip_sums(const QuantisedRows &r, int64_t rows, const uint8_t *strip, const uint8_t *behind, float *sums) {
   constexpr const StripFormat &kFormat = *strip_format(kType);
   constexpr int kColumns = kQuantVectors * kNative, kMost = kType == PLD_I8 ? 2 * kQuantRows : kQuantRows;
-  const int64_t tiles = (rows + kMost - 1) / kMost, slab = kType == PLD_I8 ? r.n_groups : slab_groups<kType>();
+  const int64_t tiles = (rows + kMost - 1) / kMost,
+                slab = kType == PLD_I8 ? r.n_groups : slab_groups<kType>(r.n_groups);
   for (int64_t m = 0; m < rows; ++m) memset(sums + m * kPanel, 0, kStrip * sizeof(float));
   for (int64_t group = 0; group < r.n_groups; group += slab) {
     const int64_t stop = group + slab < r.n_groups ? group + slab : r.n_groups;

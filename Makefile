@@ -18,7 +18,7 @@ format:
 	git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.inl' | xargs clang-format -i
 
 bench:
-	python benchmarks/offline.py
+	python benchmarks/compare.py
 
 sanitize:  ## core tests and hostile files under the address and undefined-behaviour sanitizers
 	bash scripts/sanitize.sh address

@@ -5,8 +5,9 @@
 
 FOLDER holds the environments that `setup_peers.py` makes; models come from `make_models.py`. A group is a model at a precision. Within it
 every engine lives in a process of its own, loaded once; in every round every case runs once on every engine, in an order that rotates,
-while the others are stopped. Reported: medians, spread, ratios to the best peer. An engine that fails or takes too long is reported and
-left out. Groups that --json already holds are kept, so that a run can be taken up again.
+while the others are stopped. `startup` has processes of its own, one at a time, before the others. Reported: medians, spread, ratios to
+the best peer. A case that fails is reported; an engine that ends or takes too long is reported and left out. Figures are written after
+every round; groups that --json holds whole are kept, so that a run can be taken up again. --again measures them anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,12 @@ from report import draw_charts, markdown
 
 HERE = Path(__file__).resolve().parent
 TOKEN_RANGE = (100, 40_000)
-LOAD_SECONDS, RUN_SECONDS = 600, 300
+LOAD_SECONDS, RUN_SECONDS, MIXED_SECONDS = 600, 300, 1800
 
 # engine: worker, environment
 ENGINES = {
     "pellucid": ("pellucid_worker.py", None),
+    "pellucid-gguf": ("pellucid_worker.py", None),  # the very file that llama.cpp reads
     "llama.cpp": ("llama_cpp_worker.py", "llama.cpp"),
     "vllm-cpu": ("vllm_worker.py", "vllm"),
     "openvino": ("openvino_worker.py", "openvino"),
@@ -53,11 +57,13 @@ PRECISIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "int8": {
         "pellucid": ("hf", {"quantization": "int8", "kv_cache_dtype": "int8"}),
+        "pellucid-gguf": ("q8_0", {}),
         "llama.cpp": ("q8_0", {}),
         "openvino": ("openvino-int8", {}),
     },
     "4bit": {
         "pellucid": ("hf", {"quantization": "int4", "kv_cache_dtype": "int8"}),
+        "pellucid-gguf": ("q4_0", {}),
         "llama.cpp": ("q4_0", {}),
         "openvino": ("openvino-int4", {}),
         "onnxruntime": ("onnx-int4", {}),
@@ -71,7 +77,7 @@ class Case:
     """One measurement: what is asked of an engine, and what its tokens are."""
 
     name: str
-    kind: str  # decode, prefill, single or mixed
+    kind: str  # decode, prefill, single, mixed or startup
     prompts: list[int]
     outputs: list[int]
     unit: str = "output tokens/s"
@@ -89,6 +95,7 @@ def cases() -> dict[str, Case]:
     made.append(Case("prefill 1024", "prefill", [1024], [1], "prompt tokens/s"))
     made.append(Case("single 128+128", "single", [128], [128]))
     made.append(Case("mixed 64", "mixed", *mixed_lengths()))
+    made.append(Case("startup", "startup", [8], [1], "seconds to the first token"))
     return {case.name: case for case in made}
 
 
@@ -99,7 +106,11 @@ def prompts_of(case: Case) -> list[list[int]]:
 
 
 class WorkerError(Exception):
-    """A worker ended, failed or took too long."""
+    """A worker ended or took too long."""
+
+
+class CaseError(Exception):
+    """A worker could not do one case, and lives on."""
 
 
 class Worker:
@@ -107,13 +118,14 @@ class Worker:
 
     def __init__(self, name: str, python: str, log: Path) -> None:
         self.name, self.versions, self.peak_bytes = name, {}, 0
-        self._log = log.open("w")
+        self._log_path, self._log = log, log.open("w")
         self.process = subprocess.Popen(
             [python, str(HERE / "workers" / ENGINES[name][0])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            start_new_session=True,
+            # A group of its own. Should this process be killed, the kernel ends stopped members of the group it leaves behind.
+            preexec_fn=os.setpgrp,
         )
         self._left = b""
 
@@ -140,16 +152,23 @@ class Worker:
                 raise WorkerError(f"took more than {limit:.0f} s")
             more = os.read(self.process.stdout.fileno(), 65_536)
             if not more:
-                raise WorkerError(f"ended with status {self.process.wait()}")
+                raise WorkerError(f"ended with status {self.process.wait()}: {self._last_words()}")
             self._left += more
         line, self._left = self._left.split(b"\n", 1)
         reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise CaseError(reply["error"])
         return reply
+
+    def _last_words(self) -> str:
+        lines = self._log_path.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it said nothing"
 
     def measure(self, case: Case) -> float:
         """Tokens a second."""
-        command = {"do": "run", "kind": case.kind, "prompts": prompts_of(case), "outputs": case.outputs}
-        reply = self.ask(command)
+        kind = "prefill" if case.kind == "startup" else case.kind
+        command = {"do": "run", "kind": kind, "prompts": prompts_of(case), "outputs": case.outputs}
+        reply = self.ask(command, MIXED_SECONDS if case.kind == "mixed" else RUN_SECONDS)
         self.peak_bytes = reply["peak_bytes"]
         return float(reply["tokens"] / reply["seconds"])
 
@@ -188,83 +207,125 @@ class Group:
     def __init__(self, model: str, precision: str, options: argparse.Namespace) -> None:
         self.name, self.options = f"{model}/{precision}", options
         self.result: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "is_whole": False,
+            "engines": {},
             "figures": {},
             "load_seconds": {},
             "peak_bytes": {},
             "versions": {},
             "failed": {},
         }
+        self.workers: list[Worker] = []
         wanted = {e: f for e, f in PRECISIONS[precision].items() if e in options.engines}
         formats = sorted({format for format, _ in wanted.values()})
-        script = [
-            sys.executable,
-            str(HERE / "make_models.py"),
-            model,
-            "--peers",
-            str(options.peers),
-            "--formats",
-            *formats,
-        ]
-        paths = run_json(script)
-        self.workers: list[Worker] = []
+        script = [sys.executable, str(HERE / "make_models.py"), model, "--peers", str(options.peers), "--formats"]
+        paths = run_json([*script, *formats])
+        self.sources: dict[str, tuple[str, dict[str, Any]]] = {}
         for engine, (format, worker_options) in wanted.items():
             if format in paths:
-                self._start(engine, paths[format], worker_options)
+                self.sources[engine] = (paths[format], worker_options)
+                self.result["engines"][engine] = {"format": format, **worker_options}
             else:
-                self.result["failed"][engine] = f"no model in format {format}"
+                self._failed(engine, f"no model in format {format}")
 
-    def _python(self, engine: str) -> str:
+    def run(self, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """All rounds; `save` is told the figures after each. Whatever happens, no process is left behind."""
+        chosen = [cases()[name] for name in self.options.cases]
+        try:
+            if any(case.kind == "startup" for case in chosen):
+                self._startup(cases()["startup"])
+                save(self.result)
+            chosen = [case for case in chosen if case.kind != "startup"]
+            for engine in list(self.sources) if chosen else []:
+                self._load(engine)
+            for turn in range(self.options.rounds):
+                for case in chosen:
+                    for worker in self._order(turn):
+                        self._measure(turn, case, worker)
+                save(self.result)
+            self.result["is_whole"] = True
+        finally:
+            for worker in self.workers:
+                worker.close()
+        return self.result
+
+    def _order(self, turn: int) -> list[Worker]:
+        first = turn % max(1, len(self.workers))
+        return self.workers[first:] + self.workers[:first]
+
+    def _spawn(self, engine: str) -> Worker:
         environment = ENGINES[engine][1]
-        return sys.executable if environment is None else str(self.options.peers / environment / "bin" / "python")
-
-    def _start(self, engine: str, path: str, worker_options: dict[str, Any]) -> None:
+        python = sys.executable if environment is None else str(self.options.peers / environment / "bin" / "python")
         log = self.options.logs / f"{self.name.replace('/', '-')}-{engine}.log"
         try:
-            worker = Worker(engine, self._python(engine), log)
+            return Worker(engine, python, log)
         except OSError as error:
-            self.result["failed"][engine] = str(error)
-            return
+            raise WorkerError(f"{python}: {error.strerror}") from None
+
+    def _startup(self, case: Case) -> None:
+        """Each round a process an engine, from its start to the first token.
+
+        A start that is not counted goes before: it brings files into memory and fills the engines' own caches.
+        """
+        for turn in range(self.options.rounds + 1):
+            for engine, (path, worker_options) in list(self.sources.items()):
+                began = time.perf_counter()
+                worker = None
+                try:
+                    worker = self._spawn(engine)
+                    worker.load(path, self.options.threads, worker_options)
+                    worker.measure(case)
+                    if turn:
+                        self._book(turn, case, engine, time.perf_counter() - began)
+                except (WorkerError, CaseError) as error:
+                    self._failed(engine, f"startup: {error}")
+                    del self.sources[engine]
+                finally:
+                    if worker is not None:
+                        worker.close()
+
+    def _load(self, engine: str) -> None:
+        path, worker_options = self.sources[engine]
+        worker = None
         try:
+            worker = self._spawn(engine)
             seconds = worker.load(path, self.options.threads, worker_options)
             worker.measure(cases()["decode 1"])  # first touch of the weights counts for nobody
             worker.pause(True)
-        except WorkerError as error:
-            self._fail(worker, error)
+        except (WorkerError, CaseError) as error:
+            self._failed(engine, str(error))
+            if worker is not None:
+                worker.close()
             return
         print(f"{self.name}: {engine} loaded in {seconds:.1f} s", flush=True)
         self.result["load_seconds"][engine], self.result["versions"][engine] = seconds, worker.versions
         self.workers.append(worker)
 
-    def _fail(self, worker: Worker, error: Exception) -> None:
-        print(f"{self.name}: {worker.name} failed: {error}", flush=True)
-        self.result["failed"][worker.name] = str(error)
-        worker.close()
-        self.workers = [w for w in self.workers if w is not worker]
-
-    def run(self) -> dict[str, Any]:
-        """All rounds."""
-        for turn in range(self.options.rounds):
-            for name in self.options.cases:
-                order = self.workers[turn % len(self.workers) :] + self.workers[: turn % len(self.workers)]
-                for worker in order:
-                    self._measure(turn, cases()[name], worker)
-        for worker in self.workers:
-            self.result["peak_bytes"][worker.name] = worker.peak_bytes
-            worker.close()
-        return self.result
+    def _failed(self, engine: str, why: str) -> None:
+        print(f"{self.name}: {engine} failed: {why}", flush=True)
+        before = self.result["failed"].get(engine)
+        self.result["failed"][engine] = f"{before}; {why}" if before and why not in before else why
 
     def _measure(self, turn: int, case: Case, worker: Worker) -> None:
-        if case.kind == "mixed" and worker.name == "onnxruntime":
-            return  # it has no continuous batching
         try:
             worker.pause(False)
             figure = worker.measure(case)
-            worker.pause(True)
+        except CaseError as error:
+            self._failed(worker.name, f"{case.name}: {error}")
         except WorkerError as error:
-            self._fail(worker, error)
+            self._failed(worker.name, f"{case.name}: {error}")
+            worker.close()
+            self.workers = [w for w in self.workers if w is not worker]
             return
-        self.result["figures"].setdefault(case.name, {}).setdefault(worker.name, []).append(figure)
-        print(f"{self.name}  round {turn + 1}  {case.name:16} {worker.name:14} {figure:10,.1f} {case.unit}", flush=True)
+        else:
+            self._book(turn + 1, case, worker.name, figure)
+            self.result["peak_bytes"][worker.name] = worker.peak_bytes
+        worker.pause(True)
+
+    def _book(self, turn: int, case: Case, engine: str, figure: float) -> None:
+        self.result["figures"].setdefault(case.name, {}).setdefault(engine, []).append(figure)
+        print(f"{self.name}  round {turn}  {case.name:16} {engine:14} {figure:10,.2f} {case.unit}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -278,6 +339,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--logs", type=Path, default=Path("build/benchmark-logs"))
+    parser.add_argument("--again", action="store_true", help="measure groups anew that --json holds already")
     parser.add_argument("--json", type=Path, default=Path("build/compare.json"))
     parser.add_argument("--charts", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -300,11 +362,21 @@ def main() -> None:
         "rounds": options.rounds,
         "roofline": roofline,
     }
+
+    def save(name: str, result: dict[str, Any]) -> None:
+        report["groups"][name] = result
+        draft = options.json.with_suffix(".draft")
+        draft.write_text(json.dumps(report, indent=1))
+        draft.replace(options.json)
+
     for name in options.groups:
-        if name not in report["groups"]:
-            model, precision = name.split("/")
-            report["groups"][name] = Group(model, precision, options).run()
-            options.json.write_text(json.dumps(report, indent=1))
+        if options.again or not report["groups"].get(name, {}).get("is_whole"):
+            try:
+                Group(*name.split("/"), options).run(functools.partial(save, name))
+            except subprocess.CalledProcessError as error:
+                print(f"{name}: its models could not be made: {(error.stderr or '').strip()[-600:]}", flush=True)
+                continue
+            save(name, report["groups"][name])
     text = markdown(report)
     print("\n" + text)
     if options.markdown:

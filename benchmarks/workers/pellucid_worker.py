@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from protocol import Measure, Prompts, serve
@@ -63,7 +64,10 @@ class Engine:
 
 
 def load(command: dict[str, Any]) -> Engine:
-    return Engine(command["model"], command["threads"], command["options"])
+    model, options = Path(command["model"]), command["options"]
+    if model.suffix == ".gguf":  # the GGUF files of benchmarks have no vocabulary
+        options = {"tokenizer": str(model.parent / "hf"), **options}
+    return Engine(str(model), command["threads"], options)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,23 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
+def _run(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
+    measure = getattr(engine, command["kind"], None)
+    if measure is None:
+        return {"error": f"the engine has no {command['kind']}"}
+    try:
+        tokens, seconds = measure(command["prompts"], command["outputs"])
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"tokens": tokens, "seconds": seconds, "peak_bytes": peak_bytes()}
+
+
 def serve(load: Callable[[dict[str, Any]], Any], versions: Callable[[], dict[str, str]]) -> None:
-    """Answers `load`, `run` and `quit`. The engine has methods decode, prefill, single and mixed."""
+    """Answers `load`, `run` and `quit`. The engine has methods decode, prefill, single and mixed, less those that it cannot do.
+
+    An error in a run is answered as one; an error while loading ends the process.
+    """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to standard error
     engine: Any = None
@@ -33,6 +49,5 @@ def serve(load: Callable[[dict[str, Any]], Any], versions: Callable[[], dict[str
             engine = load(command)
             reply: dict[str, Any] = {"versions": versions()}
         else:
-            tokens, seconds = getattr(engine, command["kind"])(command["prompts"], command["outputs"])
-            reply = {"tokens": tokens, "seconds": seconds, "peak_bytes": peak_bytes()}
+            reply = _run(engine, command)
         replies.write(json.dumps(reply) + "\n")

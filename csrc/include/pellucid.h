@@ -170,6 +170,62 @@ typedef struct pld_batch {
   const int32_t *logit_rows; /* [L], rows of the batch, any order */
 } pld_batch;
 
+/* ---- Sampling -------------------------------------------------------------------------------------------------------
+ */
+
+/* How one row of logits becomes a token. The edits are applied in the order of the fields, to a private copy; then
+ * temperature, top_k, top_p, min_p, and a draw by Philox4x32-10 keyed by seed, with the counter (position, choice). All
+ * pointers may be null where their count is 0. Ids out of the vocabulary are passed over. */
+typedef struct pld_sample_row {
+  size_t struct_size;
+  float repetition_penalty; /* 1: none; of the tokens seen */
+  int32_t n_seen;
+  const int32_t *seen_ids; /* each once */
+  float frequency_penalty; /* 0: none; of the tokens counted */
+  float presence_penalty;
+  int32_t n_counted;
+  int32_t n_biases;
+  const int32_t *counted_ids; /* each once */
+  const float *counts;
+  const int32_t *bias_ids;
+  const float *biases;
+  int32_t n_banned;
+  int32_t n_allowed; /* -1: all */
+  const int32_t *banned_ids;
+  const int32_t *allowed_ids;
+  const uint32_t *mask; /* bit i % 32 of word i / 32: token i may come; null: all may */
+  int32_t n_stops;      /* tokens that may not come while position < min_tokens */
+  int32_t min_tokens;
+  const int32_t *stop_ids;
+  float temperature; /* 0: the lowest id of the greatest logit */
+  int32_t top_k;     /* < 1: all */
+  double top_p;      /* 1: all */
+  float min_p;       /* 0: all */
+  uint32_t choice;
+  uint64_t seed;
+  uint64_t position; /* of the token in the output */
+  int64_t wants_log_sum_exp;
+} pld_sample_row;
+
+typedef int32_t pld_sample_status;
+enum {
+  PLD_SAMPLED = 0,
+  PLD_SAMPLE_NOT_FINITE = 1, /* a logit is NaN, or the greatest is not finite */
+  PLD_SAMPLE_NONE_LEFT = 2   /* the edits leave no token */
+};
+
+typedef struct pld_sample_result {
+  int32_t token; /* -1 unless PLD_SAMPLED */
+  pld_sample_status status;
+  float max;         /* of the row as the model made it */
+  float log_sum_exp; /* log(sum(exp(x - max))) of it, when asked for */
+} pld_sample_result;
+
+/* One token for each of `n_rows` rows of logits [V], `stride` floats apart. A row's result depends on that row alone.
+ * On any status but PLD_OK nothing was written. */
+PLD_API pld_status pld_sample(pld_context *context, const float *logits, int64_t stride, int32_t vocab_size,
+                              const pld_sample_row *const *rows, int32_t n_rows, pld_sample_result *results);
+
 /* ---- Ops and programs -----------------------------------------------------------------------------------------------
  */
 

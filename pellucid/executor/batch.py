@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import NewRequest, PlanEntry
+from pellucid.sampling.native import NativeRow
 from pellucid.sampling.sampler import SamplingRow
 
 I32 = npt.NDArray[np.int32]
@@ -20,6 +21,7 @@ class RunnerRequest:
     """What the runner keeps of a request: its tokens and blocks in arrays that grow, and how it samples."""
 
     row: SamplingRow
+    native_row: NativeRow
     token_ids: I32  # [capacity]; prompt, then outputs
     num_tokens: int
     block_ids: I32  # [W]
@@ -32,7 +34,9 @@ class RunnerRequest:
         tokens = np.array([*new.prompt_token_ids, *new.output_token_ids], np.int32)
         block_ids = np.full(max_blocks, -1, np.int32)
         block_ids[: len(new.block_ids)] = new.block_ids
-        return cls(row, tokens, len(tokens), block_ids, len(new.block_ids), len(new.block_ids) * block_size)
+        return cls(
+            row, NativeRow(row), tokens, len(tokens), block_ids, len(new.block_ids), len(new.block_ids) * block_size
+        )
 
     def append_token(self, token_id: int) -> None:
         """Adds a sampled token."""

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RunnerRequest, build_batch
+from pellucid.executor.row_stats import native_row_stats
+from pellucid.ops import abi
 from pellucid.outputs import TokenLogprobs
 from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
-from pellucid.sampling.sampler import RowStats, Sampler, SamplingRow
+from pellucid.sampling.native import NativeSampler
+from pellucid.sampling.sampler import SamplingRow, prompt_logprobs
 
 
 class ModelRunner:
-    """Runs plans on one executable. `row_stats` gives argmax, maximum and log-sum-exp of rows of logits."""
+    """Runs plans on one executable, and samples on the threads of `context`."""
 
     def __init__(
         self,
         executable: Executable,
-        row_stats: Callable[[F32], RowStats],
+        context: abi.Context,
         *,
         vocab_size: int,
         block_size: int,
         max_blocks_per_request: int,
         max_logit_rows: int,
     ) -> None:
-        self.executable, self.row_stats = executable, row_stats
+        self.executable, self.row_stats = executable, native_row_stats(context)
         self.block_size, self.max_logit_rows = block_size, max_logit_rows
         self._max_blocks = max_blocks_per_request
-        self._sampler = Sampler(vocab_size)
+        self._native = NativeSampler(context, vocab_size, max_logit_rows)
         self._requests: dict[str, RunnerRequest] = {}
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
@@ -87,7 +90,7 @@ class ModelRunner:
         errors: dict[str, str] = {}
         if not sampling:
             return tokens, logprobs, errors
-        sampled = self._sampler.sample(logits, self.row_stats(logits), [request.row for _, request in sampling])
+        sampled = self._native.sample(logits, [request.native_row for _, request in sampling])
         for (request_id, request), token in zip(sampling, sampled, strict=True):
             if token.error is not None:
                 errors[request_id] = token.error
@@ -120,5 +123,5 @@ class ModelRunner:
             part = rows[begin : begin + self.max_logit_rows]
             logits = self.executable.logits_of(part)
             some = targets[begin : begin + self.max_logit_rows]
-            logprobs += self._sampler.prompt_logprobs(logits, self.row_stats(logits), some, top_n)
+            logprobs += prompt_logprobs(logits, self.row_stats(logits), some, top_n)
         return logprobs

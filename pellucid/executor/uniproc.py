@@ -18,7 +18,6 @@ from pellucid.executor.loader import (
     resolve_num_blocks,
 )
 from pellucid.executor.model_runner import ModelRunner
-from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.runner import NativeProgram
@@ -42,7 +41,7 @@ class UniProcExecutor:
             raise
         self.runner = ModelRunner(
             executable,
-            native_row_stats(self.context),
+            self.context,
             vocab_size=self.model.config.vocab_size,
             block_size=config.block_size,
             max_blocks_per_request=math.ceil(max_model_len / config.block_size),

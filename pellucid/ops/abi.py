@@ -5,7 +5,21 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +67,8 @@ OP_DTYPE = np.dtype(
     ]
 )
 BUFFER_DTYPE = np.dtype([("width", "<i4"), ("domain", "<i4"), ("slot", "<i4"), ("reserved", "<i4")])
+
+SAMPLE_RESULT_DTYPE = np.dtype([("token", "<i4"), ("status", "<i4"), ("max", "<f4"), ("log_sum_exp", "<f4")])
 
 AnyArray = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -163,6 +179,41 @@ class ProgramDescStruct(Structure):
     ]
 
 
+class SampleRowStruct(Structure):
+    """pld_sample_row."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("repetition_penalty", c_float),
+        ("n_seen", c_int32),
+        ("seen_ids", c_void_p),
+        ("frequency_penalty", c_float),
+        ("presence_penalty", c_float),
+        ("n_counted", c_int32),
+        ("n_biases", c_int32),
+        ("counted_ids", c_void_p),
+        ("counts", c_void_p),
+        ("bias_ids", c_void_p),
+        ("biases", c_void_p),
+        ("n_banned", c_int32),
+        ("n_allowed", c_int32),
+        ("banned_ids", c_void_p),
+        ("allowed_ids", c_void_p),
+        ("mask", c_void_p),
+        ("n_stops", c_int32),
+        ("min_tokens", c_int32),
+        ("stop_ids", c_void_p),
+        ("temperature", c_float),
+        ("top_k", c_int32),
+        ("top_p", c_double),
+        ("min_p", c_float),
+        ("choice", c_uint32),
+        ("seed", c_uint64),
+        ("position", c_uint64),
+        ("wants_log_sum_exp", c_int64),
+    ]
+
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_last_error": (c_char_p, []),
     "pld_abi_version": (c_int32, []),
@@ -187,6 +238,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_kv_destroy": (None, [c_void_p]),
     "pld_kv_bytes": (c_int64, [POINTER(KVParamsStruct)]),
     "pld_kv_read": (c_int32, [c_void_p, c_int32, c_int64, c_void_p, c_void_p]),
+    "pld_sample": (c_int32, [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]),
     "pld_op_run": (c_int32, [c_void_p, POINTER(OpCallStruct)]),
     "pld_program_create": (c_int32, [c_void_p, POINTER(ProgramDescStruct), POINTER(c_void_p)]),
     "pld_program_destroy": (None, [c_void_p]),
@@ -562,3 +614,19 @@ def run_op(
     if kv is not None:
         call.kv = kv.handle
     check(library().pld_op_run(context.handle, byref(call)))
+
+
+def sample(context: Context, logits: F32Array, rows: Sequence[int], results: AnyArray) -> None:
+    """One token for each row of `logits` [L, V]; `rows` are addresses of SampleRowStruct. Writes `results` [L]."""
+    addresses = (c_void_p * len(rows))(*rows)
+    check(
+        library().pld_sample(
+            context.handle,
+            _address(logits),
+            logits.strides[0] // 4 if len(rows) > 1 else logits.shape[1],
+            logits.shape[1],
+            addresses,
+            len(rows),
+            _address(results),
+        )
+    )

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
-IdArray = npt.NDArray[np.int64]
+IdArray = npt.NDArray[np.integer[Any]]
 
 # the smallest divisor: below it all mass is on the greatest logits anyway, and float32 would round it to zero
 _MIN_TEMPERATURE = 1e-30

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 
 from pellucid.params import SamplingParams
 from pellucid.sampling import SamplingRow, chain
+from pellucid.sampling.reference import edit
 
 V = 3000  # more than are sorted directly, so that top-p bins
 PROMPT = [5, 7, 7, 2999]
@@ -30,7 +31,7 @@ def edited(logits: chain.FloatArray, params: SamplingParams, **state: object) ->
     arguments: dict[str, object] = {"prompt_token_ids": PROMPT, "output_token_ids": list(OUTPUT), **state}
     row = SamplingRow(params, 0, **arguments)  # type: ignore[arg-type]
     result = logits.copy()
-    row.edit(result)
+    edit(row, result)
     return torch.from_numpy(result)
 
 
@@ -71,10 +72,10 @@ def test_counts_when_output_grows_step_by_step_or_is_cut_then_as_counted_at_once
     for token in [*OUTPUT, *range(100, 160), 1]:
         growing.output_token_ids.append(token)
         result = logits.copy()
-        growing.edit(result)
+        edit(growing, result)
     growing.truncate(len(OUTPUT))
     again = logits.copy()
-    growing.edit(again)
+    edit(growing, again)
     at_once = edited(logits, params, output_token_ids=[*OUTPUT, *range(100, 160), 1])
     assert torch.equal(torch.from_numpy(result), at_once)
     assert torch.equal(torch.from_numpy(again), edited(logits, params))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pellucid.ops import abi
 from pellucid.params import SamplingParams
-from pellucid.sampling import RowStats, SampledToken, Sampler, SamplingRow, row_stats_numpy
+from pellucid.sampling import RowStats, SampledToken, SamplingRow, reference
+from pellucid.sampling.native import NativeRow, NativeSampler
+from pellucid.sampling.reference import Sampler, row_stats_numpy
+from pellucid.sampling.sampler import prompt_logprobs
 
 V = 2048
 
@@ -23,6 +28,25 @@ MIXED: list[dict[str, Any]] = [
     {"logit_bias": {5: 50.0}, "top_p": 0.5},
     {"allowed_token_ids": [1, 2, 3], "temperature": 3.0},
 ]
+
+
+class CoreSampler:
+    """The core's sampler, called as the oracle is."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._sampler = NativeSampler(abi.Context(2), vocab_size, 64)
+        self._rows: dict[int, tuple[SamplingRow, NativeRow]] = {}
+
+    def sample(self, logits: np.ndarray[Any, Any], stats: RowStats, rows: list[SamplingRow]) -> list[SampledToken]:
+        for row in rows:
+            self._rows.setdefault(id(row), (row, NativeRow(row)))
+        return self._sampler.sample(logits, [self._rows[id(row)][1] for row in rows])
+
+
+@pytest.fixture(autouse=True, params=["numpy", "core"])
+def _chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "core":
+        monkeypatch.setattr(sys.modules[__name__], "Sampler", CoreSampler)
 
 
 def random_logits(num_rows: int, seed: int = 0, scale: float = 2.0, vocab_size: int = V) -> np.ndarray[Any, Any]:
@@ -204,7 +228,7 @@ def test_logprobs_when_not_asked_then_absent_and_when_zero_then_chosen_alone() -
 def test_prompt_logprobs_when_computed_then_those_of_the_targets() -> None:
     logits = random_logits(5, 8)
     targets = [0, 5, 9, V - 1, 77]
-    actual = Sampler(V).prompt_logprobs(logits, row_stats_numpy(logits), targets, 2)
+    actual = prompt_logprobs(logits, row_stats_numpy(logits), targets, 2)
     expected = torch.log_softmax(torch.from_numpy(logits), -1)
     assert [entry.token_id for entry in actual] == targets
     assert [entry.logprob for entry in actual] == pytest.approx([float(expected[i, t]) for i, t in enumerate(targets)])
@@ -214,7 +238,7 @@ def test_prompt_logprobs_when_computed_then_those_of_the_targets() -> None:
 def test_logprob_when_computed_then_float32_arithmetic_on_the_given_stats() -> None:
     logits = random_logits(1)
     stats = row_stats_numpy(logits)
-    logprobs = Sampler(V).prompt_logprobs(logits, stats, [3], 0)[0]
+    logprobs = prompt_logprobs(logits, stats, [3], 0)[0]
     value = (torch.from_numpy(logits)[0, 3] - torch.from_numpy(stats.max)) - torch.from_numpy(stats.log_sum_exp)
     assert torch.equal(torch.tensor([logprobs.logprob]), value)
 
@@ -249,4 +273,4 @@ def test_stats_when_of_other_rows_then_value_error() -> None:
     stats = row_stats_numpy(logits)
     shorter = RowStats(stats.argmax[:1], stats.max[:1], stats.log_sum_exp[:1])
     with pytest.raises(ValueError, match="stats cover 1 rows; logits have 2"):
-        Sampler(V).sample(logits, shorter, [make_row({})] * 2)
+        reference.Sampler(V).sample(logits, shorter, [make_row({})] * 2)

@@ -42,6 +42,9 @@ const KernelTable &kernels() {
     t.ops[PLD_OP_MOE] = moe_kernel;
     t.ops[PLD_OP_GATHER_ROWS] = gather_rows_kernel;
     t.ops[PLD_OP_SAMPLE] = sample_kernel;
+    t.scan_row = scan_row;
+    t.sum_exp = sum_exp;
+    t.weigh_row = weigh_row;
     return t;
   }();
   return table;

@@ -47,8 +47,19 @@ struct Kernel {
 
 inline constexpr int kNumOpKinds = PLD_OP_SAMPLE + 1;
 
+// What a pass over a row of logits finds.
+struct RowScan {
+  float max;
+  int32_t argmax;  // the lowest index of the maximum
+  bool any_nan;
+};
+
 struct KernelTable {
   Kernel ops[kNumOpKinds];  // by pld_op_kind; [0] is unused
+  RowScan (*scan_row)(const float *x, int32_t width);
+  float (*sum_exp)(const float *x, int32_t width, float max);  // of exp(x - max)
+  void (*weigh_row)(const float *x, int32_t width, float max, float temperature,
+                    float *);  // exp((x - max) / temperature)
 };
 
 namespace portable {

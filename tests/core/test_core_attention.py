@@ -212,6 +212,24 @@ def test_past_of_several_spans_when_split_among_threads_then_bits_are_those_of_o
         assert_close(shape, s, outs[0][i : i + 1], begin=len(s) - 1)
 
 
+@isas
+@dtypes
+@pytest.mark.parametrize("window", [0, 1500])
+def test_last_rows_of_a_long_prompt_when_split_among_threads_then_bits_are_those_of_one_walk(
+    isa: str, dtype: int, window: int
+) -> None:
+    shape = replace(LONG, dtype=dtype, window=window)
+    long, short = random_sequence(shape, 3060, seed=15), random_sequence(shape, 33, seed=16)
+    outs = []
+    for threads in (1, 2, 16):
+        world = World(shape, *_tables([len(long), len(short)], 16))
+        world.step(context(isa, 2), [(0, long, 0, 3040)])
+        outs.append(np.concatenate(world.step(context(isa, threads), [(1, short, 0, 4), (0, long, 3040, 3060)])))
+    assert same_bits(outs[1], outs[0])
+    assert same_bits(outs[2], outs[0])
+    assert same_bits(outs[0][4:], run_alone(context(isa, 1), shape, long)[3040:])
+
+
 @dtypes
 def test_long_prompt_when_chunked_across_spans_then_bitwise_equal(dtype: int) -> None:
     shape = replace(LONG, dtype=dtype)

@@ -9,45 +9,19 @@
 //
 // Denormals are flushed throughout, because the machine's products of pairs flush them: so a weight of 0 changes
 // nothing, whatever stands in the accumulator.
-#include "../kv.hpp"
 #include "attention_softmax.inl"
+#include "attention_write.inl"
 
 namespace pld {
 namespace PLD_ISA_NS {
 
 constexpr int kSpan = 1024;             // positions between merges
-constexpr int kMaxSpans = 128;          // of a sequence that several threads walk
-constexpr int64_t kMaxSplitRows = 8;    // query rows of a step in which they do
+constexpr int64_t kMaxSplitRows = 64;   // query rows of a step whose spans are tasks
+constexpr int64_t kMaxParts = 1024;     // and their spans, all rows together
 constexpr int kMaxQueryRows = 16;       // query rows of a task of stage 1
 constexpr int64_t kTasksPerThread = 8;  // enough to even out causal work
 constexpr int64_t kMaxChunkPairs = 64;
 constexpr int64_t kPrefetchPairs = 12;  // with more, computing takes longer than the next tile takes to arrive
-
-struct AttentionShape {
-  int64_t e;      // E
-  int64_t width;  // E rounded up to vectors
-  int64_t words;  // K words of a position
-  int64_t heads_per_group;
-  int64_t n_kv_heads;
-  float scale, softcap;
-  int64_t window;
-  bool bf16;  // pairs of bfloat16 are multiplied
-};
-
-PLD_INLINE AttentionShape attention_shape(const OpArgs &args) {
-  const pld_op &op = *args.op;
-  AttentionShape s;
-  s.e = op.i[3];
-  s.width = (s.e + kLanes - 1) / kLanes * kLanes;
-  s.bf16 = args.kv->dtype != PLD_F32;
-  s.words = s.bf16 ? s.e / 2 : s.e;
-  s.n_kv_heads = op.i[2];
-  s.heads_per_group = op.i[1] / op.i[2];
-  s.scale = op.f[0];
-  s.softcap = op.f[1];
-  s.window = op.i[4];
-  return s;
-}
 
 // What a thread keeps while it works on a chunk of pairs of one sequence and one kv head.
 struct AttentionScratch {
@@ -81,88 +55,6 @@ PLD_INLINE AttentionScratch attention_scratch(const AttentionShape &s, const pld
   scratch.acc = (float *)(scratch.q + n * s.width);
   scratch.total = scratch.acc + n * s.width;
   return scratch;
-}
-
-// ---- Stage 0: new keys and values ----------------------------------------------------------------------------------
-
-PLD_INLINE float int8_scale(const float *x, int64_t n) {
-  float greatest = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    const float size = x[i] < 0 ? -x[i] : x[i];
-    greatest = size > greatest || size != size ? size : greatest;  // a NaN stays
-  }
-  return greatest / 127.0f;
-}
-
-// n values as cache numbers: the float's own bits, bfloat16, or int8 times `scale`.
-PLD_INLINE void to_cache(const float *x, int64_t n, pld_dtype dtype, float scale, void *target) {
-  if (dtype == PLD_F32) {
-    memcpy(target, x, (size_t)n * 4);
-  } else if (dtype == PLD_BF16) {
-    uint16_t *half = (uint16_t *)target;
-    for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(x[i]);
-  } else {
-    const float inverse = scale > 0.0f && 1.0f / scale < 3.0e38f ? 1.0f / scale : 0.0f;
-    for (int64_t i = 0; i < n; ++i) {
-      const float rounded = (x[i] * inverse + 12582912.0f) - 12582912.0f;
-      ((int8_t *)target)[i] = rounded >= -127.0f && rounded <= 127.0f ? (int8_t)rounded : 0;
-    }
-  }
-}
-
-// Numbers of `bytes` bytes: in[i] to out[i * stride].
-template <typename Number>
-PLD_INLINE void spread(const void *in, int64_t n, void *out, int64_t stride) {
-  for (int64_t i = 0; i < n; ++i) ((Number *)out)[i * stride] = ((const Number *)in)[i];
-}
-
-// Where the unit of the first kv head lies that token t is written to; null: it stands in a shared block already.
-PLD_INLINE char *unit_of_token(const OpArgs &args, int64_t t) {
-  const pld_kv &kv = *args.kv;
-  const int64_t cell = args.batch->slot_mapping[t];
-  if (cell < 0) return nullptr;
-  return (char *)kv.data + args.op->i[0] * kv.layer_bytes + cell / kLanes * kv.n_kv_heads * kv.unit_bytes;
-}
-
-// Keys are transposed: a token's are written to as many lines as it has words, and each would be waited for.
-PLD_INLINE void prefetch_row(const OpArgs &args, int64_t t) {
-  const pld_kv &kv = *args.kv;
-  const char *unit = unit_of_token(args, t);
-  if (unit == nullptr) return;
-  const int64_t lane = args.batch->slot_mapping[t] % kLanes, per_word = kv.dtype == PLD_F32 ? 1 : 2;
-  const int64_t row_bytes = kv.value_width * per_word * kv.value_bytes;
-  for (int64_t g = 0; g < kv.n_kv_heads; ++g, unit += kv.unit_bytes) {
-    for (int64_t b = 0; b < kv.v_offset; b += 64) __builtin_prefetch(unit + b, 1);
-    for (int64_t b = 0; b < row_bytes; b += 64)
-      __builtin_prefetch(unit + kv.v_offset + lane / per_word * row_bytes + b, 1);
-  }
-}
-
-static void write_row(const OpArgs &args, int64_t t) {
-  char *unit = unit_of_token(args, t);
-  if (unit == nullptr) return;
-  const AttentionShape s = attention_shape(args);
-  const pld_kv &kv = *args.kv;
-  const int64_t lane = args.batch->slot_mapping[t] % kLanes;
-  alignas(64) float row[2048];
-  for (int64_t g = 0; g < s.n_kv_heads; ++g, unit += kv.unit_bytes)
-    for (int part = 0; part < 2; ++part) {
-      const float *x = args.in[1 + part] + t * args.in_stride[1 + part] + g * s.e;
-      char *to = unit + (part == 0 ? 0 : kv.v_offset);
-      const float scale = kv.dtype == PLD_I8 ? int8_scale(x, s.e) : 1.0f;
-      to_cache(x, s.e, kv.dtype, scale, row);
-      if (kv.dtype == PLD_I8) memcpy(unit + kv.scale_offset + (part * kLanes + lane) * 4, &scale, 4);
-      if (kv.dtype == PLD_F32)
-        spread<uint32_t>(row, s.e, to + (part == 0 ? lane : lane * kv.value_width) * 4, part == 0 ? kLanes : 1);
-      else if (part == 0 && kv.dtype == PLD_BF16)
-        spread<uint32_t>(row, s.e / 2, to + lane * 4, kLanes);
-      else if (part == 0)
-        spread<uint16_t>(row, s.e / 2, to + lane * 2, kLanes);
-      else if (kv.dtype == PLD_BF16)
-        spread<uint16_t>(row, s.e, to + (lane / 2 * kv.value_width * 2 + lane % 2) * 2, 2);
-      else
-        spread<uint8_t>(row, s.e, to + lane / 2 * kv.value_width * 2 + lane % 2, 2);
-    }
 }
 
 // ---- Stage 1: tiles ------------------------------------------------------------------------------------------------
@@ -444,14 +336,39 @@ static void attend_chunk(const OpArgs &args, const AttentionShape &s, const Head
 
 // ---- Stage 1: the cut into tasks -----------------------------------------------------------------------------------
 
-// Few rows with long pasts: a task is one span of one row and kv head, and stage 2 merges them. 0: it is not so.
-PLD_INLINE int64_t split_spans(const OpArgs &args, int n_threads) {
+// Spans [first_span, first_span + n_spans) are what a row sees; they are parts first_part and following of the step.
+struct RowParts {
+  int64_t row, first_part, first_span, n_spans;
+};
+
+// visit(parts) for the rows of a step, in order, until it gives true.
+template <typename Visit>
+PLD_INLINE void each_row_parts(const OpArgs &args, Visit &&visit) {
   const pld_batch &batch = *args.batch;
+  const int64_t window = args.op->i[4];
+  RowParts parts = {0, 0, 0, 0};
+  for (int32_t seq = 0; seq < batch.n_seqs; ++seq)
+    for (; parts.row < batch.query_start[seq + 1]; ++parts.row) {
+      const int64_t end = (int64_t)batch.seq_lens[seq] - (batch.query_start[seq + 1] - 1 - parts.row);
+      parts.first_span = window > 0 && end > window ? (end - window) / kSpan : 0;
+      parts.n_spans = (end + kSpan - 1) / kSpan - parts.first_span;
+      if (visit(parts)) return;
+      parts.first_part += parts.n_spans;
+    }
+}
+
+// Few rows with long pasts: a task is one span of one row and kv head, and stage 2 merges them. That is worth while
+// where the longest walk, as one task, would be more than a quarter of what falls to a thread. 0: it is not so.
+PLD_INLINE int64_t split_parts(const OpArgs &args, int n_threads) {
   if (args.rows > kMaxSplitRows || n_threads == 1) return 0;
-  int32_t longest = 0;
-  for (int32_t r = 0; r < batch.n_seqs; ++r) longest = batch.seq_lens[r] > longest ? batch.seq_lens[r] : longest;
-  const int64_t spans = ((int64_t)longest + kSpan - 1) / kSpan;
-  return spans > 1 && spans <= kMaxSpans ? spans : 0;
+  int64_t n_parts = 0, longest = 0;
+  each_row_parts(args, [&](const RowParts &parts) {
+    n_parts += parts.n_spans;
+    longest = parts.n_spans > longest ? parts.n_spans : longest;
+    return false;
+  });
+  const bool uneven = longest > 1 && 4 * longest * n_threads > n_parts * args.op->i[2];
+  return uneven && n_parts <= kMaxParts ? n_parts : 0;
 }
 
 // What a task of such a step leaves: the softmax of each head of the group, then their values.
@@ -459,17 +376,16 @@ struct SpanResult {
   Softmax *softmax;
   float *acc;
 
-  SpanResult(const OpArgs &args, const AttentionShape &s, int64_t spans, int64_t row, int64_t head, int64_t span) {
-    const int64_t heads = s.heads_per_group * s.n_kv_heads, index = (row * heads + head) * spans + span;
+  SpanResult(const OpArgs &args, const AttentionShape &s, int64_t n_parts, int64_t part, int64_t head) {
+    const int64_t heads = s.heads_per_group * s.n_kv_heads, index = part * heads + head;
     softmax = (Softmax *)args.scratch + index;
-    acc = (float *)((Softmax *)args.scratch + args.rows * heads * spans) + index * s.width;
+    acc = (float *)((Softmax *)args.scratch + n_parts * heads) + index * s.width;
   }
 };
 
-static size_t attention_scratch_bytes(const pld_op &op, const pld_weight *const *, int64_t rows) {
+static size_t attention_scratch_bytes(const pld_op &op, const pld_weight *const *, int64_t) {
   const int64_t width = (op.i[3] + kLanes - 1) / kLanes * kLanes;
-  rows = rows < kMaxSplitRows ? rows : kMaxSplitRows;
-  return (size_t)(rows * op.i[1] * kMaxSpans * ((int64_t)sizeof(Softmax) + width * 4));
+  return (size_t)(kMaxParts * op.i[1] * ((int64_t)sizeof(Softmax) + width * 4));  // untouched unless a step is split
 }
 
 PLD_INLINE int64_t query_rows_of_task(const OpArgs &args, int n_threads) {
@@ -479,7 +395,7 @@ PLD_INLINE int64_t query_rows_of_task(const OpArgs &args, int n_threads) {
 
 static int64_t attention_tasks(const OpArgs &args, int stage, int n_threads) {
   if (stage != 1) return row_tasks(args, stage, n_threads);
-  if (const int64_t spans = split_spans(args, n_threads)) return args.rows * args.op->i[2] * spans;
+  if (const int64_t n_parts = split_parts(args, n_threads)) return n_parts * args.op->i[2];
   int64_t rows = query_rows_of_task(args, n_threads);
   return (args.rows + rows - 1) / rows * args.op->i[2];
 }
@@ -545,43 +461,47 @@ static void attend_rows(const OpArgs &args, const AttentionShape &s, const Atten
   }
 }
 
-static void attend_span(const OpArgs &args, const AttentionShape &s, const AttentionScratch &scratch, int64_t task,
-                        int64_t spans) {
-  const int64_t span = task % spans, g = task / spans % s.n_kv_heads, token = task / spans / s.n_kv_heads;
+static void attend_part(const OpArgs &args, const AttentionShape &s, const AttentionScratch &scratch, int64_t task,
+                        int64_t n_parts) {
+  const int64_t part = task / s.n_kv_heads, g = task % s.n_kv_heads;
+  RowParts of = {};
+  each_row_parts(args, [&](const RowParts &parts) {
+    of = parts;
+    return part < parts.first_part + parts.n_spans;
+  });
   const HeadCache cache = head_cache(args, s, g);
-  ChunkWalk walk{*args.batch, s.heads_per_group, scratch.max_pairs, token, token + 1, 0, 0};
+  ChunkWalk walk{*args.batch, s.heads_per_group, scratch.max_pairs, of.row, of.row + 1, 0, 0};
   walk.start();
   for (Chunk chunk; walk.step(chunk);) {
-    chunk.from = span * kSpan;
+    chunk.from = (of.first_span + part - of.first_part) * kSpan;
     chunk.to = chunk.from + kSpan;
-    const bool sees = first_tile(s, chunk) < end_of_chunk(s, chunk);
-    if (sees) {
-      ChunkTile tiles[2];
-      ChunkTile *tile = &tiles[0], *next = &tiles[1];
-      place_tile(args, s, cache, chunk, first_tile(s, chunk), *tile);
-      attend_chunk(args, s, cache, chunk, nullptr, g, scratch, tile, next);
-    }
+    ChunkTile tiles[2];
+    ChunkTile *tile = &tiles[0], *next = &tiles[1];
+    place_tile(args, s, cache, chunk, first_tile(s, chunk), *tile);
+    attend_chunk(args, s, cache, chunk, nullptr, g, scratch, tile, next);
     for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
       const int64_t i = pair - chunk.first;
-      const SpanResult result(args, s, spans, token, g * s.heads_per_group + pair, span);
+      const SpanResult result(args, s, n_parts, part, g * s.heads_per_group + pair);
       *result.softmax = scratch.softmax[i];
-      if (!sees) result.softmax->begun = false;
-      memcpy(result.acc, scratch.acc + i * s.width, sees ? (size_t)s.width * sizeof(float) : 0);
+      memcpy(result.acc, scratch.acc + i * s.width, (size_t)s.width * sizeof(float));
     }
   }
 }
 
-// Stage 2 of a split step: the spans of a row, merged as one walk merges them.
-static void merge_row(const OpArgs &args, int64_t row, int64_t spans) {
+// Stage 2 of a split step: the spans of rows [begin, end), merged as one walk merges them.
+static void merge_rows(const OpArgs &args, int64_t begin, int64_t end, int64_t n_parts) {
   const AttentionShape s = attention_shape(args);
-  for (int64_t head = 0; head < s.heads_per_group * s.n_kv_heads; ++head) {
-    const SpanResult total(args, s, spans, row, head, 0);
-    for (int64_t span = 1; span < spans; ++span) {
-      const SpanResult part(args, s, spans, row, head, span);
-      merge_softmax(*total.softmax, total.acc, *part.softmax, part.acc, s.width);
+  each_row_parts(args, [&](const RowParts &parts) {
+    for (int64_t head = 0; parts.row >= begin && parts.row < end && head < s.heads_per_group * s.n_kv_heads; ++head) {
+      const SpanResult total(args, s, n_parts, parts.first_part, head);
+      for (int64_t i = 1; i < parts.n_spans; ++i) {
+        const SpanResult part(args, s, n_parts, parts.first_part + i, head);
+        merge_softmax(*total.softmax, total.acc, *part.softmax, part.acc, s.width);
+      }
+      divide_values(s, *total.softmax, total.acc, args.out[0] + parts.row * args.out_stride[0] + head * s.e);
     }
-    divide_values(s, *total.softmax, total.acc, args.out[0] + row * args.out_stride[0] + head * s.e);
-  }
+    return parts.row + 1 >= end;
+  });
 }
 
 // Flushes denormals while it lives.
@@ -595,12 +515,14 @@ struct Flushing {
 
 static void attention_rows(const OpArgs &args, int stage, int64_t begin, int64_t end, int n_threads) {
   const Flushing flushing;
-  const int64_t spans = stage == 2 ? split_spans(args, n_threads) : 0;
-  if (stage == 0) prefetch_row(args, begin);
+  if (stage == 2) {
+    if (const int64_t n_parts = split_parts(args, n_threads)) merge_rows(args, begin, end, n_parts);
+    return;
+  }
+  prefetch_row(args, begin);
   for (int64_t row = begin; row < end; ++row) {
-    if (stage == 0 && row + 1 < end) prefetch_row(args, row + 1);
-    if (stage == 0) write_row(args, row);
-    if (spans != 0) merge_row(args, row, spans);
+    if (row + 1 < end) prefetch_row(args, row + 1);
+    write_row(args, row);
   }
 }
 
@@ -612,8 +534,8 @@ static void run_attention(const OpArgs &args, int stage, int64_t task, int n_thr
   const Flushing flushing;
   const AttentionShape s = attention_shape(args);
   const AttentionScratch scratch = attention_scratch(s, *args.kv, (char *)thread_scratch);
-  if (const int64_t spans = split_spans(args, n_threads))
-    attend_span(args, s, scratch, task, spans);
+  if (const int64_t n_parts = split_parts(args, n_threads))
+    attend_part(args, s, scratch, task, n_parts);
   else
     attend_rows(args, s, scratch, task, n_threads);
 }

@@ -135,6 +135,23 @@ def pull(
     print(hub.pull(name or DEFAULT_MODEL, force=force))
 
 
+@app.command("compile")
+@with_options(engine_parameters())
+def compile_(
+    model: Annotated[str, typer.Argument(help="Model to compile.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write; ends in .pld.")],
+    **options: Any,
+) -> None:
+    """Write a model as one file: plan, packed weights, tokenizer. C programs and `--model FILE` load it as it is."""
+    from pathlib import Path
+
+    from pellucid.commands.compile import compile_model
+    from pellucid.config import EngineConfig
+
+    written = compile_model(EngineConfig.from_kwargs(model, engine_kwargs(options)), Path(output))
+    print(f"{output}: {written:,} bytes")
+
+
 @app.command()
 @with_options(engine_parameters())
 def info(

@@ -132,6 +132,12 @@ PLD_API pld_status pld_pack(pld_context *context, const void *src, int64_t src_b
 /* ---- KV cache ------------------------------------------------------------------------------------------------------
  */
 
+typedef int32_t pld_kv_layout;
+enum {
+  PLD_KV_BLOCK = 0, /* the caller manages blocks: block tables and slot mapping come with each batch */
+  PLD_KV_SLOT = 1   /* the core manages single cells by sequence id; block_size must be 1 */
+};
+
 typedef struct pld_kv pld_kv;
 typedef struct pld_kv_params {
   size_t struct_size;
@@ -141,6 +147,7 @@ typedef struct pld_kv_params {
   int32_t block_size; /* S >= 1 */
   int32_t n_blocks;   /* B >= 1 */
   pld_dtype dtype;    /* PLD_F32, PLD_BF16, or PLD_I8: int8 with a float32 scale for each position and head */
+  pld_kv_layout layout;
 } pld_kv_params;
 PLD_API pld_kv_params pld_kv_default_params(void);
 /* Memory is reserved at once and touched on first use. */
@@ -345,6 +352,80 @@ PLD_API pld_status pld_program_logits(pld_program *program, const int32_t *rows,
 /* [T, D] and [L, V] of the last run; valid until the next. */
 PLD_API const float *pld_program_hidden(const pld_program *program);
 PLD_API const float *pld_program_logits_data(const pld_program *program);
+
+/* ---- Model files ----------------------------------------------------------------------------------------------------
+ */
+
+/* A compiled model (`pellucid compile MODEL -o model.pld`): plan and packed weights, mapped. */
+typedef struct pld_model pld_model;
+typedef struct pld_model_params {
+  size_t struct_size;
+  int32_t max_tokens;     /* rows of a step */
+  int32_t max_logit_rows; /* of which logits are kept */
+} pld_model_params;
+typedef struct pld_model_info {
+  size_t struct_size;
+  int32_t vocab_size;
+  int32_t n_layers;
+  int32_t n_kv_heads;
+  int32_t head_dim;
+  int32_t max_positions;
+  pld_dtype kv_dtype; /* as the model was compiled */
+  int32_t n_end_tokens;
+  int32_t end_tokens[16];
+} pld_model_info;
+PLD_API pld_model_params pld_model_default_params(void);
+/* Checks the file as it checks a program; PLD_INVALID_ARGUMENT says what is wrong with it. The context must outlive the
+ * model. */
+PLD_API pld_status pld_model_open(pld_context *context, const char *path, const pld_model_params *params,
+                                  pld_model **out);
+PLD_API void pld_model_close(pld_model *model); /* null is ignored */
+PLD_API pld_status pld_model_info_get(const pld_model *model, pld_model_info *info);
+PLD_API pld_program *pld_model_program(pld_model *model); /* lives as long as the model */
+
+/* ---- Decoding by sequence -------------------------------------------------------------------------------------------
+ */
+
+/* Tokens of any sequences, in any order; those of one sequence ascend. With a SLOT cache the core finds cells for them;
+ * with a BLOCK cache the caller says where they lie. */
+typedef struct pld_decode_batch {
+  size_t struct_size;
+  int32_t n_tokens; /* T >= 1 */
+  int32_t block_table_width;
+  const int32_t *tokens;    /* [T] */
+  const int32_t *positions; /* [T]; null: the next of each sequence */
+  const int32_t *seq_ids;   /* [T], >= 0 */
+  const int8_t *logits;     /* [T]: which rows are wanted; null: the last of the batch */
+  /* BLOCK alone, a row for each token: */
+  const int64_t *slot_mapping;   /* [T] */
+  const int32_t *block_tables;   /* [T, W], padded with -1 */
+  const int32_t *context_lens;   /* [T]: tokens of its sequence up to and with this one */
+  const volatile int32_t *abort; /* looked at before the step; null: never */
+} pld_decode_batch;
+/* PLD_OK; PLD_NO_SPACE, PLD_ABORTED, PLD_INVALID_BATCH: nothing has changed, no sequence was evicted. Below that an
+ * internal failure. */
+PLD_API pld_status pld_decode(pld_program *program, pld_kv *kv, const pld_decode_batch *batch);
+/* Logits [V] of row `index` of the last decoded batch; null when none were asked for. Valid until the next. */
+PLD_API const float *pld_logits_of(const pld_program *program, int32_t index);
+
+/* Operations on the sequences of a SLOT cache. Ranges of positions are half open; p0 < 0 means 0, p1 < 0 the end. A
+ * BLOCK cache answers PLD_NOT_SUPPORTED; on any status but PLD_OK nothing has changed. */
+enum {
+  PLD_INVALID_SEQ = -6, /* the sequence has no tokens */
+  PLD_INVALID_POS = -7, /* the range ends before it begins, or positions would meet */
+  PLD_EMPTY_RANGE = -8
+};
+/* `dst` gets the cells of `src` in the range; no data is copied. */
+PLD_API pld_status pld_seq_cp(pld_kv *kv, int32_t dst, int32_t src, int32_t p0, int32_t p1);
+PLD_API pld_status pld_seq_rm(pld_kv *kv, int32_t seq, int32_t p0, int32_t p1);
+/* Positions of the range shift by `delta`, and keys are rotated accordingly, by the program's own rotary parameters.
+ * Cells that other sequences share are copied first: PLD_NO_SPACE when there is none. */
+PLD_API pld_status pld_seq_add(pld_program *program, pld_kv *kv, int32_t seq, int32_t p0, int32_t p1, int32_t delta);
+PLD_API pld_status pld_seq_keep(pld_kv *kv, int32_t seq);       /* all others go */
+PLD_API int32_t pld_seq_pos_max(const pld_kv *kv, int32_t seq); /* -1: absent */
+PLD_API int64_t pld_kv_free_cells(const pld_kv *kv);            /* of a SLOT cache; -1 otherwise */
+/* All of a sequence's cells; with a BLOCK cache, whose blocks are the caller's, PLD_INVALID_SEQ always. */
+PLD_API pld_status pld_request_free(pld_kv *kv, int32_t seq);
 
 #ifdef __cplusplus
 }

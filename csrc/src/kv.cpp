@@ -1,9 +1,12 @@
 #include "kv.hpp"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
+#include "dequantize.hpp"
 #include "error.hpp"
+#include "slots.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -42,6 +45,10 @@ pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes
   if (params->dtype != PLD_F32 && params->dtype != PLD_BF16 && params->dtype != PLD_I8)
     return fail(PLD_INVALID_ARGUMENT, "kv dtype is %d; it must be F32 (%d), BF16 (%d) or I8 (%d)", params->dtype,
                 PLD_F32, PLD_BF16, PLD_I8);
+  if (params->layout != PLD_KV_BLOCK && params->layout != PLD_KV_SLOT)
+    return fail(PLD_INVALID_ARGUMENT, "kv layout is %d; it must be BLOCK (0) or SLOT (1)", params->layout);
+  if (params->layout == PLD_KV_SLOT && params->block_size != 1)
+    return fail(PLD_INVALID_ARGUMENT, "kv block_size is %d; with the SLOT layout it must be 1", params->block_size);
   *kv = {};
   kv->n_layers = params->n_layers;
   kv->n_kv_heads = params->n_kv_heads;
@@ -113,6 +120,7 @@ pld_status create_kv(const pld_kv_params *params, pld_kv **out) {
     release(planned.data, data_bytes(planned));
     return fail(PLD_OUT_OF_MEMORY, "no memory for a kv cache of %lld bytes", static_cast<long long>(total));
   }
+  if (params->layout == PLD_KV_SLOT) kv->slots = new Slots(kv->n_cells);
   *out = kv;
   return PLD_OK;
 }
@@ -132,6 +140,17 @@ float widen(const std::byte *base, int64_t index, pld_dtype dtype) {
   return value;
 }
 
+// Where number e of the keys (part 0) or values (part 1) of a lane lies in a unit.
+int64_t place_of(const pld_kv &kv, int part, int64_t lane, int64_t e) {
+  const int64_t pair = kv.dtype == PLD_F32 ? 1 : 2;
+  return part == 0 ? (e / pair * kGroup + lane) * pair + e % pair
+                   : kv.v_offset / kv.value_bytes + (lane / pair * kv.value_width + e) * pair + lane % pair;
+}
+
+std::byte *unit_of(const pld_kv &kv, int32_t layer, int64_t cell, int64_t g) {
+  return kv.data + layer * kv.layer_bytes + (cell / kGroup * kv.n_kv_heads + g) * kv.unit_bytes;
+}
+
 pld_status read_kv(const pld_kv *kv, int32_t layer, int64_t cell, float *k, float *v) {
   if (kv == nullptr || k == nullptr || v == nullptr) return fail(PLD_INVALID_ARGUMENT, "kv, k or v is null");
   if (layer < 0 || layer >= kv->n_layers)
@@ -139,27 +158,67 @@ pld_status read_kv(const pld_kv *kv, int32_t layer, int64_t cell, float *k, floa
   if (cell < 0 || cell >= kv->n_cells)
     return fail(PLD_INVALID_ARGUMENT, "cell is %lld; the cache has %lld", static_cast<long long>(cell),
                 static_cast<long long>(kv->n_cells));
-  const int64_t width = kv->head_dim, pair = kv->dtype == PLD_F32 ? 1 : 2, lane = cell % kGroup;
+  const int64_t width = kv->head_dim, lane = cell % kGroup;
   for (int64_t g = 0; g < kv->n_kv_heads; ++g) {
-    const std::byte *unit = kv->data + layer * kv->layer_bytes + (cell / kGroup * kv->n_kv_heads + g) * kv->unit_bytes;
+    const std::byte *unit = unit_of(*kv, layer, cell, g);
     float scale[2] = {1.0f, 1.0f};
     if (kv->dtype == PLD_I8)
       for (int64_t part = 0; part < 2; ++part)
         std::memcpy(&scale[part], unit + kv->scale_offset + (part * kGroup + lane) * 4, 4);
     for (int64_t e = 0; e < width; ++e) {
-      const int64_t at_k = (e / pair * kGroup + lane) * pair + e % pair;
-      const int64_t at_v = (lane / pair * kv->value_width + e) * pair + lane % pair;
-      k[g * width + e] = widen(unit, at_k, kv->dtype) * scale[0];
-      v[g * width + e] = widen(unit + kv->v_offset, at_v, kv->dtype) * scale[1];
+      k[g * width + e] = widen(unit, place_of(*kv, 0, lane, e), kv->dtype) * scale[0];
+      v[g * width + e] = widen(unit, place_of(*kv, 1, lane, e), kv->dtype) * scale[1];
     }
   }
   return PLD_OK;
 }
 
 }  // namespace
+
+void copy_cell(pld_kv &kv, int64_t from, int64_t to) {
+  const auto bytes = static_cast<size_t>(kv.value_bytes);
+  for (int32_t layer = 0; layer < kv.n_layers; ++layer)
+    for (int64_t g = 0; g < kv.n_kv_heads; ++g) {
+      const std::byte *source = unit_of(kv, layer, from, g);
+      std::byte *target = unit_of(kv, layer, to, g);
+      for (int part = 0; part < 2; ++part) {
+        for (int64_t e = 0; e < kv.head_dim; ++e)
+          std::memcpy(target + place_of(kv, part, to % kGroup, e) * kv.value_bytes,
+                      source + place_of(kv, part, from % kGroup, e) * kv.value_bytes, bytes);
+        if (kv.dtype == PLD_I8)
+          std::memcpy(target + kv.scale_offset + (part * kGroup + to % kGroup) * 4,
+                      source + kv.scale_offset + (part * kGroup + from % kGroup) * 4, 4);
+      }
+    }
+}
+
+void store_keys(pld_kv &kv, int32_t layer, int64_t cell, const float *keys) {
+  const int64_t lane = cell % kGroup;
+  for (int64_t g = 0; g < kv.n_kv_heads; ++g, keys += kv.head_dim) {
+    std::byte *unit = unit_of(kv, layer, cell, g);
+    float greatest = 0.0f;
+    for (int64_t e = 0; e < kv.head_dim; ++e) greatest = std::fmax(greatest, std::fabs(keys[e]));
+    const float scale = greatest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    if (kv.dtype == PLD_I8) std::memcpy(unit + kv.scale_offset + lane * 4, &scale, 4);
+    for (int64_t e = 0; e < kv.head_dim; ++e) {
+      std::byte *place = unit + place_of(kv, 0, lane, e) * kv.value_bytes;
+      const uint16_t half = round_to_bf16(keys[e]);
+      const auto quant = static_cast<int8_t>(std::nearbyint(keys[e] * inverse));
+      if (kv.dtype == PLD_F32)
+        std::memcpy(place, &keys[e], 4);
+      else if (kv.dtype == PLD_BF16)
+        std::memcpy(place, &half, 2);
+      else
+        std::memcpy(place, &quant, 1);
+    }
+  }
+}
+
 }  // namespace pld
 
-extern "C" pld_kv_params pld_kv_default_params(void) { return {sizeof(pld_kv_params), 1, 1, 64, 16, 1, PLD_BF16}; }
+extern "C" pld_kv_params pld_kv_default_params(void) {
+  return {sizeof(pld_kv_params), 1, 1, 64, 16, 1, PLD_BF16, PLD_KV_BLOCK};
+}
 
 extern "C" pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out) {
   return pld::guard([&] { return pld::create_kv(params, out); });
@@ -168,6 +227,7 @@ extern "C" pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out) {
 extern "C" void pld_kv_destroy(pld_kv *kv) {
   if (kv == nullptr) return;
   pld::release(kv->data, pld::data_bytes(*kv));
+  delete kv->slots;
   delete kv;
 }
 

@@ -6,6 +6,10 @@
 
 #include "pellucid.h"
 
+namespace pld {
+class Slots;
+}
+
 // What one kv head keeps of a group of 16 cells is one unit: its keys, its values, and for int8 their scales. So a
 // sequence is read in runs of whole units. Keys are transposed: a vector is sixteen positions, and one multiply-add
 // scores sixteen keys without a horizontal sum. Two neighbours of E (of keys), or of positions (of values), lie
@@ -29,5 +33,14 @@ struct pld_kv {
   int64_t scale_offset;  // of the scales in a unit
   int64_t unit_bytes;
   int64_t layer_bytes;
-  std::byte *data;  // 64-byte aligned, zero, touched on first use
+  std::byte *data;    // 64-byte aligned, zero, touched on first use
+  pld::Slots *slots;  // of the SLOT layout; null for BLOCK
 };
+
+namespace pld {
+
+// All layers of one cell to another; and one layer's keys [G, E] of a cell, rounded as the cache rounds them.
+void copy_cell(pld_kv &kv, int64_t from, int64_t to);
+void store_keys(pld_kv &kv, int32_t layer, int64_t cell, const float *keys);
+
+}  // namespace pld

@@ -8,25 +8,8 @@
 #include "error.hpp"
 #include "kv.hpp"
 #include "op.hpp"
+#include "program.hpp"
 #include "stages.hpp"
-
-struct pld_program {
-  pld_context *context;
-  std::vector<pld_op> ops;
-  std::vector<pld_buffer> buffers;
-  std::vector<pld_weight> weights;
-  int32_t n_forward_ops, hidden, logits, vocab_size;
-  int64_t max_rows[2];  // by domain
-
-  pld::Scratch arena;
-  int64_t arena_bytes = 0;
-  std::vector<int64_t> offset;  // of each buffer in the arena
-  pld::Scratch op_scratch;
-  std::vector<pld::OpArgs> args;
-  std::vector<pld::Step> steps[2];  // of the forward part, and of the logits
-  pld::CellMarks marks;
-  int32_t rows_left = 0;  // hidden rows that the last run left
-};
 
 namespace pld {
 namespace {
@@ -278,12 +261,17 @@ pld_status check_layers(const pld_program &p, const pld_kv &kv) {
   return PLD_OK;
 }
 
+BatchLimits batch_limits(const pld_program &p) {
+  return {p.max_rows[PLD_ROWS_T], p.max_rows[PLD_ROWS_L], p.vocab_size};
+}
+
 pld_status run_program(pld_program *p, pld_kv *kv, const pld_batch *batch) {
   if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
+  if (kv->slots != nullptr) return fail(PLD_NOT_SUPPORTED, "a SLOT cache is decoded into by sequence: pld_decode");
   std::lock_guard<std::mutex> lock(p->context->mutex);
   if (pld_status status = check_layers(*p, *kv)) return status;
-  BatchLimits limits{p->max_rows[PLD_ROWS_T], p->max_rows[PLD_ROWS_L], p->vocab_size};
-  if (pld_status status = check_batch(batch, *kv, limits, p->marks)) return status;
+  p->logit_index.clear();
+  if (pld_status status = check_batch(batch, *kv, batch_limits(*p), p->marks)) return status;
   run_parts(*p, 0, batch->n_logit_rows > 0 ? 1 : 0, *batch, kv);
   p->rows_left = batch->n_tokens;
   return PLD_OK;
@@ -312,6 +300,16 @@ const float *buffer_data(const pld_program *p, int32_t buffer) {
 }
 
 }  // namespace
+
+pld_status run_prepared(pld_program &p, pld_kv &kv, const pld_batch &batch, bool check) {
+  if (pld_status status = check_layers(p, kv)) return status;
+  if (check)
+    if (pld_status status = check_batch(&batch, kv, batch_limits(p), p.marks)) return status;
+  run_parts(p, 0, batch.n_logit_rows > 0 ? 1 : 0, batch, &kv);
+  p.rows_left = batch.n_tokens;
+  return PLD_OK;
+}
+
 }  // namespace pld
 
 extern "C" pld_status pld_program_create(pld_context *context, const pld_program_desc *desc, pld_program **out) {

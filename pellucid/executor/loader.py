@@ -24,6 +24,7 @@ from pellucid.weights.hub import cache_dir, resolve_model
 
 # Rooms whose code decides what a program is: a change there makes cached programs stale.
 _CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "quant", "text", "weights")
+PROGRAM_SUFFIX = ".pld"
 _CORE_DTYPES = {"float32": abi.F32, "bfloat16": abi.BF16}
 
 Progress = Callable[[int, int], None]
@@ -45,11 +46,16 @@ class LoadedModel:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a request: the generation config's, else the model's, and the tokenizer's."""
-        given = self.generation_config.get("eos_token_id")
-        found = (given,) if isinstance(given, int) else tuple(given or ())
-        found = found or self.config.eos_token_ids
-        own = self.tokenizer.eos_token_ids if self.tokenizer is not None else ()
-        return tuple(dict.fromkeys((*found, *own)))
+        return end_tokens(self.config, self.generation_config, self.tokenizer)
+
+
+def end_tokens(config: ModelConfig, generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The generation config's, else the model's, and the tokenizer's."""
+    given = generation_config.get("eos_token_id")
+    found = (given,) if isinstance(given, int) else tuple(given or ())
+    found = found or config.eos_token_ids
+    own = tokenizer.eos_token_ids if tokenizer is not None else ()
+    return tuple(dict.fromkeys((*found, *own)))
 
 
 def model_files(path: Path) -> list[Path]:
@@ -93,6 +99,8 @@ def load_model(config: EngineConfig, context: abi.Context, progress: Progress | 
         ModelNotFoundError, UnsupportedModelError, ConfigError, WeightFormatError, TokenizerError: what is wrong with it.
     """
     path = resolve_model(config.model)
+    if path.is_file() and path.suffix == PROGRAM_SUFFIX:
+        return _read_compiled(path, config)
     key = fingerprint(path, config)
     cached = cache_dir() / "programs" / f"{key}.pld"
     if cached.is_file():
@@ -103,6 +111,19 @@ def load_model(config: EngineConfig, context: abi.Context, progress: Progress | 
     build_program(path, config, context, cached, progress)
     _drop_stale(cached, path)
     return _read(cached, key, config, from_cache=False)
+
+
+def _read_compiled(path: Path, config: EngineConfig) -> LoadedModel:
+    """A program that `pellucid compile` wrote: its precision is what it was compiled with."""
+    for name in ("dtype", "quantization", "tokenizer"):
+        value = getattr(config, name)
+        if value not in (None, "auto"):
+            raise ConfigError(f"{name} is {value!r}, but {path.name} is compiled: give it to `pellucid compile`")
+    if config.enforce_eager:
+        raise ConfigError(f"enforce_eager needs the model's own files; {path.name} is compiled")
+    stamp = (path.stat().st_size, path.stat().st_mtime_ns)
+    key = hashlib.sha256(repr((str(path.resolve()), stamp)).encode()).hexdigest()[:32]
+    return _read(path, key, config, from_cache=True)
 
 
 def build_program(
@@ -138,6 +159,14 @@ def build_program(
         recording,
         context,
         scheme=scheme,
+        model={
+            "n_layers": model_config.num_hidden_layers,
+            "n_kv_heads": model_config.num_key_value_heads,
+            "head_dim": model_config.head_dim,
+            "max_positions": model_config.max_position_embeddings,
+            "kv_dtype": _CORE_DTYPES[dtype],
+            "end_tokens": end_tokens(model_config, checkpoint.generation_config, tokenizer),
+        },
         vocab_size=model_config.vocab_size,
         meta=meta,
         texts=texts,

@@ -120,6 +120,7 @@ class KVParamsStruct(Structure):
         ("block_size", c_int32),
         ("n_blocks", c_int32),
         ("dtype", c_int32),
+        ("layout", c_int32),
     ]
 
 

@@ -18,7 +18,25 @@ from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, const
 from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView, from_float32
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+MAX_END_TOKENS = 16
+# What the core reads of a model: see csrc/src/model_file.cpp.
+_PLAN_FIELDS = (
+    "n_forward_ops",
+    "hidden",
+    "logits",
+    "vocab_size",
+    "n_layers",
+    "n_kv_heads",
+    "head_dim",
+    "max_positions",
+    "kv_dtype",
+    "n_end_tokens",
+)
+PLAN_DTYPE = np.dtype([(name, "<i4") for name in _PLAN_FIELDS] + [("end_tokens", "<i4", (MAX_END_TOKENS,))])
+WEIGHT_DTYPE = np.dtype(
+    [(name, "<i8") for name in ("rows", "cols", "offset", "bytes")] + [("dtype", "<i4"), ("layout", "<i4")]
+)
 _NO_OPERAND = (-1, 0, 0)
 _DOMAINS = {"T": 0, "L": 1}
 
@@ -91,6 +109,28 @@ def place_weights(weights: list[RecordedWeight], dtypes: list[int]) -> list[Pack
     return placed
 
 
+def encode_plan(recording: Recording, vocab_size: int, model: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """What a program without Python must know of the model."""
+    table = np.zeros(1, PLAN_DTYPE)
+    row = table[0]
+    row["n_forward_ops"], row["hidden"], row["logits"] = recording.n_forward_ops, recording.hidden, recording.logits
+    row["vocab_size"] = vocab_size
+    for name in ("n_layers", "n_kv_heads", "head_dim", "max_positions", "kv_dtype"):
+        row[name] = model[name]
+    ends = list(model["end_tokens"])[:MAX_END_TOKENS]
+    row["n_end_tokens"], row["end_tokens"][: len(ends)] = len(ends), ends
+    return table
+
+
+def encode_weights(placed: list[PackedWeight]) -> np.ndarray[Any, Any]:
+    """Where the weights lie, for the core."""
+    table = np.zeros(len(placed), WEIGHT_DTYPE)
+    for row, place in zip(table, placed, strict=True):
+        row["rows"], row["cols"], row["offset"], row["bytes"] = place.rows, place.cols, place.offset, place.nbytes
+        row["dtype"], row["layout"] = place.dtype, place.layout
+    return table
+
+
 def _pieces(weight: RecordedWeight) -> list[TensorView]:
     values = constant(weight)
     if values is not None:
@@ -121,13 +161,15 @@ def build_program_file(
     *,
     scheme: WeightScheme,
     vocab_size: int,
+    model: Mapping[str, Any],
     meta: Mapping[str, Any],
     texts: Mapping[str, bytes],
     progress: Progress | None = None,
 ) -> None:
     """Plans a recording, packs its weights and writes both to one file.
 
-    `meta` and `texts` (JSON documents) are kept beside the program. `progress(done, total)` is told bytes packed.
+    `model` gives the fields of the plan that the recording does not. `meta` and `texts` (JSON documents) are kept beside
+    the program. `progress(done, total)` is told bytes packed.
     """
     recording, dtypes = choose_dtypes(recording, scheme)
     placed = place_weights(recording.weights, dtypes)
@@ -149,6 +191,8 @@ def build_program_file(
         "weights": [place.as_meta() for place in placed],
     }
     small = {
+        "plan": encode_plan(recording, vocab_size, model).tobytes(),
+        "weights": encode_weights(placed).tobytes(),
         "ops": encode_ops(recording).tobytes(),
         "buffers": encode_buffers(recording).tobytes(),
         **texts,

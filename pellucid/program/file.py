@@ -1,7 +1,8 @@
 """The packed program on disk: one file that is mapped at the next start.
 
-Layout, little endian: magic `PLDPROG1`; u64 length of the header; header as JSON (what it is, and where its sections lie); sections, each
-64-byte aligned: ops, buffers, weights (as the C structs), data (packed weights), texts (JSON documents such as the tokenizer).
+Layout, little endian: magic `PLDPROG2`; u64 length of the header; the index that the core reads (offset and length in the file of plan,
+ops, buffers, weights, data, as u64); header as JSON (what it is, and where its sections lie); sections, each 64-byte aligned: plan, ops,
+buffers, weights (as the C structs), data (packed weights), texts (JSON documents such as the tokenizer).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 
 from pellucid.errors import WeightFormatError
 
-MAGIC = b"PLDPROG1"
+MAGIC = b"PLDPROG2"
+INDEXED = ("plan", "ops", "buffers", "weights", "data")
+_START = len(MAGIC) + 8 + 16 * len(INDEXED)  # of the JSON header
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TEXT_BYTES = 256 * 2**20
@@ -60,13 +63,13 @@ def open_program_file(path: Path) -> ProgramFile:
         WeightFormatError: the file contradicts its format.
     """
     size = path.stat().st_size
-    if size < len(MAGIC) + 8:
+    if size < _START:
         raise WeightFormatError(f"{path.name}: {size} bytes are too few for a program file")
     mapping: Bytes = np.memmap(path, dtype=np.uint8, mode="r")
     if mapping[: len(MAGIC)].tobytes() != MAGIC:
         raise WeightFormatError(f"{path.name}: no program file (wrong magic)")
-    start = len(MAGIC) + 8
-    length = int.from_bytes(mapping[len(MAGIC) : start].tobytes(), "little")
+    start = _START
+    length = int.from_bytes(mapping[len(MAGIC) : len(MAGIC) + 8].tobytes(), "little")
     if length > min(size - start, MAX_HEADER_BYTES):
         raise WeightFormatError(f"{path.name}: header of {length:,} bytes; the file has {size:,}")
     try:
@@ -96,7 +99,7 @@ def write_program_file(
         sections[name] = (offset, length)
         offset = aligned(offset + length)
     header = json.dumps({**meta, "sections": sections}).encode()
-    base = aligned(len(MAGIC) + 8 + len(header))
+    base = aligned(_START + len(header))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
@@ -119,7 +122,8 @@ def write_program_file(
 def _write_small(
     file: BinaryIO, header: bytes, base: int, sections: dict[str, tuple[int, int]], small: dict[str, bytes]
 ) -> None:
-    file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+    index = [(base + sections[name][0], sections[name][1]) if name in sections else (0, 0) for name in INDEXED]
+    file.write(MAGIC + len(header).to_bytes(8, "little") + np.array(index, "<u8").tobytes() + header)
     for name, content in small.items():
         file.seek(base + sections[name][0])
         file.write(content)

@@ -229,21 +229,21 @@ def pull(name: str, *, progress: bool = True, force: bool = False) -> Path:
 
 
 def resolve_model(name: str | Path, *, progress: bool = True) -> Path:
-    """The path of a model: an existing folder or .gguf file as it is, else a packaged model or hub id, pulled at need.
+    """The path of a model: an existing folder, .gguf or compiled .pld file as it is, else a packaged model or hub id, pulled at need.
 
     Raises ModelNotFoundError saying what was tried, or DownloadError.
     """
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() or (path.is_file() and path.suffix in (".gguf", ".pld")):
         return path
     if path.is_file():
-        raise ModelNotFoundError(f"{path} is a file but no .gguf; name the model's folder instead")
+        raise ModelNotFoundError(f"{path} is a file but no .gguf or .pld; name the model's folder instead")
     text = str(name)
     if isinstance(name, str) and (
         text.lower() in PACKAGED_MODELS or (_HUB_ID.fullmatch(text) and path.suffix != ".gguf")
     ):
         return pull(text, progress=progress)
     raise ModelNotFoundError(
-        f"no model {text!r}. Tried: a folder or .gguf file of that path; the packaged models"
+        f"no model {text!r}. Tried: a folder, .gguf or .pld file of that path; the packaged models"
         f" {', '.join(PACKAGED_MODELS)}; a hub id, which reads owner/model"
     )

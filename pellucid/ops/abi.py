@@ -48,6 +48,9 @@ STATUS_NAMES = {
     -3: "out of memory",
     -4: "not supported",
     -5: "internal",
+    -6: "invalid sequence",
+    -7: "invalid position",
+    -8: "empty range",
 }
 # A sanitizer build of the core is chosen by path: there is no other way to reach a test process that is started by pytest.
 LIBRARY_VARIABLE = "PELLUCID_LIBRARY"
@@ -215,6 +218,46 @@ class SampleRowStruct(Structure):
     ]
 
 
+class ModelParamsStruct(Structure):
+    """pld_model_params."""
+
+    _fields_ = [("struct_size", c_size_t), ("max_tokens", c_int32), ("max_logit_rows", c_int32)]
+
+
+class ModelInfoStruct(Structure):
+    """pld_model_info."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("vocab_size", c_int32),
+        ("n_layers", c_int32),
+        ("n_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("max_positions", c_int32),
+        ("kv_dtype", c_int32),
+        ("n_end_tokens", c_int32),
+        ("end_tokens", c_int32 * 16),
+    ]
+
+
+class DecodeBatchStruct(Structure):
+    """pld_decode_batch."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("n_tokens", c_int32),
+        ("block_table_width", c_int32),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("seq_ids", c_void_p),
+        ("logits", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("block_tables", c_void_p),
+        ("context_lens", c_void_p),
+        ("abort", c_void_p),
+    ]
+
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_last_error": (c_char_p, []),
     "pld_abi_version": (c_int32, []),
@@ -240,6 +283,20 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_kv_bytes": (c_int64, [POINTER(KVParamsStruct)]),
     "pld_kv_read": (c_int32, [c_void_p, c_int32, c_int64, c_void_p, c_void_p]),
     "pld_sample": (c_int32, [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]),
+    "pld_model_default_params": (ModelParamsStruct, []),
+    "pld_model_open": (c_int32, [c_void_p, c_char_p, POINTER(ModelParamsStruct), POINTER(c_void_p)]),
+    "pld_model_close": (None, [c_void_p]),
+    "pld_model_info_get": (c_int32, [c_void_p, POINTER(ModelInfoStruct)]),
+    "pld_model_program": (c_void_p, [c_void_p]),
+    "pld_decode": (c_int32, [c_void_p, c_void_p, POINTER(DecodeBatchStruct)]),
+    "pld_logits_of": (c_void_p, [c_void_p, c_int32]),
+    "pld_seq_cp": (c_int32, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
+    "pld_seq_rm": (c_int32, [c_void_p, c_int32, c_int32, c_int32]),
+    "pld_seq_add": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32]),
+    "pld_seq_keep": (c_int32, [c_void_p, c_int32]),
+    "pld_seq_pos_max": (c_int32, [c_void_p, c_int32]),
+    "pld_kv_free_cells": (c_int64, [c_void_p]),
+    "pld_request_free": (c_int32, [c_void_p, c_int32]),
     "pld_op_run": (c_int32, [c_void_p, POINTER(OpCallStruct)]),
     "pld_program_create": (c_int32, [c_void_p, POINTER(ProgramDescStruct), POINTER(c_void_p)]),
     "pld_program_destroy": (None, [c_void_p]),

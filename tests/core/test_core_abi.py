@@ -249,6 +249,10 @@ STRUCTS = {
     "pld_batch": abi.BatchStruct,
     "pld_op_call": abi.OpCallStruct,
     "pld_program_desc": abi.ProgramDescStruct,
+    "pld_sample_row": abi.SampleRowStruct,
+    "pld_model_params": abi.ModelParamsStruct,
+    "pld_model_info": abi.ModelInfoStruct,
+    "pld_decode_batch": abi.DecodeBatchStruct,
 }
 
 

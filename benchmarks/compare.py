@@ -177,7 +177,9 @@ class Worker:
         os.killpg(self.process.pid, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def close(self) -> None:
-        """Ends the process group, whatever state it is in."""
+        """Ends the process group, whatever state it is in; harmless when called again."""
+        if self._log.closed:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -217,6 +219,7 @@ class Group:
             "failed": {},
         }
         self.workers: list[Worker] = []
+        self._spawned: list[Worker] = []
         wanted = {e: f for e, f in PRECISIONS[precision].items() if e in options.engines}
         formats = sorted({format for format, _ in wanted.values()})
         script = [sys.executable, str(HERE / "make_models.py"), model, "--peers", str(options.peers), "--formats"]
@@ -246,7 +249,7 @@ class Group:
                 save(self.result)
             self.result["is_whole"] = True
         finally:
-            for worker in self.workers:
+            for worker in self._spawned:
                 worker.close()
         return self.result
 
@@ -259,9 +262,10 @@ class Group:
         python = sys.executable if environment is None else str(self.options.peers / environment / "bin" / "python")
         log = self.options.logs / f"{self.name.replace('/', '-')}-{engine}.log"
         try:
-            return Worker(engine, python, log)
+            self._spawned.append(Worker(engine, python, log))
         except OSError as error:
             raise WorkerError(f"{python}: {error.strerror}") from None
+        return self._spawned[-1]
 
     def _startup(self, case: Case) -> None:
         """Each round a process an engine, from its start to the first token.

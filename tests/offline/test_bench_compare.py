@@ -113,6 +113,21 @@ def test_startup_when_measured_then_a_process_each_round_and_seconds(compare: Mo
     assert all(0 < value < 20 for values in result["figures"]["startup"].values() for value in values)
 
 
+def test_group_when_interrupted_while_loading_then_no_process_is_left(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned: list[Any] = []
+
+    def interrupted(worker: Any, *_: Any) -> float:
+        spawned.append(worker)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.Worker, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_group(compare, tmp_path, ["decode 1"])
+    assert [worker.process.returncode for worker in spawned] == [-9]
+
+
 def test_worker_when_paused_then_it_does_not_run_and_close_ends_it(compare: ModuleType, tmp_path: Path) -> None:
     worker = compare.Worker("other", sys.executable, tmp_path / "log")
     worker.load("somewhere", 1, {})

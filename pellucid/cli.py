@@ -157,13 +157,18 @@ def compile_(
 def info(
     model: Annotated[str | None, typer.Argument(help="Model to describe; without it, this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    program: Annotated[bool, typer.Option("--program", help="The plan: ops, buffers, bytes, operations.")] = False,
     **options: Any,
 ) -> None:
-    """Show the machine and what was chosen, or a model and the memory it needs."""
+    """Show the machine and what was chosen, or a model and the memory it needs, or its plan."""
     from pellucid.commands import info as information
     from pellucid.config import EngineConfig
 
     config = EngineConfig.from_kwargs(model or EngineConfig.model, engine_kwargs(options))
+    if program:
+        for line in information.plan_lines(config):
+            print(line.rstrip())
+        return
     if model is None:
         tables = {"machine": information.machine_rows(config)}
     else:

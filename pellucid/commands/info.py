@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
 
 import pellucid
 from pellucid.commands.load import packing_progress
+from pellucid.commands.program import program_lines
 from pellucid.config import EngineConfig
 from pellucid.executor.loader import (
     LoadedModel,
@@ -21,6 +22,7 @@ from pellucid.executor.loader import (
 from pellucid.ops import abi
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.runner import load_program
+from pellucid.quant.scheme import DTYPE_NAMES
 from pellucid.weights.hub import cache_dir
 
 Row = tuple[str, str]
@@ -80,6 +82,26 @@ def model_rows(config: EngineConfig) -> tuple[list[Row], list[Row]]:
     return _architecture(model), _memory(config, model, arena)
 
 
+def stored_as(model: LoadedModel) -> str:
+    """Types of the matrices, the most bytes first."""
+    sizes: dict[str, int] = {}
+    for _, rows, _, dtype, _, _, nbytes in model.file.meta["weights"]:
+        if rows > 1:
+            sizes[DTYPE_NAMES[dtype]] = sizes.get(DTYPE_NAMES[dtype], 0) + nbytes
+    return ", ".join(f"{name} ({size(sizes[name])})" for name in sorted(sizes, key=lambda name: -sizes[name]))
+
+
+def plan_lines(config: EngineConfig) -> Iterator[str]:
+    """The plan of a model, which is packed if it was not yet."""
+    context = abi.Context(config.num_threads, config.isa)
+    try:
+        with packing_progress() as progress:
+            file = load_model(config, context, progress).file
+    finally:
+        context.close()
+    yield from program_lines(file)
+
+
 def _architecture(model: LoadedModel) -> list[Row]:
     c = model.config
     weights = model.file.meta["weights"]
@@ -96,7 +118,8 @@ def _architecture(model: LoadedModel) -> list[Row]:
         ("context", f"{c.max_position_embeddings:,} positions"),
         ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
         ("chat template", "yes" if model.tokenizer is not None and model.tokenizer.chat_template else "no"),
-        ("dtype", f"{model.dtype}; activations float32"),
+        ("weights stored as", stored_as(model)),
+        ("not quantised, and keys and values", f"{model.dtype}; activations float32"),
         ("program", f"{len(model.file.sections['ops']) // abi.OP_DTYPE.itemsize} ops, {model.file.path.name}"),
     ]
 

@@ -141,6 +141,32 @@ def test_info_when_of_the_machine_or_a_model_then_says_what_was_chosen(checkpoin
     assert tables["memory"]["KV cache here"].endswith("16 blocks, 256 tokens")
 
 
+def test_plan_when_asked_for_then_every_op_with_its_weight_and_the_totals(checkpoint: str) -> None:
+    lines = pellucid("info", checkpoint, "--program", "--quantization", "int8").stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.strip().startswith("op "))
+    kinds = [line.split()[1] for line in lines[head + 2 :] if line[:4].strip().isdigit()]
+    assert kinds[:3] == ["embedding", "rope_table", "rms_norm"]
+    assert kinds[-2:] == ["gather_rows", "linear"]
+    assert kinds.count("attention") == 3
+    down = next(line for line in lines if "layers.0.mlp.down_proj" in line)
+    assert "[64, 96] Q8_0" in down
+    assert f"{2 * 64 * 96:,}" in down
+    assert any(line.startswith("weights  in all") for line in lines)
+
+
+def test_compiled_model_when_generated_with_then_the_text_of_its_checkpoint(checkpoint: str, tmp_path: Path) -> None:
+    target = str(tmp_path / "tiny.pld")
+    assert "bytes" in pellucid("compile", checkpoint, "-o", target).stdout
+    asked = ("--temperature", "0", "--max-tokens", "6")
+    assert (
+        pellucid("generate", "hello", "--model", target, *asked).stdout
+        == pellucid("generate", "hello", "--model", checkpoint, *asked).stdout
+    )
+    refused = pellucid("compile", checkpoint, "-o", str(tmp_path / "tiny.bin"))
+    assert refused.returncode == 2
+    assert "ends in .pld" in refused.stderr
+
+
 def test_pull_when_listing_then_names_the_packaged_models() -> None:
     listed = pellucid("pull", "--list").stdout
     assert "smollm2-135m-instruct" in listed

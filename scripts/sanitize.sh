@@ -33,5 +33,5 @@ if [ "$kind" = address ]; then
   fi
 fi
 
-LD_PRELOAD="$preload" python -m pytest -q -x -p no:cacheprovider tests/ops tests/core/test_core_*.py \
+LD_PRELOAD="$preload" python -m pytest -q -x -p no:cacheprovider tests/ops tests/sampling/test_sampling_core.py tests/core/test_core_*.py \
   tests/core/test_program_*.py tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py "$@"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.spec import OP_KINDS
 
@@ -80,7 +80,9 @@ class Bench:
         arrays = [rng.standard_normal((len(positions), n * width), np.float32) for n in (heads, kv_heads, kv_heads)]
         out = np.empty_like(arrays[0])
         struct, op = abi.batch_struct(batch), _op(layer, self.shape, window)
-        call = abi.OpCallStruct(struct_size=ctypes.sizeof(abi.OpCallStruct), op=op.ctypes.data, rows=len(positions))
+        call = structs.OpCallStruct(
+            struct_size=ctypes.sizeof(structs.OpCallStruct), op=op.ctypes.data, rows=len(positions)
+        )
         for i, array in enumerate(arrays):
             call.in_[i], call.in_stride[i] = array.ctypes.data, array.shape[1]
         call.out[0], call.out_stride[0] = out.ctypes.data, out.shape[1]

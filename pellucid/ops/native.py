@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step
 from pellucid.ops.spec import MATRIX_OPERANDS, OP_KINDS, OpSpec
@@ -113,7 +113,7 @@ class NativeBackend:
             abi.run_op(self.context, op, rows, inputs, [place], [weight, None if some is None else _vector(some)])
 
     @staticmethod
-    def _batch(spec: OpSpec, step: Step) -> tuple[abi.BatchStruct | None, object]:
+    def _batch(spec: OpSpec, step: Step) -> tuple[structs.BatchStruct | None, object]:
         if spec.kind in _BATCH_OPS:
             if step.batch is None:
                 raise RuntimeError(f"op {spec.kind} needs a batch: give one to the step")

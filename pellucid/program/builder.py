@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.file import Bytes, aligned, write_program_file
 from pellucid.program.formats import choose_dtypes
@@ -73,14 +73,14 @@ def encode_ops(recording: Recording) -> np.ndarray[Any, Any]:
 
 
 def _encode_op(row: Any, op: RecordedOp, widths: list[int]) -> None:
-    operands = _padded(tuple(o or _NO_OPERAND for o in op.inputs), abi.MAX_IN, _NO_OPERAND)
+    operands = _padded(tuple(o or _NO_OPERAND for o in op.inputs), structs.MAX_IN, _NO_OPERAND)
     row["kind"] = OP_KINDS[op.kind]
     row["in"], row["in_col"], row["in_width"] = zip(*operands, strict=True)
-    row["out"] = _padded(op.outputs, abi.MAX_OUT, -1)
-    row["out_width"] = _padded(tuple(widths[buffer] for buffer in op.outputs), abi.MAX_OUT, 0)
+    row["out"] = _padded(op.outputs, structs.MAX_OUT, -1)
+    row["out_width"] = _padded(tuple(widths[buffer] for buffer in op.outputs), structs.MAX_OUT, 0)
     if op.out_range is not None:
         row["out_col"][0], row["out_width"][0] = op.out_range
-    row["weight"] = _padded(tuple(-1 if w is None else w for w in op.weights), abi.MAX_WEIGHTS, -1)
+    row["weight"] = _padded(tuple(-1 if w is None else w for w in op.weights), structs.MAX_WEIGHTS, -1)
     row["i"] = _padded(op.ints, 6, 0)
     row["f"] = _padded(op.floats, 4, 0.0)
 

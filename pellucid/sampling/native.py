@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray
 from pellucid.sampling.sampler import RowStats, SampledToken, SamplingRow, token_logprobs
@@ -24,8 +24,8 @@ class NativeRow:
     def __init__(self, row: SamplingRow) -> None:
         self.row = row
         params = row.sampling_params
-        self.struct = abi.SampleRowStruct(
-            struct_size=ctypes.sizeof(abi.SampleRowStruct),
+        self.struct = structs.SampleRowStruct(
+            struct_size=ctypes.sizeof(structs.SampleRowStruct),
             repetition_penalty=params.repetition_penalty,
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pellucid.errors import ConfigError, NativeError
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.builder import encode_buffers, encode_ops
@@ -219,7 +219,7 @@ def test_handle_when_closed_then_says_so_and_closes_twice() -> None:
 def test_nulls_and_short_structs_when_passed_then_status_and_no_crash(context: abi.Context) -> None:
     lib = abi.library()
     assert lib.pld_cpu_info_get(None) == INVALID_ARGUMENT
-    assert lib.pld_cpu_info_get(ctypes.byref(abi.CpuInfoStruct(struct_size=8))) == INVALID_ARGUMENT
+    assert lib.pld_cpu_info_get(ctypes.byref(structs.CpuInfoStruct(struct_size=8))) == INVALID_ARGUMENT
     assert b"struct_size is 8" in lib.pld_last_error()
     assert lib.pld_context_create(None, None) == INVALID_ARGUMENT
     assert lib.pld_kv_create(None, None) == INVALID_ARGUMENT
@@ -242,17 +242,17 @@ def test_core_when_many_contexts_come_and_go_then_threads_end() -> None:
 
 
 STRUCTS = {
-    "pld_cpu_info": abi.CpuInfoStruct,
-    "pld_context_params": abi.ContextParamsStruct,
-    "pld_weight": abi.WeightStruct,
-    "pld_kv_params": abi.KVParamsStruct,
-    "pld_batch": abi.BatchStruct,
-    "pld_op_call": abi.OpCallStruct,
-    "pld_program_desc": abi.ProgramDescStruct,
-    "pld_sample_row": abi.SampleRowStruct,
-    "pld_model_params": abi.ModelParamsStruct,
-    "pld_model_info": abi.ModelInfoStruct,
-    "pld_decode_batch": abi.DecodeBatchStruct,
+    "pld_cpu_info": structs.CpuInfoStruct,
+    "pld_context_params": structs.ContextParamsStruct,
+    "pld_weight": structs.WeightStruct,
+    "pld_kv_params": structs.KVParamsStruct,
+    "pld_batch": structs.BatchStruct,
+    "pld_op_call": structs.OpCallStruct,
+    "pld_program_desc": structs.ProgramDescStruct,
+    "pld_sample_row": structs.SampleRowStruct,
+    "pld_model_params": structs.ModelParamsStruct,
+    "pld_model_info": structs.ModelInfoStruct,
+    "pld_decode_batch": structs.DecodeBatchStruct,
 }
 
 

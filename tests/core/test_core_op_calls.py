@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pellucid.errors import NativeError
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.spec import OP_KINDS
 
@@ -49,7 +49,9 @@ class Call:
         row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS[kind], -1, -1, -1
         self.inputs = [np.zeros((ROWS, width), np.float32) for width in in_widths]
         self.outputs = [np.full((ROWS, width), CANARY, np.float32) for width in out_widths]
-        self.struct = abi.OpCallStruct(struct_size=ctypes.sizeof(abi.OpCallStruct), op=self.op.ctypes.data, rows=ROWS)
+        self.struct = structs.OpCallStruct(
+            struct_size=ctypes.sizeof(structs.OpCallStruct), op=self.op.ctypes.data, rows=ROWS
+        )
         for i, array in enumerate(self.inputs):
             row["in"][i], row["in_width"][i] = i, array.shape[1]
             self.struct.in_[i], self.struct.in_stride[i] = array.ctypes.data, array.shape[1]

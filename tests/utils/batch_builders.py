@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.ops import abi
+from pellucid.ops import structs
 
 
 @dataclass
@@ -36,7 +36,7 @@ class BlockBatchState:
 class DecodeBatch:
     """The struct, and the arrays that it points to."""
 
-    struct: abi.DecodeBatchStruct
+    struct: structs.DecodeBatchStruct
     arrays: dict[str, npt.NDArray[np.generic]]
 
 
@@ -65,7 +65,7 @@ def build_decode_batch(
         if block_state is None:
             raise ValueError("layout block needs a block_state")
         width = _add_blocks(arrays, seq_ids, pos_ids, block_size, block_state)
-    struct = abi.DecodeBatchStruct(ctypes.sizeof(abi.DecodeBatchStruct), len(token_ids), width)
+    struct = structs.DecodeBatchStruct(ctypes.sizeof(structs.DecodeBatchStruct), len(token_ids), width)
     for name, array in arrays.items():
         setattr(struct, name, array.ctypes.data)
     return DecodeBatch(struct, arrays)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from utils.batch_builders import DecodeBatch
 
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 
 
 class CoreModel:
@@ -24,7 +24,7 @@ class CoreModel:
             lib.pld_model_open(self.context.handle, str(path).encode(), ctypes.byref(params), ctypes.byref(handle))
         )
         self._model, self.program = handle, lib.pld_model_program(handle)
-        self.info = abi.ModelInfoStruct(struct_size=ctypes.sizeof(abi.ModelInfoStruct))
+        self.info = structs.ModelInfoStruct(struct_size=ctypes.sizeof(structs.ModelInfoStruct))
         abi.check(lib.pld_model_info_get(handle, ctypes.byref(self.info)))
         kv = lib.pld_kv_default_params()
         kv.n_layers, kv.n_kv_heads, kv.head_dim = self.info.n_layers, self.info.n_kv_heads, self.info.head_dim

@@ -56,6 +56,13 @@ class ProgramFile:
             raise WeightFormatError(f"{self.path.name}: section {name!r} is not JSON: {error}") from None
 
 
+def _index_of(sections: dict[str, tuple[int, int]], base: int) -> bytes:
+    """Where the core finds its sections, from the start of the file."""
+    places = [(base + sections[name][0], sections[name][1]) if name in sections else (0, 0) for name in INDEXED]
+    limit = 2**64
+    return b"".join((value % limit).to_bytes(8, "little") for place in places for value in place)
+
+
 def open_program_file(path: Path) -> ProgramFile:
     """Maps a program file and checks every section against the file's size.
 
@@ -83,6 +90,8 @@ def open_program_file(path: Path) -> ProgramFile:
         if offset < 0 or count < 0 or base + offset + count > size or offset % ALIGNMENT:
             raise WeightFormatError(f"{path.name}: section {name!r} [{offset}, +{count}] lies outside {size:,} bytes")
         sections[name] = np.asarray(mapping[base + offset : base + offset + count])
+    if mapping[len(MAGIC) + 8 : start].tobytes() != _index_of(table, base):
+        raise WeightFormatError(f"{path.name}: the index and the header say different things")
     return ProgramFile(path, meta, sections)
 
 
@@ -122,8 +131,7 @@ def write_program_file(
 def _write_small(
     file: BinaryIO, header: bytes, base: int, sections: dict[str, tuple[int, int]], small: dict[str, bytes]
 ) -> None:
-    index = [(base + sections[name][0], sections[name][1]) if name in sections else (0, 0) for name in INDEXED]
-    file.write(MAGIC + len(header).to_bytes(8, "little") + np.array(index, "<u8").tobytes() + header)
+    file.write(MAGIC + len(header).to_bytes(8, "little") + _index_of(sections, base) + header)
     for name, content in small.items():
         file.seek(base + sections[name][0])
         file.write(content)

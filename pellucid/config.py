@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
 QUANTIZATIONS = ("int8", "int8_channel", "int4")
 POLICIES = ("mixed", "prefill_first")
+SPECULATIVE_METHODS = ("ngram",)
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -44,6 +45,12 @@ class EngineConfig:
     max_num_seqs: int = _setting(32, "Most requests that run at once, 1 to 1,024.")
     max_num_batched_tokens: int = _setting(512, "Most tokens computed in one step, 1 to 65,536.")
     policy: str = _setting("mixed", "Scheduling: mixed or prefill_first.")
+    async_scheduling: bool = _setting(False, "Plan the next step while the core executes this one.")
+    speculative_method: str | None = _setting(None, "Guess tokens ahead: ngram, from the request's own text.")
+    num_speculative_tokens: int = _setting(4, "Most tokens guessed at once, 1 to 16.")
+    prompt_lookup_min: int = _setting(2, "Fewest last tokens that must occur earlier for a guess, 1 to 16.")
+    prompt_lookup_max: int = _setting(4, "Most last tokens that are looked for, 1 to 16.")
+    speculative_max_num_seqs: int = _setting(4, "No guesses while more requests than this run, 1 to 1,024.")
     enable_prefix_caching: bool = _setting(True, "Share the blocks of equal prompt beginnings.")
     num_threads: int = _setting(0, "Threads of the core; 0: one for each physical core.")
     device: str = _setting("cpu", "Where the model runs: cpu.")
@@ -60,6 +67,11 @@ class EngineConfig:
             problem = check(value)
             if problem:
                 raise ConfigError(f"{name} is {value!r}; {problem}")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"prompt_lookup_min is {self.prompt_lookup_min}; it must be at most prompt_lookup_max, "
+                f"{self.prompt_lookup_max}"
+            )
 
     @classmethod
     def from_kwargs(cls, model: str | Path, kwargs: Mapping[str, Any]) -> EngineConfig:
@@ -130,6 +142,12 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_num_seqs": _integer(1, 1024),
     "max_num_batched_tokens": _integer(1, 65_536),
     "policy": _one_of(*POLICIES),
+    "async_scheduling": _boolean,
+    "speculative_method": lambda value: None if value is None else _one_of(*SPECULATIVE_METHODS)(value),
+    "num_speculative_tokens": _integer(1, 16),
+    "prompt_lookup_min": _integer(1, 16),
+    "prompt_lookup_max": _integer(1, 16),
+    "speculative_max_num_seqs": _integer(1, 1024),
     "enable_prefix_caching": _boolean,
     "num_threads": _integer(0, 256),
     "device": _one_of("cpu"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 
 StepKind = Literal["prefill", "decode", "mixed", "none"]
+
+# Why a request waits that is not the head of the queue.
+WAIT_BEHIND_HEAD = "head of the queue waits"
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,11 @@ class NewRequest:
     eos_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class PlanEntry:
-    """One request's part of a step: compute tokens [start, start + num_tokens)."""
+class PlanEntry(NamedTuple):
+    """One request's part of a step: compute tokens [start, start + num_tokens).
+
+    A token that a plan in flight samples is known to the executor alone; it stands for the last token that is no draft.
+    """
 
     request_id: str
     start: int
@@ -36,6 +42,44 @@ class PlanEntry:
     samples: bool  # the last row is sampled from: the request has caught up with itself
     new_block_ids: tuple[int, ...] = ()
     num_cached_tokens: int = 0  # prefix hit, on the first entry after admission
+    draft_token_ids: tuple[int, ...] = ()  # guesses, the last of `num_tokens`: each is sampled for and may be refused
+
+
+class WaitingReasons(Mapping[str, str]):
+    """Each waiting request, in queue order, with the reason why it waits. The head has its own, the others wait for it."""
+
+    __slots__ = ("_head_reason", "_request_ids")
+
+    def __init__(self, request_ids: tuple[str, ...] = (), head_reason: str = WAIT_BEHIND_HEAD) -> None:
+        self._request_ids, self._head_reason = request_ids, head_reason
+
+    def __getitem__(self, request_id: str) -> str:
+        if self._request_ids and request_id == self._request_ids[0]:
+            return self._head_reason
+        if request_id in self._request_ids:
+            return WAIT_BEHIND_HEAD
+        raise KeyError(request_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._request_ids)
+
+    def __len__(self) -> int:
+        return len(self._request_ids)
+
+    def __repr__(self) -> str:
+        return repr(self.as_dict())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self.as_dict() == dict(other)
+
+    __hash__ = None  # type: ignore[assignment]  # equal to dicts, which have none
+
+    def as_dict(self) -> dict[str, str]:
+        """The same as a dict."""
+        reasons = dict.fromkeys(self._request_ids, WAIT_BEHIND_HEAD)
+        if self._request_ids:
+            reasons[self._request_ids[0]] = self._head_reason
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -48,12 +92,24 @@ class StepPlan:
     new_requests: tuple[NewRequest, ...] = ()
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()  # ended since the last plan: the executor forgets them
-    waiting: dict[str, str] = field(default_factory=dict)
+    waiting: Mapping[str, str] = field(default_factory=WaitingReasons)
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(entry.num_tokens for entry in self.entries)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Those of them that are drafts."""
+        return sum(len(entry.draft_token_ids) for entry in self.entries)
+
+
+class AcceptedDraft(NamedTuple):
+    """A draft that came out as sampled: as good as a sampled token."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -65,5 +121,8 @@ class ModelRunnerOutput:
     # (start, rows for prompt positions start + 1 and on that this step's chunk computed), where asked for
     prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)  # requests that failed alone, e.g. logits that are not finite
+    # the drafts of a request that stand, in order, before its sampled token; no key where none does
+    accepted_drafts: dict[str, list[AcceptedDraft]] = field(default_factory=dict)
     execute_seconds: float = 0.0
     sample_seconds: float = 0.0
+    idle_seconds: float = 0.0  # between the end of the step before and the beginning of this one's forward pass

@@ -28,10 +28,11 @@ class EngineClient:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        stream: bool = True,
     ) -> str:
-        """Queues one request and gives its id. Raises as `LLMEngine.add_request` does."""
+        """Queues one request and gives its id. Without `stream` it has no chunks. Raises as `LLMEngine.add_request` does."""
         request_id = self.engine.add_request(
-            inputs, params, request_id=request_id, priority=priority, cache_salt=cache_salt
+            inputs, params, request_id=request_id, priority=priority, cache_salt=cache_salt, stream=stream
         )
         self._finished.pop(request_id, None)
         self._history[request_id] = ["waiting"]
@@ -44,8 +45,8 @@ class EngineClient:
     def step_outputs(self) -> StepOutputs:
         """Runs one step; gives its chunks as well."""
         outputs = self.engine.step()
-        for request_id, state in self.engine.output.requests.items():
-            self._note(request_id, state.status)
+        for state in self.engine.output.take_moved():
+            self._note(state.request_id, state.status)
         for output in outputs.finished:
             self._note(output.request_id, output.status)
             self._finished[output.request_id] = output

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from pellucid.config import EngineConfig
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.output import OutputProcessor, RequestState
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
-from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
+from pellucid.executor.worker import PlanWorker, Task
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams, check_vocabulary
 from pellucid.plan import ModelRunnerOutput, StepPlan
@@ -30,6 +33,23 @@ class StepOutputs:
 
     chunks: list[StreamChunk] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Executed:
+    output: ModelRunnerOutput
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step between planning and booking."""
+
+    plan: StepPlan
+    task: Task[StepPlan, _Executed]
+    running: list[str]  # ids, as it was planned
+    schedule_seconds: float
+    is_first: bool  # after the engine had nothing to do
 
 
 class LLMEngine:
@@ -63,6 +83,8 @@ class LLMEngine:
             config.max_num_batched_tokens,
             self.max_model_len,
             "prefill_first" if config.policy == "prefill_first" else "mixed",
+            async_scheduling=config.async_scheduling,
+            drafts=_drafts(config),
         )
         self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
         self.output = OutputProcessor(tokenizer)
@@ -71,6 +93,10 @@ class LLMEngine:
         self._numbers = itertools.count()
         self._choice_ids: dict[str, list[str]] = {}
         self._ended_outside: list[TokenEvent] = []
+        self._in_flight: deque[_Step] = deque()
+        self._is_idle = True
+        self._execute = partial(_execute, executor, clock)
+        self._worker = PlanWorker(self._execute) if config.async_scheduling else None
         self._closed = False
 
     # ---- commands -------------------------------------------------------------------------------------------------
@@ -83,8 +109,10 @@ class LLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        stream: bool = True,
     ) -> str:
-        """Queues a request and gives its id.
+        """Queues a request and gives its id. Without `stream` nobody reads its chunks: it has none, and its text is made when
+        it ends.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit; nothing was queued.
@@ -112,7 +140,7 @@ class LLMEngine:
                 self.scheduler.forget(choice_id)
             raise
         choices = [self.output.new_choice(i, params, seed, token_ids) for i in range(params.n)]
-        state = RequestState(request_id, text, token_ids, params, choices, self._clock())
+        state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
         self.output.add(state, added)
         return request_id
@@ -129,114 +157,143 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        """True while a step could bring something."""
+        """True while a step could bring something. A step in flight for requests that have all ended does not."""
         return self.scheduler.has_unfinished or bool(self._ended_outside)
 
     def close(self) -> None:
         """Frees the executor and the trace; harmless when called again."""
         if not self._closed:
             self._closed = True
+            if self._worker is not None:
+                self._worker.close()
             self.executor.close()
             self.trace.close()
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutputs:
-        """Runs one step. With nothing to do it returns at once.
+        """Brings the results of one step; with nothing to do it returns at once.
+
+        With `async_scheduling` the step after it is planned and handed over before the results of this one are waited for,
+        so that the core goes on while they are processed and read.
 
         Raises:
             EngineDeadError: the engine was closed.
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
-        began = self._clock()
-        plan = self.scheduler.schedule()
-        scheduled = self._clock()
-        result = self._execute(plan)
-        executed = self._clock()
-        self._book_admissions(plan, scheduled)
-        self._book_prompt_logprobs(result)
-        events = self.scheduler.apply(plan, result, self.output.stop_check)
-        outputs = self._process(self._ended_outside + events, result, executed)
-        self._ended_outside = []
-        if plan.entries:
-            seconds = (scheduled - began, executed - scheduled, self._clock() - executed)
-            self.trace.record(self._record(plan, events, seconds, result.sample_seconds))
+        if not self._in_flight:
+            self._launch()
+        if self._worker is not None and self._in_flight and not self.scheduler.drafts_now:
+            self._launch()
+        outputs = self._land() if self._in_flight else self._process([], self._clock())
         if self._check_every_step or not self.scheduler.has_unfinished:
             self.scheduler.check_invariants()
         return outputs
 
-    def _execute(self, plan: StepPlan) -> ModelRunnerOutput:
-        """Runs a plan; when the core refuses it, the requests of the plan end with its reason and the engine lives on."""
+    def _launch(self) -> None:
+        """Plans a step and has it executed, at once or by the worker. A step that has nothing to execute is not in flight."""
+        began = self._clock()
+        plan = self.scheduler.schedule()
         if not (plan.entries or plan.finished or plan.preempted):
-            return ModelRunnerOutput({})
-        try:
-            return self.executor.execute(plan)
-        except NativeError as error:
-            return ModelRunnerOutput({}, errors={entry.request_id: str(error) for entry in plan.entries})
+            return
+        planned = self._clock()
+        running = [request.request_id for request in self.scheduler.running]
+        self._book_admissions(plan, planned)
+        task = self._put(plan)
+        step = _Step(plan, task, running, planned - began, is_first=self._is_idle)
+        self._is_idle = self._is_idle and not plan.entries
+        self._in_flight.append(step)
 
-    def _process(self, events: Sequence[TokenEvent], result: ModelRunnerOutput, now: float) -> StepOutputs:
-        moved: dict[str, RequestState] = {}
+    def _put(self, plan: StepPlan) -> Task[StepPlan, _Executed]:
+        if self._worker is not None:
+            return self._worker.put(plan)
+        task: Task[StepPlan, _Executed] = Task(plan)
+        task.run(self._execute)
+        return task
+
+    def _land(self) -> StepOutputs:
+        """Books the oldest step in flight."""
+        self._in_flight[0].task.wait()  # an interrupt leaves it in flight
+        step = self._in_flight.popleft()
+        executed = step.task.result()
+        result, began = executed.output, self._clock()
+        for choice_id in result.prompt_logprobs.keys() & self.scheduler.living(step.plan):
+            self.output.add_prompt_logprobs(choice_id, *result.prompt_logprobs[choice_id])
+        stop_check = self.output.stop_check if self.output.watches_stops else None
+        events = self.scheduler.apply(step.plan, result, stop_check)
+        outputs = self._process(events, began)
+        if step.plan.entries:
+            self.trace.record(self._record(step, executed, events, self._clock() - began))
+        self._is_idle = not self.scheduler.has_unfinished
+        return outputs
+
+    def _process(self, events: Sequence[TokenEvent], now: float) -> StepOutputs:
+        if self._ended_outside:
+            events = [*self._ended_outside, *events]
+            self._ended_outside = []
+        streams: dict[str, RequestState] = {}
+        finished: list[RequestState] = []
         for event in events:
-            state = self.output.state_of(event.request_id)
-            moved[state.request_id] = state
-            if event.token_id is not None:
-                logprobs = result.logprobs.get(event.request_id)
-                self.output.add_token(event.request_id, event.token_id, logprobs, now)
+            state = self.output.add_token(event, now)
             if event.finish_status is not None:
-                self._finish(state, event, now)
-        chunks = [chunk for state in moved.values() for chunk in self.output.take_chunks(state)]
-        finished = [state for state in moved.values() if state.finished]
+                self._finish(state, event, event.finish_status, now)
+                if state.finished:
+                    finished.append(state)
+            if state.stream:
+                streams[state.request_id] = state
+        chunks = [chunk for state in streams.values() for chunk in self.output.take_chunks(state)]
         for state in finished:
             del self._choice_ids[state.request_id]
         return StepOutputs(chunks, [state.to_output() for state in finished])
 
-    def _finish(self, state: RequestState, event: TokenEvent, now: float) -> None:
+    def _finish(self, state: RequestState, event: TokenEvent, status: RequestStatus, now: float) -> None:
         request = self.scheduler.get(event.request_id)
         if request is not None:
             state.num_preemptions += request.num_preemptions
             self.scheduler.forget(event.request_id)
-        if event.finish_status is not None:
-            self.output.finish(event.request_id, event.finish_status, event.stop_reason, event.error, now)
+        self.output.finish(event, status, now)
 
     def _book_admissions(self, plan: StepPlan, now: float) -> None:
         for new in plan.new_requests:
             state = self.output.state_of(new.request_id)
             state.scheduled_at = now if state.scheduled_at is None else state.scheduled_at
-        running = RequestStatus.RUNNING
-        for entry in plan.entries:
-            state = self.output.state_of(entry.request_id)
-            state.num_cached_tokens = max(state.num_cached_tokens, entry.num_cached_tokens)
-            self.output.set_status(entry.request_id, running)
+            self.output.set_status(new.request_id, RequestStatus.RUNNING)
+        if plan.new_requests:
+            for entry in plan.entries:
+                if entry.num_cached_tokens:
+                    state = self.output.state_of(entry.request_id)
+                    state.num_cached_tokens = max(state.num_cached_tokens, entry.num_cached_tokens)
         for request_id in plan.preempted:
             self.output.set_status(request_id, RequestStatus.PREEMPTED)
 
-    def _book_prompt_logprobs(self, result: ModelRunnerOutput) -> None:
-        for choice_id, (start, rows) in result.prompt_logprobs.items():
-            self.output.add_prompt_logprobs(choice_id, start, rows)
-
     def _record(
-        self, plan: StepPlan, events: list[TokenEvent], seconds: tuple[float, float, float], sample_seconds: float
+        self, step: _Step, executed: _Executed, events: Sequence[TokenEvent], output_seconds: float
     ) -> StepRecord:
+        plan, output = step.plan, executed.output
+        finished = [event.request_id for event in events if event.finish_status is not None]
         used = self.block_manager.num_used_blocks
         return StepRecord(
             step=plan.step_id,
             kind=plan.kind,
-            waiting=[request.request_id for request in self.scheduler.waiting],
-            running=[request.request_id for request in self.scheduler.running],
-            request_outputs=[event.request_id for event in events if event.token_id is not None],
-            finished_requests=[event.request_id for event in events if event.finish_status is not None],
+            waiting=list(plan.waiting),
+            running=[request_id for request_id in step.running if request_id not in finished],
+            request_outputs=list(dict.fromkeys([event.request_id for event in events if event.token_id is not None])),
+            finished_requests=finished,
             n_reserved_blocks=used,
             n_used_blocks=used,
             n_free_blocks=self.block_manager.num_free_blocks,
-            n_prefix_hits=sum(1 for entry in plan.entries if entry.num_cached_tokens),
+            n_prefix_hits=sum([1 for entry in plan.entries if entry.num_cached_tokens]) if plan.new_requests else 0,
             tokens={entry.request_id: entry.num_tokens for entry in plan.entries},
             preempted=list(plan.preempted),
-            schedule_seconds=seconds[0],
-            execute_seconds=seconds[1],
-            sample_seconds=sample_seconds,
-            output_seconds=seconds[2],
-            waiting_reasons=dict(plan.waiting),
+            schedule_seconds=step.schedule_seconds,
+            execute_seconds=executed.seconds,
+            sample_seconds=output.sample_seconds,
+            output_seconds=output_seconds,
+            idle_seconds=0.0 if step.is_first else output.idle_seconds,
+            n_draft_tokens=plan.num_draft_tokens,
+            n_accepted_tokens=sum(map(len, output.accepted_drafts.values())),
+            waiting_reasons=plan.waiting,
         )
 
     # ---- checking a request ---------------------------------------------------------------------------------------
@@ -308,3 +365,24 @@ class LLMEngine:
         spellings = [text for word in params.bad_words for text in (word, " " + word.lstrip())]
         encoded = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in spellings]
         return tuple(dict.fromkeys(encoded))
+
+
+def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> _Executed:
+    """Runs a plan; when the core refuses it, the requests of the plan end with its reason and the engine lives on."""
+    began = clock()
+    try:
+        output = executor.execute(plan)
+    except NativeError as error:
+        output = ModelRunnerOutput({}, errors={entry.request_id: str(error) for entry in plan.entries})
+    return _Executed(output, clock() - began)
+
+
+def _drafts(config: EngineConfig) -> DraftConfig | None:
+    if config.speculative_method is None:
+        return None
+    return DraftConfig(
+        config.num_speculative_tokens,
+        config.prompt_lookup_min,
+        config.prompt_lookup_max,
+        config.speculative_max_num_seqs,
+    )

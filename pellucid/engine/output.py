@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
+from pellucid.engine.scheduler import TokenEvent
 from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
 from pellucid.params import SamplingParams
 from pellucid.text.detokenizer import IncrementalDetokenizer
@@ -19,6 +20,7 @@ class ChoiceState:
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer | None
     stop: StopChecker | None
+    num_checked: int = 0  # tokens that `stop_check` has seen
     unsent_text: str = ""
     unsent_token_ids: list[int] = field(default_factory=list)
     unsent_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -36,6 +38,7 @@ class RequestState:
     params: SamplingParams
     choices: list[ChoiceState]
     submitted_at: float
+    stream: bool = True  # somebody reads chunks; else text is made when a choice ends
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     scheduled_at: float | None = None
@@ -85,12 +88,15 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self.requests: dict[str, RequestState] = {}
         self._choices: dict[str, tuple[RequestState, ChoiceState]] = {}
+        self._num_with_stops = 0  # living choices that have stop strings
+        self._moved: dict[str, RequestState] = {}  # requests with a choice whose status changed
 
     def add(self, state: RequestState, choice_ids: list[str]) -> None:
         """Begins to follow a request."""
         self.requests[state.request_id] = state
         for choice_id, choice in zip(choice_ids, state.choices, strict=True):
             self._choices[choice_id] = (state, choice)
+            self._num_with_stops += choice.stop is not None
 
     def new_choice(self, index: int, params: SamplingParams, seed: int, prompt_token_ids: list[int]) -> ChoiceState:
         """An empty choice with its own detokeniser and stop strings."""
@@ -109,35 +115,49 @@ class OutputProcessor:
         """The request that a choice belongs to."""
         return self._choices[choice_id][0]
 
+    @property
+    def watches_stops(self) -> bool:
+        """True while a living choice has stop strings: then `stop_check` must see its tokens."""
+        return self._num_with_stops > 0
+
     def stop_check(self, choice_id: str, token_id: int) -> str | None:
-        """Takes a token that is neither eos nor a stop token into the text; the stop string that it completes, if any."""
+        """Takes a token that is neither eos nor a stop token into the text, where there are stop strings; the one that it
+        completes, if any."""
         state, choice = self._choices[choice_id]
-        if choice.detokenizer is None:
+        if choice.detokenizer is None or choice.stop is None:
             return None
-        delta = choice.detokenizer.add([token_id])
-        if choice.stop is None:
-            self._release(choice, delta)
-            return None
+        choice.num_checked += 1
+        delta = choice.detokenizer.add((token_id,))
         released, matched = choice.stop.push(delta)
         self._release(choice, released)
         # A stop string that ends before the least number of tokens is part of the text.
-        if matched is not None and len(choice.output.token_ids) + 1 <= state.params.min_tokens:
+        if matched is not None and choice.num_checked <= state.params.min_tokens:
             self._release(choice, "" if state.params.include_stop_str_in_output else matched)
             choice.stop = StopChecker(state.params.stop, state.params.include_stop_str_in_output)
             return None
         return matched
 
-    def add_token(self, choice_id: str, token_id: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Books a token; its text came through `stop_check`, unless it ended the request by itself."""
-        state, choice = self._choices[choice_id]
-        choice.output.token_ids.append(token_id)
-        choice.unsent_token_ids.append(token_id)
-        state.first_token_at = now if state.first_token_at is None else state.first_token_at
-        if logprobs is not None and choice.output.logprobs is not None:
+    def add_token(self, event: TokenEvent, now: float) -> RequestState:
+        """Books the token of an event. Its text came through `stop_check` where there are stop strings; else it is made here
+        while somebody reads it, or all at once when the choice ends."""
+        state, choice = self._choices[event.request_id]
+        output, logprobs, token_id = choice.output, event.logprobs, event.token_id
+        if token_id is None:
+            return state
+        output.token_ids.append(token_id)
+        if state.first_token_at is None:
+            state.first_token_at = now
+        if state.stream:
+            choice.unsent_token_ids.append(token_id)
+            if choice.stop is None and choice.detokenizer is not None and not _ends_by_id(event):
+                self._release(choice, choice.detokenizer.add((token_id,)))
+        if logprobs is not None and output.logprobs is not None:
             entry = self.logprob_dict(logprobs)
-            choice.output.logprobs.append(entry)
-            choice.unsent_logprobs.append(entry)
-            choice.output.cumulative_logprob = (choice.output.cumulative_logprob or 0.0) + logprobs.logprob
+            output.logprobs.append(entry)
+            if state.stream:
+                choice.unsent_logprobs.append(entry)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs.logprob
+        return state
 
     def add_prompt_logprobs(self, choice_id: str, start: int, rows: list[TokenLogprobs]) -> None:
         """Books the rows of prompt positions `start` + 1 and on; position 0 has none. Positions computed twice are kept once."""
@@ -149,31 +169,45 @@ class OutputProcessor:
 
     def set_status(self, choice_id: str, status: RequestStatus) -> None:
         """Notes where a choice stands."""
-        self._choices[choice_id][1].status = status
+        state, choice = self._choices[choice_id]
+        choice.status = status
+        self._moved[state.request_id] = state
 
-    def finish(
-        self, choice_id: str, status: RequestStatus, stop_reason: int | str | None, error: str | None, now: float
-    ) -> RequestState:
+    def take_moved(self) -> list[RequestState]:
+        """The requests whose status may have changed since the last call."""
+        moved = list(self._moved.values())
+        self._moved.clear()
+        return moved
+
+    def finish(self, event: TokenEvent, status: RequestStatus, now: float) -> RequestState:
         """Ends a choice: text that was held back is released, unless a stop string cut it."""
-        state, choice = self._choices.pop(choice_id)
+        state, choice = self._choices.pop(event.request_id)
+        self._num_with_stops -= choice.stop is not None
         if choice.detokenizer is not None:
+            if choice.stop is None and not state.stream:
+                known = len(choice.output.token_ids) - _ends_by_id(event)
+                self._release(choice, choice.detokenizer.add(choice.output.token_ids[:known]))
             tail = choice.detokenizer.flush()
             if choice.stop is None:
                 self._release(choice, tail)
-            elif not (status is RequestStatus.FINISHED_STOPPED and isinstance(stop_reason, str)):
+            elif not (status is RequestStatus.FINISHED_STOPPED and isinstance(event.stop_reason, str)):
                 released, _ = choice.stop.push(tail)
                 self._release(choice, released + choice.stop.flush())
         choice.status = status
         choice.output.finish_reason = FINISH_REASONS[status]
-        choice.output.stop_reason, choice.output.error = stop_reason, error
+        choice.output.stop_reason, choice.output.error = event.stop_reason, event.error
+        self._moved[state.request_id] = state
         if state.finished:
             state.finished_at = now
-            del self.requests[state.request_id]
+            del self.requests[state.request_id], self._moved[state.request_id]
         return state
 
     def take_chunks(self, state: RequestState) -> list[StreamChunk]:
-        """What is new in each choice since the last call; each choice has exactly one chunk with a finish reason."""
-        chunks = []
+        """What is new in each choice since the last call; each choice has exactly one chunk with a finish reason. None for a
+        request that nobody reads."""
+        chunks: list[StreamChunk] = []
+        if not state.stream:
+            return chunks
         for choice in state.choices:
             ends = choice.output.finished and not choice.end_sent
             if choice.unsent_text or choice.unsent_token_ids or ends:
@@ -211,3 +245,8 @@ class OutputProcessor:
     def _release(choice: ChoiceState, text: str) -> None:
         choice.output.text += text
         choice.unsent_text += text
+
+
+def _ends_by_id(event: TokenEvent) -> bool:
+    """True when the token itself ends the choice, as eos or stop token: it is then no part of the text."""
+    return event.finish_status is RequestStatus.FINISHED_STOPPED and not isinstance(event.stop_reason, str)

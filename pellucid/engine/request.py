@@ -8,6 +8,7 @@ from enum import Enum
 from pellucid.errors import InvariantError
 from pellucid.outputs import FinishReason
 from pellucid.params import SamplingParams
+from pellucid.sampling.speculative import PromptLookup
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Request:
     """The state of one request. Mutated by the scheduler and the block manager alone; everybody else reads.
 
     A step lets `num_computed_tokens` catch up with `num_tokens` (prompt + outputs). Tokens that stand in a plan which
-    has not been applied yet are `num_scheduled_tokens`; the next plan starts after them.
+    has not been applied yet are `num_scheduled_tokens`; the next plan starts after them. Outputs that plans in flight
+    will bring, where the scheduler plans ahead, are `num_placeholders`: they can be computed before they are known here.
     """
 
     __slots__ = (
@@ -83,9 +85,12 @@ class Request:
         "error",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_placeholders",
         "num_preemptions",
         "num_scheduled_tokens",
         "output_token_ids",
+        "prompt_lookup",
+        "request_id",
         "sequence",
         "status",
         "stop_reason",
@@ -94,25 +99,24 @@ class Request:
 
     def __init__(self, core: EngineCoreRequest, sequence: int = 0) -> None:
         self.core = core
+        self.request_id = core.request_id
         self.sequence = sequence  # number of arrival
         self.status = RequestStatus.WAITING
         self.output_token_ids: list[int] = []
         self.token_ids: list[int] = list(core.prompt_token_ids)  # prompt, then outputs
         self.num_computed_tokens = 0  # tokens whose K/V stand in the blocks
         self.num_scheduled_tokens = 0
+        self.num_placeholders = 0
         self.num_cached_tokens = 0  # prefix hit at the first admission
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # chain over the full blocks of token_ids, grown on demand by BlockManager
         self.num_preemptions = 0
+        self.prompt_lookup: PromptLookup | None = None  # where drafts come from, made when the first are asked for
         self.error: str | None = None
         self.stop_reason: int | str | None = None
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens} tokens)"
-
-    @property
-    def request_id(self) -> str:
-        return self.core.request_id
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -150,13 +154,14 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Known tokens that no plan has taken yet."""
-        return self.num_tokens - self.next_start
+        """Tokens that no plan has taken yet. Not above 0 while drafts are in flight."""
+        known = len(self.token_ids) + self.num_placeholders
+        return known - self.num_computed_tokens - self.num_scheduled_tokens
 
     @property
     def is_prefill(self) -> bool:
         """True when more than the newest output is still to be computed: a prompt, a chunk, or a resumed request."""
-        return self.num_pending_tokens > 1 or not self.output_token_ids
+        return self.num_pending_tokens > 1 or not (self.output_token_ids or self.num_placeholders)
 
     @property
     def is_finished(self) -> bool:
@@ -186,3 +191,8 @@ class Request:
         if status not in TRANSITIONS[self.status]:
             raise InvariantError(f"request {self.request_id!r} cannot go from {self.status.value} to {status.value}")
         self.status = status
+
+
+def queue_key(request: Request) -> tuple[int, int]:
+    """`Request.queue_key`, to sort by."""
+    return request.queue_key

@@ -1,42 +1,40 @@
 """What runs next. A pure state machine: no torch, no clock, no I/O.
 
 `schedule()` makes a plan, somebody executes it, `apply()` books the result. One arithmetic serves prefill, chunk,
-decode, resumption and prefix hits: a step lets `num_computed_tokens` catch up with `num_tokens` under a token budget.
-`schedule()` may be called again before the plan before was applied: it then takes only tokens that are already known.
+decode, resumption, prefix hits and draft verification: a step lets `num_computed_tokens` catch up with `num_tokens` under
+a token budget. `schedule()` may be called again before the plan before was applied. It then takes only tokens that are
+already known or, with `async_scheduling`, also the one that the plan in flight samples, whose place it keeps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.policies import POLICIES
-from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus
+from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus, queue_key
+from pellucid.engine.step import WAIT_REASONS, Step
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
-from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepKind, StepPlan
+from pellucid.outputs import TokenLogprobs
+from pellucid.plan import AcceptedDraft, ModelRunnerOutput, PlanEntry, StepPlan
+
+__all__ = ["WAIT_REASONS", "DraftConfig", "RequestScheduler", "SchedulerConfig", "TokenEvent"]
 
 StopCheck = Callable[[str, int], "str | None"]
 
-# Why a waiting request waits: the closed set of reasons, with their numbers.
-WAIT_NO_BLOCKS = "no free blocks: needs {needs}, {free} free"
-WAIT_MAX_NUM_SEQS = "max_num_seqs {limit} reached"
-WAIT_BUDGET_SPENT = "token budget of {budget} spent"
-WAIT_BUDGET_SHORT = "token budget of {budget}: needs {needs}, {left} left"
-WAIT_SHARED_PROMPT = "waits for the shared prompt of its first choice"
-WAIT_PREEMPTING = "blocks are short: {preempted} preempted in this step"
-WAIT_BEHIND_HEAD = "head of the queue waits"
-WAIT_REASONS = (
-    WAIT_NO_BLOCKS,
-    WAIT_MAX_NUM_SEQS,
-    WAIT_BUDGET_SPENT,
-    WAIT_BUDGET_SHORT,
-    WAIT_SHARED_PROMPT,
-    WAIT_PREEMPTING,
-    WAIT_BEHIND_HEAD,
-)
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Prompt lookup: at most `num_tokens` drafts a request and step, found by tails of `shortest` to `longest` tokens, while
+    at most `max_num_seqs` requests run."""
+
+    num_tokens: int
+    shortest: int
+    longest: int
+    max_num_seqs: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SchedulerConfig:
 
     `max_num_seqs`: requests running at once. `max_num_batched_tokens`: tokens computed in one step. `max_model_len`:
     prompt + outputs of one request. `max_prefill_chunk`: most tokens of one prompt in one step (policy `mixed` only;
-    None: the budget).
+    None: the budget). `async_scheduling`: plans may count on tokens that plans in flight sample. `drafts`: None for none.
 
     Raises:
         ConfigError: a limit is below 1, or the policy is not known or does not cut prompts.
@@ -56,6 +54,8 @@ class SchedulerConfig:
     max_model_len: int
     policy: Literal["mixed", "prefill_first"] = "mixed"
     max_prefill_chunk: int | None = None
+    async_scheduling: bool = False
+    drafts: DraftConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_prefill_chunk"):
@@ -68,15 +68,15 @@ class SchedulerConfig:
             raise ConfigError(f"max_prefill_chunk {self.max_prefill_chunk}: prefill_first computes whole prompts")
 
 
-@dataclass(frozen=True)
-class TokenEvent:
-    """News of one request from one step: a token, an ending, or both."""
+class TokenEvent(NamedTuple):
+    """News of one request from one step: a token, an ending, or both. A step brings several where drafts were accepted."""
 
     request_id: str
     token_id: int | None = None
     finish_status: RequestStatus | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class RequestScheduler:
@@ -91,6 +91,7 @@ class RequestScheduler:
         self.block_manager = block_manager
         self._requests: dict[str, Request] = {}  # all records, finished ones until they are forgotten
         self._waiting: list[Request] = []  # sorted by queue_key
+        self._waiting_ids: tuple[str, ...] | None = ()  # of the same; None when they have changed
         self._running: list[Request] = []  # in order of admission
         self._finished: list[str] = []  # ended since the last plan
         self._in_flight: dict[int, dict[str, Request]] = {}  # step id -> living requests of a plan not yet applied
@@ -121,6 +122,24 @@ class RequestScheduler:
     def running(self) -> tuple[Request, ...]:
         """Running requests in order of admission."""
         return tuple(self._running)
+
+    @property
+    def head(self) -> Request:
+        """The waiting request that comes in next. There must be one."""
+        return self._waiting[0]
+
+    @property
+    def waiting_ids(self) -> tuple[str, ...]:
+        """Ids of the waiting requests in queue order."""
+        if self._waiting_ids is None:
+            self._waiting_ids = tuple([request.request_id for request in self._waiting])
+        return self._waiting_ids
+
+    @property
+    def drafts_now(self) -> bool:
+        """True when the next plan may hold drafts: they follow tokens that must be known."""
+        drafts = self.config.drafts
+        return drafts is not None and len(self._running) <= drafts.max_num_seqs
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.running
@@ -160,7 +179,8 @@ class RequestScheduler:
         request = Request(core, sequence=self._num_arrivals)
         self._num_arrivals += 1
         self._requests[core.request_id] = request
-        insort(self._waiting, request, key=_queue_key)
+        insort(self._waiting, request, key=queue_key)
+        self._waiting_ids = None
         return request
 
     def cancel(self, request_id: str) -> bool:
@@ -206,15 +226,13 @@ class RequestScheduler:
 
     def schedule(self) -> StepPlan:
         """The next step; of kind `none` when nothing can run. Executors drop `finished`, then take `new_requests`."""
-        step = _Step(self)
+        step = Step(self)
         POLICIES[self.config.policy](step)
         plan = step.plan(self._next_step_id, tuple(self._finished))
         self._next_step_id += 1
         self._finished.clear()
         if plan.entries:
-            self._in_flight[plan.step_id] = {
-                entry.request_id: self._requests[entry.request_id] for entry in plan.entries
-            }
+            self._in_flight[plan.step_id] = step.requests
         return plan
 
     def apply(self, plan: StepPlan, output: ModelRunnerOutput, stop_check: StopCheck | None = None) -> list[TokenEvent]:
@@ -229,36 +247,68 @@ class RequestScheduler:
         if plan.entries and plan.step_id not in self._in_flight:
             raise InvariantError(f"step {plan.step_id} is not in flight; in flight: {sorted(self._in_flight)}")
         requests = self._in_flight.pop(plan.step_id, {})
-        events = []
+        events: list[TokenEvent] = []
         for entry in plan.entries:
             request = requests.get(entry.request_id)
-            if request is not None and not request.is_finished:
-                event = self._apply_entry(request, entry, output, stop_check)
-                if event is not None:
-                    events.append(event)
+            if request is not None:
+                self._apply_entry(request, entry, output, stop_check, events)
         return events
+
+    def living(self, plan: StepPlan) -> Set[str]:
+        """The requests of a plan in flight that have neither ended nor been preempted since."""
+        return self._in_flight.get(plan.step_id, {}).keys()
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
     def _apply_entry(
-        self, request: Request, entry: PlanEntry, output: ModelRunnerOutput, stop_check: StopCheck | None
-    ) -> TokenEvent | None:
-        error = output.errors.get(request.request_id)
-        token_id = output.sampled_token_ids.get(request.request_id)
+        self,
+        request: Request,
+        entry: PlanEntry,
+        output: ModelRunnerOutput,
+        stop_check: StopCheck | None,
+        events: list[TokenEvent],
+    ) -> None:
+        request_id = entry.request_id
+        token_id = output.sampled_token_ids.get(request_id)
+        error = output.errors.get(request_id)
         if error is None and entry.samples and token_id is None:
             error = f"step {entry.start} + {entry.num_tokens} tokens gave no sampled token"
+        drafts = output.accepted_drafts.get(request_id, ()) if entry.draft_token_ids else ()
+        if error is None or drafts:
+            request.num_scheduled_tokens -= entry.num_tokens
+            self._book_computed(request, entry.num_tokens - len(entry.draft_token_ids))
+        for draft in drafts:
+            if self._apply_draft(request, draft, stop_check, events):
+                return
         if error is not None:
             self._end(request, RequestStatus.FINISHED_ERROR, error=error)
-            return TokenEvent(request.request_id, None, RequestStatus.FINISHED_ERROR, error=error)
-        request.num_scheduled_tokens -= entry.num_tokens
-        request.num_computed_tokens += entry.num_tokens
-        self.block_manager.cache_full_blocks(request, request.num_computed_tokens)
-        if not entry.samples or token_id is None:
-            return None
-        request.append_output(token_id)
-        return self._event_of_token(request, token_id, stop_check)
+            events.append(TokenEvent(request_id, None, RequestStatus.FINISHED_ERROR, error=error))
+        elif entry.samples and token_id is not None:
+            if self.config.async_scheduling:
+                request.num_placeholders -= 1
+            request.append_output(token_id)
+            events.append(self._event_of_token(request, token_id, output.logprobs.get(request_id), stop_check))
 
-    def _event_of_token(self, request: Request, token_id: int, stop_check: StopCheck | None) -> TokenEvent:
+    def _apply_draft(
+        self, request: Request, draft: AcceptedDraft, stop_check: StopCheck | None, events: list[TokenEvent]
+    ) -> bool:
+        """An accepted draft is an output whose K/V are computed already. True when it ends its request."""
+        request.append_output(draft.token_id)
+        events.append(self._event_of_token(request, draft.token_id, draft.logprobs, stop_check))
+        if request.is_finished:
+            return True
+        self._book_computed(request, 1)
+        return False
+
+    def _book_computed(self, request: Request, num_tokens: int) -> None:
+        before, size = request.num_computed_tokens, self.block_manager.block_size
+        request.num_computed_tokens = before + num_tokens
+        if before // size != (before + num_tokens) // size:
+            self.block_manager.cache_full_blocks(request, before + num_tokens)
+
+    def _event_of_token(
+        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, stop_check: StopCheck | None
+    ) -> TokenEvent:
         status, stop_reason = self._stop_of_token(request, token_id, stop_check)
         error = None
         if status is None and self._is_at_full_length(request):
@@ -268,16 +318,17 @@ class RequestScheduler:
             status = RequestStatus.FINISHED_ERROR if error else None
         if status is not None:
             self._end(request, status, stop_reason, error)
-        return TokenEvent(request.request_id, token_id, status, stop_reason, error)
+        return TokenEvent(request.request_id, token_id, status, stop_reason, error, logprobs)
 
     @staticmethod
     def _stop_of_token(
         request: Request, token_id: int, stop_check: StopCheck | None
     ) -> tuple[RequestStatus | None, int | str | None]:
         """eos, then stop ids, then stop strings; none of them within `min_tokens`."""
-        params = request.sampling_params
-        may_stop = request.num_output_tokens > params.min_tokens
-        if may_stop and not params.ignore_eos and token_id in request.core.eos_token_ids:
+        core = request.core
+        params = core.sampling_params
+        may_stop = len(request.output_token_ids) > params.min_tokens
+        if may_stop and not params.ignore_eos and token_id in core.eos_token_ids:
             return RequestStatus.FINISHED_STOPPED, None
         if may_stop and token_id in params.stop_token_ids:
             return RequestStatus.FINISHED_STOPPED, token_id
@@ -286,16 +337,27 @@ class RequestScheduler:
             return RequestStatus.FINISHED_STOPPED, stop_string
         return None, None
 
-    def _is_at_full_length(self, request: Request) -> bool:
-        full = request.num_output_tokens >= request.core.max_tokens
-        return full or request.num_tokens >= self.config.max_model_len
+    def is_at_its_end(self, request: Request) -> bool:
+        """True when a plan in flight samples the last token that the request can have: nothing can be computed behind it."""
+        more = request.num_placeholders
+        return more > 0 and (self._is_at_full_length(request, more) or self._is_too_large(request, more))
+
+    def _is_at_full_length(self, request: Request, more: int = 0) -> bool:
+        """True when no output can follow those that it has and `more`."""
+        full = len(request.output_token_ids) + more >= request.core.max_tokens
+        return full or len(request.token_ids) + more >= self.config.max_model_len
+
+    def _is_too_large(self, request: Request, more: int = 0) -> bool:
+        """True when the newest token, `more` behind those that are known, can never be computed: too few blocks exist."""
+        manager = self.block_manager
+        return len(request.token_ids) + more > manager.num_blocks * manager.block_size
 
     def _outgrown(self, request: Request) -> str | None:
         """Why the request can never run again, if so: its next step would need more blocks than exist."""
+        if not self._is_too_large(request):
+            return None
         manager = self.block_manager
         needs = manager.blocks_for(request.num_tokens)
-        if needs <= manager.num_blocks:
-            return None
         return (
             f"the request has grown to {request.num_tokens} tokens, which need {needs} blocks of {manager.block_size}; "
             f"{manager.num_blocks} exist"
@@ -312,31 +374,38 @@ class RequestScheduler:
         queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
         request.transition(status)
         _remove(queue, request, is_sorted=queue is self._waiting)
+        self._waiting_ids = None
         self._release(request, discard=status is RequestStatus.FINISHED_ERROR)
         request.stop_reason, request.error = stop_reason, error
         self._finished.append(request.request_id)
 
     def _release(self, request: Request, discard: bool = False) -> None:
-        """Take a request's blocks away and whatever plans in flight compute for it."""
+        """Take a request's blocks away and whatever plans in flight compute for it.
+
+        Those plans still write to the blocks. Whoever gets them next is in a later plan, and plans are executed in order.
+        """
         self.block_manager.free(request, discard=discard)
-        request.num_scheduled_tokens = 0
+        request.num_scheduled_tokens = request.num_placeholders = 0
         for requests in self._in_flight.values():
             requests.pop(request.request_id, None)
 
     # ---- queues ----------------------------------------------------------------------------------------------------
 
-    def _preempt(self, request: Request) -> None:
-        """Blocks away, outputs kept, back to the front of its priority's queue."""
+    def preempt(self, request: Request) -> None:
+        """Blocks away, outputs kept, back to the front of its priority's queue. For `Step` alone."""
         request.transition(RequestStatus.PREEMPTED)
         _remove(self._running, request, is_sorted=False)
         self._release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
-        insort(self._waiting, request, key=_queue_key)  # it came before all that were never admitted
+        insort(self._waiting, request, key=queue_key)  # it came before all that were never admitted
+        self._waiting_ids = None
 
-    def _admit(self, request: Request) -> None:
+    def admit(self, request: Request) -> None:
+        """From the head of the queue to those that run. For `Step` alone."""
         request.transition(RequestStatus.RUNNING)
         self._waiting.pop(0)
+        self._waiting_ids = None
         self._running.append(request)
 
     def _refuse_impossible(self, core: EngineCoreRequest) -> None:
@@ -367,168 +436,8 @@ class RequestScheduler:
             )
 
 
-class _Step:
-    """A plan in the making: the passes that policies are made of (`policies.StepPasses`)."""
-
-    def __init__(self, scheduler: RequestScheduler) -> None:
-        self._scheduler = scheduler
-        self._config = scheduler.config
-        self._blocks = scheduler.block_manager
-        self._budget_left = self._config.max_num_batched_tokens
-        self._entries: dict[str, PlanEntry] = {}
-        self._prefills: set[str] = set()
-        self._new_requests: list[NewRequest] = []
-        self._preempted: list[str] = []
-        self._head_reason = WAIT_BEHIND_HEAD
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._entries
-
-    @property
-    def running(self) -> list[Request]:
-        return list(self._scheduler.running)
-
-    def continue_running(self, requests: Iterable[Request]) -> None:
-        """Take running requests in turn. One that lacks a block makes room by preempting, if need be itself."""
-        for request in requests:
-            num_tokens = self._chunk(request)
-            is_taken = request.request_id in self._entries or request.status is not RequestStatus.RUNNING
-            if is_taken or num_tokens == 0:
-                continue
-            new_block_ids = self._make_room(request, request.next_start + num_tokens)
-            if new_block_ids is not None:
-                self._take(request, num_tokens, new_block_ids)
-
-    def admit_waiting(self, whole_prompts: bool) -> None:
-        """Admit from the head of the queue; the first that cannot come in keeps those behind it waiting."""
-        while self._scheduler.num_waiting:
-            request = self._scheduler._waiting[0]
-            reason = self._why_not(request, whole_prompts)
-            if reason is not None:
-                self._head_reason = reason
-                return
-            self._admit(request)
-
-    def plan(self, step_id: int, finished: tuple[str, ...]) -> StepPlan:
-        """The finished plan."""
-        ids = [request.request_id for request in self._scheduler.waiting]
-        waiting = dict.fromkeys(ids, WAIT_BEHIND_HEAD)
-        if ids:
-            waiting[ids[0]] = self._head_reason
-        return StepPlan(
-            step_id=step_id,
-            kind=self._kind(),
-            entries=tuple(self._entries.values()),
-            new_requests=tuple(self._new_requests),
-            preempted=tuple(self._preempted),
-            finished=finished,
-            waiting=waiting,
-        )
-
-    def _kind(self) -> StepKind:
-        if not self._entries:
-            return "none"
-        if not self._prefills:
-            return "decode"
-        return "prefill" if len(self._prefills) == len(self._entries) else "mixed"
-
-    def _chunk(self, request: Request) -> int:
-        """How many of a request's pending tokens this step can take."""
-        num_tokens = min(request.num_pending_tokens, self._budget_left)
-        if request.is_prefill and self._config.max_prefill_chunk is not None:
-            return min(num_tokens, self._config.max_prefill_chunk)
-        return num_tokens
-
-    def _take(self, request: Request, num_tokens: int, new_block_ids: list[int], num_cached_tokens: int = 0) -> None:
-        start = request.next_start
-        samples = start + num_tokens == request.num_tokens
-        if request.is_prefill:
-            self._prefills.add(request.request_id)
-        self._entries[request.request_id] = PlanEntry(
-            request.request_id, start, num_tokens, samples, tuple(new_block_ids), num_cached_tokens
-        )
-        request.num_scheduled_tokens += num_tokens
-        self._budget_left -= num_tokens
-
-    def _make_room(self, request: Request, num_tokens: int) -> list[int] | None:
-        """Blocks for a running request; preempts the least important, newest requests until they are there."""
-        while (new_block_ids := self._blocks.allocate(request, num_tokens)) is None:
-            victim = max(self._scheduler.running, key=_queue_key)
-            if self._scheduler.num_running == 1:
-                raise InvariantError(f"{victim} runs alone and lacks blocks: {self._blocks.stats()}")
-            self._preempt(victim)
-            if victim is request:
-                return None
-        return new_block_ids
-
-    def _preempt(self, victim: Request) -> None:
-        entry = self._entries.pop(victim.request_id, None)
-        if entry is not None:
-            self._budget_left += entry.num_tokens
-            self._prefills.discard(victim.request_id)
-        self._scheduler._preempt(victim)
-        self._preempted.append(victim.request_id)
-        self._head_reason = WAIT_PREEMPTING.format(preempted=len(self._preempted))
-
-    def _why_not(self, request: Request, whole_prompts: bool) -> str | None:
-        """The reason why the head of the queue cannot be admitted now, or None. Cheap questions first."""
-        config, blocks = self._config, self._blocks
-        if self._preempted:
-            return self._head_reason
-        if self._scheduler.num_running >= config.max_num_seqs:
-            return WAIT_MAX_NUM_SEQS.format(limit=config.max_num_seqs)
-        if self._budget_left == 0:
-            return WAIT_BUDGET_SPENT.format(budget=config.max_num_batched_tokens)
-        if self._waits_for_first_choice(request):
-            return WAIT_SHARED_PROMPT
-        if whole_prompts:
-            needs = min(request.num_tokens - blocks.lookup(request)[1], config.max_num_batched_tokens)
-            if needs > self._budget_left:
-                budget = config.max_num_batched_tokens
-                return WAIT_BUDGET_SHORT.format(budget=budget, needs=needs, left=self._budget_left)
-        needs = blocks.num_blocks_needed(request, request.num_tokens)
-        if needs > blocks.num_free_blocks:
-            return WAIT_NO_BLOCKS.format(needs=needs, free=blocks.num_free_blocks)
-        return None
-
-    def _waits_for_first_choice(self, request: Request) -> bool:
-        """True while a choice of the same request computes the prompt that this one can share afterwards."""
-        if request.group_id is None:
-            return False
-        choices = [other for other in self._scheduler.running if other.group_id == request.group_id]
-        return bool(choices) and all(other.num_computed_tokens < other.num_prompt_tokens for other in choices)
-
-    def _admit(self, request: Request) -> None:
-        """Give the request blocks for all its known tokens, so that a prompt once begun is never short of them."""
-        new_block_ids = self._blocks.allocate(request, request.num_tokens)
-        if new_block_ids is None:
-            raise InvariantError(f"{request} fits and yet gets no blocks: {self._blocks.stats()}")
-        num_shared = len(request.block_table) - len(new_block_ids)
-        self._new_requests.append(
-            NewRequest(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                output_token_ids=tuple(request.output_token_ids),
-                sampling_params=request.sampling_params,
-                seed=request.core.seed,
-                choice_index=request.core.choice_index,
-                block_ids=tuple(request.block_table[:num_shared]),
-                bad_words_token_ids=request.core.bad_words_token_ids,
-                eos_token_ids=request.core.eos_token_ids,
-            )
-        )
-        self._scheduler._admit(request)
-        num_cached = request.num_computed_tokens if self._blocks.enable_prefix_caching else 0
-        self._take(request, self._chunk(request), new_block_ids, num_cached)
-
-
-def _queue_key(request: Request) -> tuple[int, int]:
-    return request.queue_key
-
-
 def _remove(queue: list[Request], request: Request, is_sorted: bool) -> None:
-    index = bisect_left(queue, request.queue_key, key=_queue_key) if is_sorted else queue.index(request)
+    index = bisect_left(queue, request.queue_key, key=queue_key) if is_sorted else queue.index(request)
     if queue[index] is not request:
         raise InvariantError(f"{request} is not in its queue")
     del queue[index]

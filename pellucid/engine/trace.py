@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -15,7 +16,12 @@ from pellucid.plan import StepKind
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. Lists hold request ids; `waiting` and `running` are the queues after the step was planned."""
+    """One step. Lists hold request ids; `waiting` and `running` are the queues as the step was planned, without those that
+    ended in it.
+
+    Where the engine plans ahead, the times of a step overlap with those of its neighbours. `idle_seconds` is what the host
+    costs in any case: the time in which the core had nothing to do because this step was not there yet.
+    """
 
     step: int
     kind: StepKind
@@ -34,7 +40,10 @@ class StepRecord:
     execute_seconds: float = 0.0  # the forward pass and sampling
     sample_seconds: float = 0.0  # the part of execute_seconds that sampling took
     output_seconds: float = 0.0
-    waiting_reasons: dict[str, str] = field(default_factory=dict)
+    idle_seconds: float = 0.0  # the core, between the step before and this one; 0 when nothing was asked of it
+    n_draft_tokens: int = 0  # guesses that this step verified
+    n_accepted_tokens: int = 0  # those that came out as sampled
+    waiting_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class Trace:
@@ -69,7 +78,7 @@ class Trace:
         """Add a step. After `close()` it is kept in memory alone."""
         self._records.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+            self._file.write(json.dumps(vars(record), separators=(",", ":"), default=dict) + "\n")
 
     def close(self) -> None:
         """Close the file; harmless when called again."""

@@ -89,7 +89,7 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, one, rank in zip(prompts, params, priorities, strict=True):
-                ids.append(self.client.submit(prompt, one, priority=rank, cache_salt=cache_salt))
+                ids.append(self.client.submit(prompt, one, priority=rank, cache_salt=cache_salt, stream=False))
             return self._finish(ids, use_tqdm)
         except BaseException:
             self._abandon(ids)

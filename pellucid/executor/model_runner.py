@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
-from pellucid.executor.batch import RunnerRequest, build_batch
+from pellucid.executor.batch import RequestRows, RunnerRequest
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
 from pellucid.outputs import TokenLogprobs
-from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
+from pellucid.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.sampling.native import NativeSampler
-from pellucid.sampling.sampler import SamplingRow, prompt_logprobs
+from pellucid.sampling.sampler import SampledToken, SamplingRow, prompt_logprobs
 
 
 class ModelRunner:
@@ -29,13 +30,15 @@ class ModelRunner:
         vocab_size: int,
         block_size: int,
         max_blocks_per_request: int,
+        max_num_seqs: int,
         max_logit_rows: int,
     ) -> None:
         self.executable, self.row_stats = executable, native_row_stats(context)
-        self.block_size, self.max_logit_rows = block_size, max_logit_rows
-        self._max_blocks = max_blocks_per_request
-        self._native = NativeSampler(context, vocab_size, max_logit_rows)
+        self.max_logit_rows = max_logit_rows
+        self._rows = RequestRows(block_size, max_blocks_per_request, max_num_seqs)
+        self._native = NativeSampler(context, vocab_size, max_num_seqs)
         self._requests: dict[str, RunnerRequest] = {}
+        self._ended_at = time.perf_counter()
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
         """Runs one plan: books what is new, computes, samples."""
@@ -43,32 +46,36 @@ class ModelRunner:
         if not plan.entries:
             return ModelRunnerOutput({})
         requests = [self._requests[entry.request_id] for entry in plan.entries]
+        batch = self._rows.build(plan.entries, requests)
         began = time.perf_counter()
-        batch = build_batch(plan.entries, requests, self.block_size)
+        idle = began - self._ended_at
         logits = self.executable.run(batch)
         computed = time.perf_counter()
-        sampling = [
-            (entry.request_id, request) for entry, request in zip(plan.entries, requests, strict=True) if entry.samples
-        ]
-        tokens, logprobs, errors = self._sample(sampling, logits)
+        sampled = _Sampled()
+        self._sample(plan.entries, requests, logits, sampled)
         prompt_logprobs = self._prompt_logprobs(plan.entries, requests, batch.query_start)
+        self._ended_at = time.perf_counter()
         return ModelRunnerOutput(
-            sampled_token_ids=tokens,
-            logprobs=logprobs,
+            sampled_token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
             prompt_logprobs=prompt_logprobs,
-            errors=errors,
+            errors=sampled.errors,
+            accepted_drafts=sampled.accepted_drafts,
             execute_seconds=computed - began,
-            sample_seconds=time.perf_counter() - computed,
+            sample_seconds=self._ended_at - computed,
+            idle_seconds=idle,
         )
 
     def _book(self, plan: StepPlan) -> None:
         for request_id in (*plan.finished, *plan.preempted):
-            self._requests.pop(request_id, None)
+            request = self._requests.pop(request_id, None)
+            if request is not None:
+                self._rows.remove(request)
         for new in plan.new_requests:
-            row = self._row(new)
-            self._requests[new.request_id] = RunnerRequest.from_new(new, row, self.block_size, self._max_blocks)
+            self._requests[new.request_id] = self._rows.add(new, self._row(new))
         for entry in plan.entries:
-            self._requests[entry.request_id].append_blocks(entry.new_block_ids)
+            if entry.new_block_ids:
+                self._rows.add_blocks(self._requests[entry.request_id], entry.new_block_ids)
 
     @staticmethod
     def _row(new: NewRequest) -> SamplingRow:
@@ -83,24 +90,25 @@ class ModelRunner:
         )
 
     def _sample(
-        self, sampling: Sequence[tuple[str, RunnerRequest]], logits: F32
-    ) -> tuple[dict[str, int], dict[str, TokenLogprobs], dict[str, str]]:
-        tokens: dict[str, int] = {}
-        logprobs: dict[str, TokenLogprobs] = {}
-        errors: dict[str, str] = {}
-        if not sampling:
-            return tokens, logprobs, errors
-        sampled = self._native.sample(logits, [request.native_row for _, request in sampling])
-        for (request_id, request), token in zip(sampling, sampled, strict=True):
-            if token.error is not None:
-                errors[request_id] = token.error
-                continue
-            tokens[request_id] = token.token_id
-            request.append_token(token.token_id)
-            request.row.output_token_ids.append(token.token_id)
-            if token.logprobs is not None:
-                logprobs[request_id] = token.logprobs
-        return tokens, logprobs, errors
+        self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], logits: F32, found: _Sampled
+    ) -> None:
+        """A token for each entry that samples. A draft that is the sampled token brings its request one more, in a round of
+        its own: the sampler then knows all tokens before it, as it would have without drafts."""
+        pending = []
+        first_row = 0
+        for entry, request in zip(entries, requests, strict=True):
+            if entry.samples:
+                pending.append(_Pending(entry, request, first_row))
+                first_row += 1 + len(entry.draft_token_ids)
+        sampling = pending
+        while pending:
+            rows = [one.row + one.num_accepted for one in pending]
+            some = logits if len(rows) == len(logits) else logits[rows]
+            outcomes = self._native.sample(some, [one.request.native_row for one in pending])
+            pending = [one for one, token in zip(pending, outcomes, strict=True) if one.take(token, found)]
+        if sampling:
+            newest = [found.token_ids.get(one.entry.request_id, 0) for one in sampling]  # 0: it failed, and is dropped
+            self._rows.set_newest([one.request for one in sampling], newest)
 
     def _prompt_logprobs(
         self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], query_start: npt.NDArray[np.int32]
@@ -125,3 +133,39 @@ class ModelRunner:
             some = targets[begin : begin + self.max_logit_rows]
             logprobs += prompt_logprobs(logits, self.row_stats(logits), some, top_n)
         return logprobs
+
+
+@dataclass
+class _Sampled:
+    """What sampling brought, by request id."""
+
+    token_ids: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    accepted_drafts: dict[str, list[AcceptedDraft]] = field(default_factory=dict)
+
+
+class _Pending:
+    """A request that is sampled for, as far as its drafts have been accepted."""
+
+    __slots__ = ("entry", "num_accepted", "request", "row")
+
+    def __init__(self, entry: PlanEntry, request: RunnerRequest, row: int) -> None:
+        self.entry, self.request, self.row = entry, request, row
+        self.num_accepted = 0
+
+    def take(self, token: SampledToken, found: _Sampled) -> bool:
+        """Books a token; True when it is the draft that stood in its place, so that the row behind it counts too."""
+        request_id, drafts = self.entry.request_id, self.entry.draft_token_ids
+        if token.error is not None:
+            found.errors[request_id] = token.error
+            return False
+        self.request.row.output_token_ids.append(token.token_id)
+        if self.num_accepted < len(drafts) and drafts[self.num_accepted] == token.token_id:
+            self.num_accepted += 1
+            found.accepted_drafts.setdefault(request_id, []).append(AcceptedDraft(token.token_id, token.logprobs))
+            return True
+        found.token_ids[request_id] = token.token_id
+        if token.logprobs is not None:
+            found.logprobs[request_id] = token.logprobs
+        return False

@@ -45,7 +45,8 @@ class UniProcExecutor:
             vocab_size=self.model.config.vocab_size,
             block_size=config.block_size,
             max_blocks_per_request=math.ceil(max_model_len / config.block_size),
-            max_logit_rows=config.max_num_seqs,
+            max_num_seqs=config.max_num_seqs,
+            max_logit_rows=max_logit_rows(config),
         )
 
     def _executable(self, config: EngineConfig, kv: abi.KVCache) -> Executable:
@@ -58,7 +59,7 @@ class UniProcExecutor:
             self.model.file,
             kv,
             max_tokens=config.max_num_batched_tokens,
-            max_logit_rows=config.max_num_seqs,
+            max_logit_rows=max_logit_rows(config),
         )
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
@@ -69,6 +70,14 @@ class UniProcExecutor:
         """Frees the program, the cache and the threads."""
         self.runner.executable.close()
         self.context.close()
+
+
+def max_logit_rows(config: EngineConfig) -> int:
+    """Rows of logits that a step can ask for: one a request, and one a draft."""
+    if config.speculative_method is None:
+        return config.max_num_seqs
+    drafting = min(config.max_num_seqs, config.speculative_max_num_seqs)
+    return min(config.max_num_batched_tokens, config.max_num_seqs + drafting * config.num_speculative_tokens)
 
 
 def make_kv_cache(config: EngineConfig, model: LoadedModel, max_model_len: int) -> tuple[KVCacheSize, abi.KVCache]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,7 @@ class RowStats:
     log_sum_exp: npt.NDArray[np.float32]  # [L] log(sum(exp(x - max)))
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """The outcome of one row: a token, or `error` and token id -1 when that request must end."""
 
     token_id: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import permutations, product
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from utils.scheduler_world import EOS, World, make_request
 
 from pellucid.engine.request import EngineCoreRequest
-from pellucid.engine.scheduler import SchedulerConfig
+from pellucid.engine.scheduler import DraftConfig, SchedulerConfig
 from pellucid.errors import InvalidRequestError
 
 MAX_MODEL_LEN = 14
@@ -34,6 +35,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         budget=st.integers(1, 12),
         chunk=st.none() | st.integers(1, 4),
+        ahead=st.booleans(),
+        drafts=st.none() | st.builds(DraftConfig, st.integers(1, 3), st.just(1), st.integers(1, 2), st.integers(1, 4)),
     )
     def build(
         self,
@@ -44,6 +47,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         budget: int,
         chunk: int | None,
+        ahead: bool,
+        drafts: DraftConfig | None,
     ) -> None:
         config = SchedulerConfig(
             max_num_seqs,
@@ -51,6 +56,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             MAX_MODEL_LEN,
             policy,  # type: ignore[arg-type]
             chunk if policy == "mixed" else None,
+            async_scheduling=ahead,
+            drafts=drafts,
         )
         self.world = World(config, num_blocks, block_size, caching)
         self.num_added = 0
@@ -121,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_with_a_failure(self, data: st.DataObject) -> None:
         plan = self.world.schedule()
         ids = [entry.request_id for entry in plan.entries]
-        self.world.finish(plan, fail=frozenset({data.draw(st.sampled_from(ids))}))
+        self.world.finish(plan, fail=frozenset({data.draw(st.sampled_from(ids))} if ids else ()))
 
     @precondition(lambda self: self.world.scheduler.has_unfinished)
     @rule(data=st.data())
@@ -200,15 +207,25 @@ def run_small_world(world: World, arrivals: list[tuple[str, ...]], cancels: dict
     return num_steps
 
 
+WAYS: dict[str, dict[str, object]] = {
+    "step by step": {},
+    "ahead": {"async_scheduling": True},
+    "drafts": {"drafts": DraftConfig(2, 1, 2, max_num_seqs=3)},
+    "ahead, with drafts for one alone": {"async_scheduling": True, "drafts": DraftConfig(2, 1, 2, max_num_seqs=1)},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("policy", ["mixed", "prefill_first"])
 def test_three_requests_in_four_blocks_when_all_orders_are_tried_then_each_ends_once(
-    policy: str, caching: bool, case: str
+    policy: str, caching: bool, case: str, way: str
 ) -> None:
     """Each of 30 orders of arrival, with each request cancelled never or before step 1, 2 or 4."""
-    config = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=5, max_model_len=20, policy=policy)  # type: ignore[arg-type]
-    num_worlds, num_preemptions = 0, 0
+    options: dict[str, Any] = {"policy": policy, **WAYS[way]}
+    config = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=5, max_model_len=20, **options)
+    num_worlds, num_preemptions, num_accepted = 0, 0, 0
     for arrivals in arrival_orders():
         for times in product((None, 1, 2, 4), repeat=3):
             cancels = {name: time for name, time in zip(NAMES, times, strict=True) if time is not None}
@@ -216,5 +233,7 @@ def test_three_requests_in_four_blocks_when_all_orders_are_tried_then_each_ends_
             run_small_world(world, arrivals, cancels, case)
             num_worlds += 1
             num_preemptions += sum(record.num_preemptions for record in world.records.values())
+            num_accepted += world.num_accepted
     assert num_worlds == 30 * 64
     assert num_preemptions > 0, "the worlds are too large to test anything"
+    assert (num_accepted > 0) == (config.drafts is not None)

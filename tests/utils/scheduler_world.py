@@ -7,17 +7,18 @@ is shared too early, reused too soon or shared with the wrong request shows as a
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus
 from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.params import SamplingParams
-from pellucid.plan import ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
+from pellucid.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 
 EOS = 0
 VOCABULARY = 7
+FAILED = -1  # stands where a failed step has no token
 
 
 def make_request(
@@ -123,13 +124,18 @@ class FakeExecutor:
             self._check_prefix(entry)
         for entry in plan.entries:
             self._write(entry)
-        errors = {entry.request_id: "logits are not finite" for entry in plan.entries if entry.request_id in fail}
-        sampled = {
-            entry.request_id: self._sample(entry)
-            for entry in plan.entries
-            if entry.samples and entry.request_id not in errors
-        }
-        return ModelRunnerOutput(sampled_token_ids=sampled, errors=errors)
+        errors: dict[str, str] = {}
+        sampled: dict[str, int] = {}
+        accepted: dict[str, list[AcceptedDraft]] = {}
+        for entry in plan.entries:
+            if entry.request_id in fail:
+                errors[entry.request_id] = "logits are not finite"
+                self.known[entry.request_id].tokens.append(FAILED)  # plans in flight go on with something
+            elif entry.samples:
+                *drafts, sampled[entry.request_id] = self._sample(entry)
+                if drafts:
+                    accepted[entry.request_id] = [AcceptedDraft(token) for token in drafts]
+        return ModelRunnerOutput(sampled_token_ids=sampled, errors=errors, accepted_drafts=accepted)
 
     def _slots(self, known: _Known, start: int, end: int) -> list[int]:
         size = self.block_size
@@ -143,19 +149,24 @@ class FakeExecutor:
     def _write(self, entry: PlanEntry) -> None:
         known = self.known[entry.request_id]
         end = entry.start + entry.num_tokens
-        assert end <= len(known.tokens)
+        tokens = known.tokens[: end - len(entry.draft_token_ids)] + list(entry.draft_token_ids)
+        assert end == len(tokens)
         for slot, digest in zip(
-            self._slots(known, entry.start, end), prefix_digests(known.tokens[:end])[entry.start :], strict=True
+            self._slots(known, entry.start, end), prefix_digests(tokens)[entry.start :], strict=True
         ):
             num_owners = sum(slot // self.block_size in other.blocks for other in self.known.values())
             assert num_owners == 1 or self.cells[slot] == digest, "a shared block is overwritten with something else"
             self.cells[slot] = digest
 
-    def _sample(self, entry: PlanEntry) -> int:
-        known = self.known[entry.request_id]
-        token = next_token(known.tokens, known.new.seed, known.new.choice_index)
-        known.tokens.append(token)
-        return token
+    def _sample(self, entry: PlanEntry) -> list[int]:
+        """The accepted drafts and the token behind them."""
+        known, sampled = self.known[entry.request_id], []
+        for draft in (*entry.draft_token_ids, None):
+            sampled.append(next_token(known.tokens, known.new.seed, known.new.choice_index))
+            known.tokens.append(sampled[-1])
+            if sampled[-1] != draft:
+                break
+        return sampled
 
 
 @dataclass
@@ -177,6 +188,8 @@ class World:
         self.scheduler = RequestScheduler(self.config, self.blocks)
         self.executor = FakeExecutor(self.num_blocks, self.block_size)
         self.announced: Counter[str] = Counter()
+        self.in_flight: deque[StepPlan] = deque()
+        self.num_accepted = 0
 
     def add(self, core: EngineCoreRequest) -> Request:
         request = self.scheduler.add(core)
@@ -199,13 +212,19 @@ class World:
         self._check_plan(plan)
         self._check_order(plan, never_admitted)
         self.check()
+        self.in_flight.append(plan)
         return plan
 
     def finish(self, plan: StepPlan, fail: frozenset[str] = frozenset(), cancel: str | None = None) -> list[TokenEvent]:
-        """Execute and apply a plan; `cancel` names a request that is cancelled in between."""
+        """Execute and apply a plan, after those before it; `cancel` names a request that is cancelled in between."""
+        while self.in_flight[0] is not plan:
+            self.finish(self.in_flight[0])
+        self.in_flight.popleft()
         output = self.executor.execute(plan, fail)
+        self.num_accepted += sum(map(len, output.accepted_drafts.values()))
         if cancel is not None:
             self.cancel(cancel)
+        living = set(self.scheduler.living(plan))
         events = self.scheduler.apply(plan, output)
         for event in events:
             assert not self.endings[event.request_id], "an event after the end"
@@ -213,12 +232,17 @@ class World:
                 self.tokens[event.request_id].append(event.token_id)
             if event.finish_status is not None:
                 self.endings[event.request_id] += 1
-        self.disturbed |= fail & set(output.errors)
+        self.disturbed |= fail & set(output.errors) & living
         self.check()
         return events
 
     def step(self) -> StepPlan:
-        plan = self.schedule()
+        """A step as the engine takes it: with `async_scheduling` the one after it is planned before its results are there."""
+        if not self.in_flight:
+            self.schedule()
+        if self.config.async_scheduling and not self.scheduler.drafts_now:
+            self.schedule()
+        plan = self.in_flight[0]
         self.finish(plan)
         return plan
 
@@ -227,7 +251,8 @@ class World:
         num_steps = 0
         while self.scheduler.has_unfinished:
             assert num_steps < max_steps, f"livelock: {list(self.scheduler)}"
-            assert self.step().kind != "none", "nothing runs although requests wait"
+            plan = self.step()
+            assert plan.kind != "none" or self.in_flight, "nothing runs although requests wait"
             num_steps += 1
         return num_steps
 
@@ -239,6 +264,8 @@ class World:
 
     def check_end(self) -> None:
         """All ended once, said so once, said what they say alone, and nothing leaks."""
+        while self.in_flight:
+            self.finish(self.in_flight[0])
         self.announced.update(self.scheduler.schedule().finished)
         stats = self.blocks.stats()
         assert stats["used_blocks"] == 0
@@ -267,7 +294,9 @@ class World:
         for entry in plan.entries:
             request = self.records[entry.request_id]
             assert entry.num_tokens > 0
-            assert entry.samples == (entry.start + entry.num_tokens == request.num_tokens)
+            known = request.num_tokens + request.num_placeholders
+            known -= int(entry.samples and self.config.async_scheduling)  # the token that this entry brings
+            assert entry.samples == (entry.start + entry.num_tokens - len(entry.draft_token_ids) == known)
         if self.config.policy == "prefill_first":
             whole = {r.request_id for r in plan.new_requests if not r.output_token_ids}
             assert all(entry.samples for entry in plan.entries if entry.request_id in whole)

@@ -173,9 +173,9 @@ CASES = {
         make_request("c", (3,), max_tokens=6, eos=()),
     ),
     "one prompt, two choices and an important stranger": (
-        make_request("a", (1, 1, 1, 1, 1), max_tokens=3, group_id="g", choice_index=0),
-        make_request("b", (1, 1, 1, 1, 1), max_tokens=3, group_id="g", choice_index=1),
-        make_request("c", (1, 1, 1), max_tokens=4, priority=-1),
+        make_request("a", (1, 1, 1, 1, 1), max_tokens=3, group_id="g", choice_index=0, seed=2),
+        make_request("b", (1, 1, 1, 1, 1), max_tokens=3, group_id="g", choice_index=1, seed=2),
+        make_request("c", (1, 1), max_tokens=5, priority=-1, seed=1),
     ),
 }
 

@@ -142,12 +142,12 @@ typedef struct pld_kv pld_kv;
 typedef struct pld_kv_params {
   size_t struct_size;
   int32_t n_layers;
-  int32_t n_kv_heads; /* G */
-  int32_t head_dim;   /* E, even */
-  int32_t block_size; /* S >= 1 */
-  int32_t n_blocks;   /* B >= 1 */
-  pld_dtype dtype;    /* PLD_F32, PLD_BF16, or PLD_I8: int8 with a float32 scale for each position and head */
-  pld_kv_layout layout;
+  int32_t n_kv_heads;   /* G */
+  int32_t head_dim;     /* E, even */
+  int32_t block_size;   /* S >= 1 */
+  int32_t n_blocks;     /* B >= 1 */
+  pld_dtype dtype;      /* PLD_F32, PLD_BF16, or PLD_I8: int8 with a float32 scale for each position and head */
+  pld_kv_layout layout; /* absent in the first version of this struct: PLD_KV_BLOCK */
 } pld_kv_params;
 PLD_API pld_kv_params pld_kv_default_params(void);
 /* Memory is reserved at once and touched on first use. */
@@ -386,30 +386,36 @@ PLD_API pld_program *pld_model_program(pld_model *model); /* lives as long as th
 /* ---- Decoding by sequence -------------------------------------------------------------------------------------------
  */
 
-/* Tokens of any sequences, in any order; those of one sequence ascend. With a SLOT cache the core finds cells for them;
- * with a BLOCK cache the caller says where they lie. */
+/* Tokens of any sequences, in any order. With a SLOT cache the core finds cells for them; with a BLOCK cache the caller
+ * says where they lie. A token sees the cells of its sequence up to its own position, those of the batch included. */
 typedef struct pld_decode_batch {
   size_t struct_size;
   int32_t n_tokens; /* T >= 1 */
   int32_t block_table_width;
   const int32_t *tokens;    /* [T] */
-  const int32_t *positions; /* [T]; null: the next of each sequence */
+  const int32_t *positions; /* [T]; null: the next of each sequence. On SLOT any that the sequence does not hold */
   const int32_t *seq_ids;   /* [T], >= 0 */
   const int8_t *logits;     /* [T]: which rows are wanted; null: the last of the batch */
   /* BLOCK alone, a row for each token: */
   const int64_t *slot_mapping;   /* [T] */
   const int32_t *block_tables;   /* [T, W], padded with -1 */
   const int32_t *context_lens;   /* [T]: tokens of its sequence up to and with this one */
-  const volatile int32_t *abort; /* looked at before the step; null: never */
+  const volatile int32_t *abort; /* not 0 stops: looked at before the step and about once a layer; null: never */
 } pld_decode_batch;
-/* PLD_OK; PLD_NO_SPACE, PLD_ABORTED, PLD_INVALID_BATCH: nothing has changed, no sequence was evicted. Below that an
- * internal failure. */
+/* PLD_OK; PLD_NO_SPACE, PLD_ABORTED, PLD_INVALID_BATCH: nothing has changed in the cache, no sequence was evicted.
+ * Below that an internal failure, which changes nothing either. A step that was aborted on its way leaves no rows to
+ * ask for.
+ */
 PLD_API pld_status pld_decode(pld_program *program, pld_kv *kv, const pld_decode_batch *batch);
 /* Logits [V] of row `index` of the last decoded batch; null when none were asked for. Valid until the next. */
 PLD_API const float *pld_logits_of(const pld_program *program, int32_t index);
+/* Its hidden state [D]; null when there is no such row. */
+PLD_API const float *pld_hidden_of(const pld_program *program, int32_t index);
 
-/* Operations on the sequences of a SLOT cache. Ranges of positions are half open; p0 < 0 means 0, p1 < 0 the end. A
- * BLOCK cache answers PLD_NOT_SUPPORTED; on any status but PLD_OK nothing has changed. */
+/* Operations on the sequences of a SLOT cache; they wait for a decode of the same cache. Several sequences may share a
+ * cell; a sequence has at most one cell for a position. Ranges of positions are half open; p0 < 0 means 0, p1 < 0 the
+ * end; one without cells changes nothing. A BLOCK cache answers PLD_NOT_SUPPORTED; on any status but PLD_OK nothing has
+ * changed. */
 enum {
   PLD_INVALID_SEQ = -6, /* the sequence has no tokens */
   PLD_INVALID_POS = -7, /* the range ends before it begins, or positions would meet */
@@ -418,13 +424,15 @@ enum {
 /* `dst` gets the cells of `src` in the range; no data is copied. */
 PLD_API pld_status pld_seq_cp(pld_kv *kv, int32_t dst, int32_t src, int32_t p0, int32_t p1);
 PLD_API pld_status pld_seq_rm(pld_kv *kv, int32_t seq, int32_t p0, int32_t p1);
-/* Positions of the range shift by `delta`, and keys are rotated accordingly, by the program's own rotary parameters.
- * Cells that other sequences share are copied first: PLD_NO_SPACE when there is none. */
+/* Positions of the range shift by `delta`, and keys are rotated accordingly, by the program's own rotary parameters,
+ * and rounded to the cache's type once more. Cells that other sequences share are copied first: PLD_NO_SPACE when there
+ * is none. PLD_NOT_SUPPORTED when the program changes keys behind their rotation. */
 PLD_API pld_status pld_seq_add(pld_program *program, pld_kv *kv, int32_t seq, int32_t p0, int32_t p1, int32_t delta);
 PLD_API pld_status pld_seq_keep(pld_kv *kv, int32_t seq);       /* all others go */
 PLD_API int32_t pld_seq_pos_max(const pld_kv *kv, int32_t seq); /* -1: absent */
 PLD_API int64_t pld_kv_free_cells(const pld_kv *kv);            /* of a SLOT cache; -1 otherwise */
-/* All of a sequence's cells; with a BLOCK cache, whose blocks are the caller's, PLD_INVALID_SEQ always. */
+/* Forgets a sequence, on either layout: all its cells; with a BLOCK cache, whose blocks are the caller's, its number.
+ * One that was never decoded: PLD_INVALID_SEQ. */
 PLD_API pld_status pld_request_free(pld_kv *kv, int32_t seq);
 
 #ifdef __cplusplus

@@ -76,6 +76,8 @@ static pld_status check_sequence(const pld_batch &b, const pld_kv &kv, CellMarks
 }
 
 pld_status check_batch(const pld_batch *batch, const pld_kv &kv, const BatchLimits &limits, CellMarks &marks) {
+  if (kv.layout != PLD_KV_BLOCK)
+    return fail(PLD_NOT_SUPPORTED, "the cache's layout is SLOT: its cells are the core's; pld_decode writes them");
   if (check_size(batch, "batch") != PLD_OK) return PLD_INVALID_BATCH;
   if (pld_status status = check_shape(*batch, limits)) return status;
   if (pld_status status = check_rows(*batch, limits)) return status;

@@ -1,243 +1,381 @@
-// Decoding by sequence: tokens in any order become a batch, and on a SLOT cache the core finds their cells.
-#include <cmath>
+// Decoding by sequence: a batch of tokens in any order becomes the flat batch that programs run, on either layout.
+#include <algorithm>
 #include <map>
-#include <vector>
+#include <numeric>
 
 #include "error.hpp"
+#include "kv.hpp"
 #include "program.hpp"
-#include "slots.hpp"
+#include "sequences.hpp"
 
 namespace pld {
 namespace {
 
-// A decode batch put in order: the tokens of a sequence lie together, sequences in the order of their first token.
-struct Ordered {
-  std::vector<int32_t> source;  // [T]: index in the caller's batch
-  std::vector<int32_t> seq;     // [R]
-  std::vector<int32_t> tokens, positions, query_start, seq_lens, tables, logit_rows;
-  std::vector<int64_t> slots;
-  int32_t width = 1;
+constexpr size_t kStepsBetweenLooks = 8;  // at the caller's flag: about a layer
+
+// A flat batch and what its pointers point to.
+struct FlatBatch {
+  std::vector<int32_t> token_ids, positions, query_start, seq_lens, logit_rows;
+  std::vector<int64_t> slot_mapping;
+  std::vector<int32_t> tables;
+  pld_batch batch = {};
+
+  void finish(int32_t width, const int32_t *block_tables) {
+    batch.struct_size = sizeof batch;
+    batch.n_tokens = static_cast<int32_t>(token_ids.size());
+    batch.n_seqs = static_cast<int32_t>(seq_lens.size());
+    batch.n_logit_rows = static_cast<int32_t>(logit_rows.size());
+    batch.block_table_width = width;
+    batch.token_ids = token_ids.data();
+    batch.positions = positions.data();
+    batch.query_start = query_start.data();
+    batch.seq_lens = seq_lens.data();
+    batch.block_tables = block_tables;
+    batch.slot_mapping = slot_mapping.data();
+    batch.logit_rows = logit_rows.data();
+  }
 };
 
-pld_status check_arrays(const pld_program &p, const pld_kv &kv, const pld_decode_batch &b) {
+// A batch that has been looked at by itself: positions known, rows in the order in which they are computed.
+struct Work {
+  const pld_decode_batch &asked;
+  std::vector<int32_t> position;  // of each token
+  std::vector<int32_t> sequence;  // of each token: place in `ids`
+  std::vector<int32_t> ids;       // the batch's sequences in order of first appearance
+  std::vector<int32_t> order;     // tokens by sequence, then position
+  std::vector<int32_t> wanted;    // tokens whose logits are wanted, ascending
+  std::vector<int32_t> row;       // of each token: its place in `order`
+};
+
+pld_status check_tokens(const pld_program &p, const pld_decode_batch &b) {
   if (b.n_tokens < 1 || b.n_tokens > p.max_rows[PLD_ROWS_T])
     return fail(PLD_INVALID_BATCH, "n_tokens is %d; it must be in [1, %lld]", b.n_tokens,
                 static_cast<long long>(p.max_rows[PLD_ROWS_T]));
   if (b.tokens == nullptr || b.seq_ids == nullptr) return fail(PLD_INVALID_BATCH, "tokens or seq_ids is null");
-  if (kv.slots == nullptr &&
-      (b.slot_mapping == nullptr || b.block_tables == nullptr || b.context_lens == nullptr || b.block_table_width < 1))
-    return fail(PLD_INVALID_BATCH, "a BLOCK cache needs slot_mapping, block_tables and context_lens");
   for (int32_t t = 0; t < b.n_tokens; ++t) {
     if (b.tokens[t] < 0 || b.tokens[t] >= p.vocab_size)
       return fail(PLD_INVALID_BATCH, "tokens[%d] is %d; it must be in [0, %d)", t, b.tokens[t], p.vocab_size);
-    if (b.seq_ids[t] < 0) return fail(PLD_INVALID_BATCH, "seq_ids[%d] is %d; ids are not negative", t, b.seq_ids[t]);
-    if (b.positions != nullptr && b.positions[t] < 0)
-      return fail(PLD_INVALID_BATCH, "positions[%d] is %d; positions are not negative", t, b.positions[t]);
+    if (b.seq_ids[t] < 0) return fail(PLD_INVALID_BATCH, "seq_ids[%d] is %d; it must not be below 0", t, b.seq_ids[t]);
+    if (b.positions != nullptr && (b.positions[t] < 0 || b.positions[t] > kMaxPosition))
+      return fail(PLD_INVALID_BATCH, "positions[%d] is %d; it must be in [0, %d]", t, b.positions[t], kMaxPosition);
   }
   return PLD_OK;
 }
 
-void order_tokens(const pld_decode_batch &b, Ordered *o) {
-  std::map<int32_t, size_t> place;
-  std::vector<std::vector<int32_t>> members;
-  for (int32_t t = 0; t < b.n_tokens; ++t) {
-    auto [found, is_new] = place.emplace(b.seq_ids[t], members.size());
-    if (is_new) {
-      members.emplace_back();
-      o->seq.push_back(b.seq_ids[t]);
-    }
-    members[found->second].push_back(t);
-  }
-  o->query_start.push_back(0);
-  for (const auto &list : members) {
-    for (int32_t t : list) {
-      o->source.push_back(t);
-      o->tokens.push_back(b.tokens[t]);
-    }
-    o->query_start.push_back(static_cast<int32_t>(o->source.size()));
-  }
+// The position behind all that a sequence has.
+int64_t next_position(const Sequences &sequences, int32_t seq) {
+  const auto at = sequences.slot.find(seq);
+  return at == sequences.slot.end() ? 0 : static_cast<int64_t>(at->second.positions.back()) + 1;
 }
 
-pld_status choose_logits(const pld_program &p, const pld_decode_batch &b, Ordered *o, std::vector<int32_t> *index) {
-  index->assign(static_cast<size_t>(b.n_tokens), -1);
-  for (size_t row = 0; row < o->source.size(); ++row) {
-    const int32_t t = o->source[row];
-    if (b.logits != nullptr ? b.logits[t] == 0 : t != b.n_tokens - 1) continue;
-    (*index)[static_cast<size_t>(t)] = static_cast<int32_t>(o->logit_rows.size());
-    o->logit_rows.push_back(static_cast<int32_t>(row));
+pld_status place_tokens(const pld_kv &kv, Work &work) {
+  const pld_decode_batch &b = work.asked;
+  std::unordered_map<int32_t, int32_t> index;
+  std::vector<int64_t> next;
+  for (int32_t t = 0; t < b.n_tokens; ++t) {
+    const auto [at, is_new] = index.emplace(b.seq_ids[t], static_cast<int32_t>(work.ids.size()));
+    if (is_new) {
+      work.ids.push_back(b.seq_ids[t]);
+      next.push_back(b.positions == nullptr ? next_position(*kv.sequences, b.seq_ids[t]) : 0);
+    }
+    work.sequence.push_back(at->second);
+    int64_t position = b.positions != nullptr ? b.positions[t] : next[static_cast<size_t>(at->second)]++;
+    if (kv.layout == PLD_KV_BLOCK) {
+      if (b.context_lens[t] < 1 || (b.positions != nullptr && b.context_lens[t] != position + 1))
+        return fail(PLD_INVALID_BATCH, "context_lens[%d] is %d; it must be the token's position + 1", t,
+                    b.context_lens[t]);
+      position = b.context_lens[t] - 1;
+    }
+    if (position > kMaxPosition)
+      return fail(PLD_INVALID_BATCH, "the next position of sequence %d is %lld; the limit is %d", b.seq_ids[t],
+                  static_cast<long long>(position), kMaxPosition);
+    work.position.push_back(static_cast<int32_t>(position));
   }
-  if (static_cast<int64_t>(o->logit_rows.size()) > p.max_rows[PLD_ROWS_L])
-    return fail(PLD_INVALID_BATCH, "%zu rows of logits are wanted; the limit is %lld", o->logit_rows.size(),
+  return PLD_OK;
+}
+
+void order_tokens(Work &work) {
+  work.order.resize(work.position.size());
+  std::iota(work.order.begin(), work.order.end(), 0);
+  const auto key = [&](int32_t t) {
+    return std::make_pair(work.sequence[static_cast<size_t>(t)], work.position[static_cast<size_t>(t)]);
+  };
+  std::stable_sort(work.order.begin(), work.order.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
+  work.row.resize(work.order.size());
+  for (size_t row = 0; row < work.order.size(); ++row)
+    work.row[static_cast<size_t>(work.order[row])] = static_cast<int32_t>(row);
+}
+
+pld_status choose_logits(const pld_program &p, Work &work) {
+  const pld_decode_batch &b = work.asked;
+  for (int32_t t = 0; t < b.n_tokens; ++t)
+    if (b.logits == nullptr ? t + 1 == b.n_tokens : b.logits[t] != 0) work.wanted.push_back(t);
+  if (static_cast<int64_t>(work.wanted.size()) > p.max_rows[PLD_ROWS_L])
+    return fail(PLD_INVALID_BATCH, "logits are wanted for %zu tokens; the program has %lld rows", work.wanted.size(),
                 static_cast<long long>(p.max_rows[PLD_ROWS_L]));
   return PLD_OK;
 }
 
-// Positions, cells and tables of a SLOT cache. Nothing is taken yet.
-pld_status place_slots(const Slots &slots, const pld_decode_batch &b, Ordered *o) {
-  const size_t n_seqs = o->seq.size();
-  if (static_cast<int64_t>(b.n_tokens) > slots.free_cells())
-    return fail(PLD_NO_SPACE, "%d cells are needed; %lld are free", b.n_tokens,
-                static_cast<long long>(slots.free_cells()));
-  for (size_t r = 0; r < n_seqs; ++r) {
-    const Slots::Sequence *past = slots.find(o->seq[r]);
-    o->width = std::max(
-        o->width, static_cast<int32_t>(past == nullptr ? 0 : past->size()) + o->query_start[r + 1] - o->query_start[r]);
+void fill_rows(const Work &work, FlatBatch &flat) {
+  for (const int32_t t : work.order) {
+    flat.token_ids.push_back(work.asked.tokens[t]);
+    flat.positions.push_back(work.position[static_cast<size_t>(t)]);
   }
-  o->tables.assign(n_seqs * static_cast<size_t>(o->width), -1);
-  for (size_t r = 0; r < n_seqs; ++r) {
-    const Slots::Sequence *past = slots.find(o->seq[r]);
-    int32_t *table = o->tables.data() + r * static_cast<size_t>(o->width), length = 0;
-    int32_t last = slots.pos_max(o->seq[r]);
-    if (past != nullptr)
-      for (const auto &entry : *past) table[length++] = entry.second;
-    for (int32_t row = o->query_start[r]; row < o->query_start[r + 1]; ++row) {
-      const int32_t t = o->source[static_cast<size_t>(row)];
-      const int32_t position = b.positions == nullptr ? last + 1 : b.positions[t];
-      if (position <= last)
-        return fail(PLD_INVALID_BATCH, "positions[%d] is %d; sequence %d has come to %d", t, position, o->seq[r], last);
-      const int32_t cell = slots.peek(row);
-      last = position;
-      table[length++] = cell;
-      o->positions.push_back(position);
-      o->slots.push_back(cell);
+  for (const int32_t t : work.wanted) flat.logit_rows.push_back(work.row[static_cast<size_t>(t)]);
+}
+
+// ---- SLOT ----------------------------------------------------------------------------------------------------------
+
+// Cells of a batch, given back unless it was computed.
+class Placement {
+ public:
+  Placement(Sequences &sequences, const Work &work) : sequences_(sequences), work_(work) {}
+  ~Placement() {
+    for (size_t i = n_placed_; i-- > 0;) {
+      const auto t = static_cast<size_t>(work_.order[i]);
+      sequences_.remove(work_.ids[static_cast<size_t>(work_.sequence[t])], work_.position[t]);
     }
-    o->seq_lens.push_back(length);
   }
-  return PLD_OK;
-}
-
-// The same from the caller's metadata; check_batch looks at it later.
-pld_status place_blocks(const pld_decode_batch &b, Ordered *o) {
-  o->width = b.block_table_width;
-  for (size_t r = 0; r < o->seq.size(); ++r) {
-    for (int32_t row = o->query_start[r]; row < o->query_start[r + 1]; ++row) {
-      const int32_t t = o->source[static_cast<size_t>(row)];
-      if (b.context_lens[t] < 1)
-        return fail(PLD_INVALID_BATCH, "context_lens[%d] is %d; it must be at least 1", t, b.context_lens[t]);
-      o->positions.push_back(b.positions == nullptr ? b.context_lens[t] - 1 : b.positions[t]);
-      o->slots.push_back(b.slot_mapping[t]);
+  void place(std::vector<int64_t> &slot_mapping) {
+    for (const int32_t t : work_.order) {
+      const auto at = static_cast<size_t>(t);
+      ++n_placed_;
+      const int32_t seq = work_.ids[static_cast<size_t>(work_.sequence[at])];
+      slot_mapping.push_back(sequences_.insert(seq, work_.position[at]));
     }
-    const int32_t last = o->source[static_cast<size_t>(o->query_start[r + 1]) - 1];
-    const int32_t *table = b.block_tables + static_cast<int64_t>(last) * b.block_table_width;
-    o->tables.insert(o->tables.end(), table, table + b.block_table_width);
-    o->seq_lens.push_back(b.context_lens[last]);
   }
-  return PLD_OK;
-}
+  void keep() { n_placed_ = 0; }
 
-pld_batch batch_of(const Ordered &o) {
-  pld_batch batch = {};
-  batch.struct_size = sizeof batch;
-  batch.n_tokens = static_cast<int32_t>(o.source.size());
-  batch.n_seqs = static_cast<int32_t>(o.seq.size());
-  batch.n_logit_rows = static_cast<int32_t>(o.logit_rows.size());
-  batch.block_table_width = o.width;
-  batch.token_ids = o.tokens.data();
-  batch.positions = o.positions.data();
-  batch.query_start = o.query_start.data();
-  batch.seq_lens = o.seq_lens.data();
-  batch.block_tables = o.tables.data();
-  batch.slot_mapping = o.slots.data();
-  batch.logit_rows = o.logit_rows.data();
-  return batch;
-}
-
-pld_status decode(pld_program *p, pld_kv *kv, const pld_decode_batch *b) {
-  if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
-  if (check_size(b, "decode_batch") != PLD_OK) return PLD_INVALID_BATCH;
-  std::lock_guard<std::mutex> lock(p->context->mutex);
-  if (pld_status status = check_arrays(*p, *kv, *b)) return status;
-  Ordered ordered;
-  std::vector<int32_t> index;
-  order_tokens(*b, &ordered);
-  if (pld_status status = choose_logits(*p, *b, &ordered, &index)) return status;
-  if (pld_status status = kv->slots != nullptr ? place_slots(*kv->slots, *b, &ordered) : place_blocks(*b, &ordered))
-    return status;
-  if (b->abort != nullptr && *b->abort != 0) return fail(PLD_ABORTED, "the caller asked to stop");
-  if (pld_status status = run_prepared(*p, *kv, batch_of(ordered), kv->slots == nullptr)) return status;
-  for (size_t r = 0; kv->slots != nullptr && r < ordered.seq.size(); ++r)
-    for (int32_t row = ordered.query_start[r]; row < ordered.query_start[r + 1]; ++row)
-      kv->slots->put(ordered.seq[r], ordered.positions[static_cast<size_t>(row)]);
-  p->logit_index = std::move(index);
-  return PLD_OK;
-}
-
-// ---- Shifts --------------------------------------------------------------------------------------------------------
-
-// The rotation that the keys of a layer have gone through.
-struct Rotation {
-  const float *frequencies = nullptr;  // [half]; null: none
-  int32_t half = 0;
-  bool neighbours = false;
+ private:
+  Sequences &sequences_;
+  const Work &work_;
+  size_t n_placed_ = 0;
 };
 
-const pld_op *writer_of(const pld_program &p, int32_t buffer, size_t before) {
-  for (size_t i = before; i-- > 0;)
-    if (p.ops[i].out[0] == buffer || p.ops[i].out[1] == buffer) return &p.ops[i];
-  return nullptr;
-}
-
-std::map<int32_t, Rotation> rotations_of(const pld_program &p) {
-  std::map<int32_t, Rotation> found;
-  for (size_t i = 0; i < p.ops.size(); ++i) {
-    if (p.ops[i].kind != PLD_OP_ATTENTION) continue;
-    Rotation &rotation = found[p.ops[i].i[0]];
-    const pld_op *rotary = writer_of(p, p.ops[i].in[1], i);
-    if (rotary == nullptr || rotary->kind != PLD_OP_ROTARY) continue;
-    const pld_op *table = writer_of(p, rotary->in[1], i);
-    if (table == nullptr || table->kind != PLD_OP_ROPE_TABLE) continue;
-    const pld_weight &weight = p.weights[static_cast<size_t>(table->weight[0])];
-    rotation = {static_cast<const float *>(weight.data), static_cast<int32_t>(weight.cols), rotary->i[1] != 0};
+pld_status check_positions(const pld_kv &kv, const Work &work) {
+  const Sequences &sequences = *kv.sequences;
+  for (size_t row = 0; row < work.order.size(); ++row) {
+    const auto t = static_cast<size_t>(work.order[row]);
+    const int32_t seq = work.ids[static_cast<size_t>(work.sequence[t])], position = work.position[t];
+    const auto at = sequences.slot.find(seq);
+    if (at != sequences.slot.end() && at->second.holds(position))
+      return fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which sequence %d holds already", t, position, seq);
+    if (row == 0) continue;
+    const auto before = static_cast<size_t>(work.order[row - 1]);
+    if (work.sequence[before] == work.sequence[t] && work.position[before] == position)
+      return fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which positions[%zu] of sequence %d is too", t, position,
+                  before, seq);
   }
-  return found;
-}
-
-void rotate_keys(const Rotation &rotation, int32_t delta, int32_t n_heads, int32_t width, float *keys) {
-  for (int32_t j = 0; j < rotation.half; ++j) {
-    const double angle = static_cast<double>(delta) * static_cast<double>(rotation.frequencies[j]);
-    const auto c = static_cast<float>(std::cos(angle)), s = static_cast<float>(std::sin(angle));
-    for (int32_t g = 0; g < n_heads; ++g) {
-      float *head = keys + g * width;
-      float &x = head[rotation.neighbours ? 2 * j : j], &y = head[rotation.neighbours ? 2 * j + 1 : j + rotation.half];
-      const float before = x;
-      x = x * c - y * s;
-      y = y * c + before * s;
-    }
-  }
-}
-
-pld_status add(pld_program *p, pld_kv *kv, int32_t seq, int32_t p0, int32_t p1, int32_t delta) {
-  if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
-  if (kv->slots == nullptr) return fail(PLD_NOT_SUPPORTED, "sequence operations need a SLOT cache");
-  std::lock_guard<std::mutex> lock(p->context->mutex);
-  std::vector<int32_t> positions, cells;
-  if (pld_status status = kv->slots->check_shift(seq, p0, p1, delta, &positions)) return status;
-  if (delta == 0) return PLD_OK;
-  const Slots::Sequence &sequence = *kv->slots->find(seq);
-  int64_t shared = 0;
-  for (int32_t position : positions) shared += kv->slots->is_shared(sequence.at(position)) ? 1 : 0;
-  if (shared > kv->slots->free_cells())
-    return fail(PLD_NO_SPACE, "%lld cells are needed; %lld are free", static_cast<long long>(shared),
-                static_cast<long long>(kv->slots->free_cells()));
-  const auto rotations = rotations_of(*p);
-  std::vector<float> keys(static_cast<size_t>(kv->n_kv_heads) * static_cast<size_t>(kv->head_dim)), values(keys.size());
-  for (int32_t position : positions) {
-    int32_t cell = sequence.at(position);
-    if (kv->slots->is_shared(cell)) {
-      const int32_t own = kv->slots->replace_shared(cell);
-      copy_cell(*kv, cell, own);
-      cell = own;
-    }
-    for (const auto &[layer, rotation] : rotations) {
-      if (rotation.frequencies == nullptr) continue;
-      pld_kv_read(kv, layer, cell, keys.data(), values.data());
-      rotate_keys(rotation, delta, kv->n_kv_heads, kv->head_dim, keys.data());
-      store_keys(*kv, layer, cell, keys.data());
-    }
-    cells.push_back(cell);
-  }
-  kv->slots->shift(seq, positions, delta, cells);
+  if (static_cast<int64_t>(work.order.size()) > sequences.cells.n_free())
+    return fail(PLD_NO_SPACE, "the batch has %zu tokens; %lld cells are free", work.order.size(),
+                static_cast<long long>(sequences.cells.n_free()));
   return PLD_OK;
+}
+
+// Rows [begin, end) of one table: `cells` cells, the first of which stands at `from` of the sequence.
+struct Span {
+  size_t begin, end, from, cells;
+  const SlotSequence *sequence;
+};
+
+// Cuts the rows into spans of neighbouring cells of one sequence. With `window`, rows of a sequence with holes are
+// spans of their own, whose tables begin where the window does: the kernel counts cells, a window counts positions.
+std::vector<Span> cut_spans(const Sequences &sequences, const Work &work, int64_t window) {
+  std::vector<Span> spans;
+  for (size_t row = 0; row < work.order.size(); ++row) {
+    const auto t = static_cast<size_t>(work.order[row]);
+    const SlotSequence &s = sequences.slot.at(work.ids[static_cast<size_t>(work.sequence[t])]);
+    const size_t rank = s.first_at_or_behind(work.position[t]);
+    const bool alone = window > 0 && !s.is_dense();
+    if (!alone && !spans.empty() && spans.back().sequence == &s && spans.back().cells == rank) {
+      spans.back().end = row + 1;
+      spans.back().cells = rank + 1;
+      continue;
+    }
+    const size_t from = alone ? s.first_at_or_behind(static_cast<int64_t>(work.position[t]) - window + 1) : 0;
+    spans.push_back({row, row + 1, from, rank + 1 - from, &s});
+  }
+  return spans;
+}
+
+void fill_spans(const std::vector<Span> &spans, FlatBatch &flat) {
+  size_t width = 0;
+  for (const Span &span : spans) width = std::max(width, span.cells);
+  flat.tables.resize(width * spans.size());
+  flat.query_start.push_back(0);
+  for (size_t r = 0; r < spans.size(); ++r) {
+    const Span &span = spans[r];
+    const auto cells = span.sequence->cells.begin() + static_cast<std::ptrdiff_t>(span.from);
+    std::copy(cells, cells + static_cast<std::ptrdiff_t>(span.cells),
+              flat.tables.begin() + static_cast<std::ptrdiff_t>(r * width));
+    flat.query_start.push_back(static_cast<int32_t>(span.end));
+    flat.seq_lens.push_back(static_cast<int32_t>(span.cells));
+  }
+  flat.finish(static_cast<int32_t>(width), flat.tables.data());
+}
+
+// The batches that layers with a window need where a sequence of the batch has holes, by window.
+std::map<int32_t, FlatBatch> windowed_batches(const pld_program &p, const Sequences &sequences, const Work &work,
+                                              const FlatBatch &plain) {
+  std::map<int32_t, FlatBatch> batches;
+  const bool holes =
+      std::any_of(work.ids.begin(), work.ids.end(), [&](int32_t seq) { return !sequences.slot.at(seq).is_dense(); });
+  for (const pld_op &op : p.ops) {
+    if (!holes || op.kind != PLD_OP_ATTENTION || op.i[4] <= 0 || batches.count(op.i[4]) != 0) continue;
+    FlatBatch &batch = batches[op.i[4]];
+    batch.token_ids = plain.token_ids;
+    batch.positions = plain.positions;
+    batch.slot_mapping = plain.slot_mapping;
+    batch.logit_rows = plain.logit_rows;
+    fill_spans(cut_spans(sequences, work, op.i[4]), batch);
+  }
+  return batches;
+}
+
+// ---- BLOCK ---------------------------------------------------------------------------------------------------------
+
+pld_status check_metadata(const pld_decode_batch &b) {
+  if (b.slot_mapping == nullptr || b.block_tables == nullptr || b.context_lens == nullptr || b.block_table_width < 1)
+    return fail(PLD_INVALID_BATCH, "a BLOCK cache needs slot_mapping, block_tables and context_lens");
+  return PLD_OK;
+}
+
+// A sequence's table is its last token's; what its other tokens say of their past must be the same.
+pld_status take_table(const pld_kv &kv, const Work &work, size_t begin, size_t end, FlatBatch &flat) {
+  const pld_decode_batch &b = work.asked;
+  const int64_t width = b.block_table_width;
+  const int32_t *last = b.block_tables + work.order[end - 1] * width;
+  for (size_t row = begin; row + 1 < end; ++row) {
+    const int32_t t = work.order[row];
+    const int32_t *table = b.block_tables + t * width;
+    const int64_t used = (b.context_lens[t] - 1) / kv.block_size + 1;
+    for (int64_t w = 0; w < std::min(used, width); ++w)
+      if (table[w] != last[w])
+        return fail(PLD_INVALID_BATCH, "block_tables[%d][%lld] is %d; a later token of the sequence has %d", t,
+                    static_cast<long long>(w), table[w], last[w]);
+  }
+  flat.tables.insert(flat.tables.end(), last, last + width);
+  flat.seq_lens.push_back(b.context_lens[work.order[end - 1]]);
+  flat.query_start.push_back(static_cast<int32_t>(end));
+  return PLD_OK;
+}
+
+pld_status fill_blocks(const pld_program &p, const pld_kv &kv, const Work &work, CellMarks &marks, FlatBatch &flat) {
+  flat.query_start.push_back(0);
+  for (const int32_t t : work.order) flat.slot_mapping.push_back(work.asked.slot_mapping[t]);
+  for (size_t begin = 0, row = 1; row <= work.order.size(); ++row) {
+    const auto of = [&](size_t r) { return work.sequence[static_cast<size_t>(work.order[r])]; };
+    if (row < work.order.size() && of(row) == of(begin)) continue;
+    if (pld_status status = take_table(kv, work, begin, row, flat)) return status;
+    begin = row;
+  }
+  flat.finish(work.asked.block_table_width, flat.tables.data());
+  return check_batch(&flat.batch, kv, batch_limits(p), marks);
+}
+
+// New sequences of a batch, forgotten unless it was computed.
+class Entrance {
+ public:
+  Entrance(Sequences &sequences, const Work &work) : sequences_(sequences) {
+    fresh_.reserve(work.ids.size());
+    for (const int32_t seq : work.ids)
+      if (sequences.known.insert(seq).second) fresh_.push_back(seq);
+  }
+  ~Entrance() {
+    for (const int32_t seq : fresh_) sequences_.known.erase(seq);
+  }
+  void keep() { fresh_.clear(); }
+
+ private:
+  Sequences &sequences_;
+  std::vector<int32_t> fresh_;
+};
+
+// ---- both ----------------------------------------------------------------------------------------------------------
+
+bool is_aborted(const pld_decode_batch &asked) { return asked.abort != nullptr && *asked.abort != 0; }
+
+pld_status run_steps_of(pld_program &p, const pld_decode_batch &asked, bool with_logits) {
+  if (asked.abort == nullptr) {
+    run_parts(p, 0, with_logits ? 1 : 0);
+    return PLD_OK;
+  }
+  for (int part = 0; part <= (with_logits ? 1 : 0); ++part)
+    for (size_t step = 0; step < p.steps[part].size(); step += kStepsBetweenLooks) {
+      if (is_aborted(asked)) return fail(PLD_ABORTED, "the caller asked to stop");
+      run_some(p, part, step, std::min(p.steps[part].size(), step + kStepsBetweenLooks));
+    }
+  return PLD_OK;
+}
+
+// Nobody finds rows of a run that did not end.
+void forget_rows(pld_program &p) {
+  p.rows_left = 0;
+  p.hidden_index.clear();
+  p.logit_index.clear();
+}
+
+pld_status run_work(pld_program &p, pld_kv &kv, const Work &work, const FlatBatch &flat,
+                    const std::map<int32_t, FlatBatch> &windowed) {
+  std::vector<int32_t> hidden_index = work.row, logit_index(work.order.size(), -1);
+  for (size_t l = 0; l < work.wanted.size(); ++l)
+    logit_index[static_cast<size_t>(work.wanted[l])] = static_cast<int32_t>(l);
+  bind_batch(p, flat.batch, &kv);
+  for (OpArgs &args : p.args)
+    if (args.op->kind == PLD_OP_ATTENTION)
+      if (const auto at = windowed.find(args.op->i[4]); at != windowed.end()) args.batch = &at->second.batch;
+  if (is_aborted(work.asked)) return fail(PLD_ABORTED, "the caller asked to stop");
+  forget_rows(p);
+  if (pld_status status = run_steps_of(p, work.asked, !work.wanted.empty())) return status;
+  p.rows_left = work.asked.n_tokens;
+  p.hidden_index = std::move(hidden_index);
+  p.logit_index = std::move(logit_index);
+  return PLD_OK;
+}
+
+pld_status decode_slot(pld_program &p, pld_kv &kv, const Work &work) {
+  if (pld_status status = check_positions(kv, work)) return status;
+  FlatBatch flat;
+  fill_rows(work, flat);
+  Placement placement(*kv.sequences, work);
+  placement.place(flat.slot_mapping);
+  fill_spans(cut_spans(*kv.sequences, work, 0), flat);
+  const auto windowed = windowed_batches(p, *kv.sequences, work, flat);
+  if (pld_status status = run_work(p, kv, work, flat, windowed)) return status;
+  placement.keep();
+  return PLD_OK;
+}
+
+pld_status decode_block(pld_program &p, pld_kv &kv, const Work &work) {
+  FlatBatch flat;
+  fill_rows(work, flat);
+  if (pld_status status = fill_blocks(p, kv, work, p.marks, flat)) return status;
+  Entrance entrance(*kv.sequences, work);
+  if (pld_status status = run_work(p, kv, work, flat, {})) return status;
+  entrance.keep();
+  return PLD_OK;
+}
+
+pld_status decode(pld_program *p, pld_kv *kv, const pld_decode_batch *batch) {
+  if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
+  std::lock_guard<std::mutex> lock(p->context->mutex);
+  std::lock_guard<std::mutex> sequences_lock(kv->sequences->mutex);
+  if (pld_status status = check_layers(*p, *kv)) return status;
+  if (check_size(batch, "decode_batch") != PLD_OK) return PLD_INVALID_BATCH;
+  if (kv->layout == PLD_KV_BLOCK)
+    if (pld_status status = check_metadata(*batch)) return status;
+  if (pld_status status = check_tokens(*p, *batch)) return status;
+  Work work{*batch, {}, {}, {}, {}, {}, {}};
+  if (pld_status status = place_tokens(*kv, work)) return status;
+  order_tokens(work);
+  if (pld_status status = choose_logits(*p, work)) return status;
+  return kv->layout == PLD_KV_SLOT ? decode_slot(*p, *kv, work) : decode_block(*p, *kv, work);
+}
+
+const float *row_data(const pld_program *p, const std::vector<int32_t> &rows, int32_t i, int32_t buffer) {
+  if (i < 0 || static_cast<size_t>(i) >= rows.size() || rows[static_cast<size_t>(i)] < 0) return nullptr;
+  return buffer_data(p, buffer) +
+         static_cast<int64_t>(rows[static_cast<size_t>(i)]) * p->buffers[static_cast<size_t>(buffer)].width;
 }
 
 }  // namespace
@@ -246,12 +384,9 @@ pld_status add(pld_program *p, pld_kv *kv, int32_t seq, int32_t p0, int32_t p1, 
 extern "C" pld_status pld_decode(pld_program *program, pld_kv *kv, const pld_decode_batch *batch) {
   return pld::guard([&] { return pld::decode(program, kv, batch); });
 }
-extern "C" const float *pld_logits_of(const pld_program *program, int32_t index) {
-  if (program == nullptr || index < 0 || static_cast<size_t>(index) >= program->logit_index.size()) return nullptr;
-  const int32_t row = program->logit_index[static_cast<size_t>(index)];
-  return row < 0 ? nullptr : pld_program_logits_data(program) + static_cast<int64_t>(row) * program->vocab_size;
+extern "C" const float *pld_logits_of(const pld_program *program, int32_t i) {
+  return program == nullptr ? nullptr : pld::row_data(program, program->logit_index, i, program->logits);
 }
-extern "C" pld_status pld_seq_add(pld_program *program, pld_kv *kv, int32_t seq, int32_t p0, int32_t p1,
-                                  int32_t delta) {
-  return pld::guard([&] { return pld::add(program, kv, seq, p0, p1, delta); });
+extern "C" const float *pld_hidden_of(const pld_program *program, int32_t i) {
+  return program == nullptr ? nullptr : pld::row_data(program, program->hidden_index, i, program->hidden);
 }

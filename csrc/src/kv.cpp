@@ -3,10 +3,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "dequantize.hpp"
 #include "error.hpp"
-#include "slots.hpp"
+#include "sequences.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -30,8 +31,10 @@ struct Field {
 };
 
 // Everything but the memory. The three sizes fit int64, and so does their sum.
-pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes) {
-  if (pld_status status = check_size(params, "kv_params")) return status;
+pld_status plan_kv(const pld_kv_params *given, pld_kv *kv, int64_t *total_bytes) {
+  pld_kv_params copy = pld_kv_default_params();
+  if (pld_status status = read_params(given, offsetof(pld_kv_params, layout), "kv_params", &copy)) return status;
+  const pld_kv_params *params = &copy;
   const Field fields[] = {{"n_layers", params->n_layers, INT32_MAX},
                           {"n_kv_heads", params->n_kv_heads, INT32_MAX},
                           {"head_dim", params->head_dim, kMaxHeadDim},
@@ -50,6 +53,7 @@ pld_status plan_kv(const pld_kv_params *params, pld_kv *kv, int64_t *total_bytes
   if (params->layout == PLD_KV_SLOT && params->block_size != 1)
     return fail(PLD_INVALID_ARGUMENT, "kv block_size is %d; with the SLOT layout it must be 1", params->block_size);
   *kv = {};
+  kv->layout = params->layout;
   kv->n_layers = params->n_layers;
   kv->n_kv_heads = params->n_kv_heads;
   kv->head_dim = params->head_dim;
@@ -115,13 +119,17 @@ pld_status create_kv(const pld_kv_params *params, pld_kv **out) {
   int64_t total = 0;
   if (pld_status status = plan_kv(params, &planned, &total)) return status;
   planned.data = reserve(data_bytes(planned));
-  pld_kv *kv = planned.data == nullptr ? nullptr : new (std::nothrow) pld_kv(planned);
-  if (kv == nullptr) {
-    release(planned.data, data_bytes(planned));
+  if (planned.data == nullptr)
     return fail(PLD_OUT_OF_MEMORY, "no memory for a kv cache of %lld bytes", static_cast<long long>(total));
+  try {
+    auto sequences = std::make_unique<Sequences>(planned);
+    planned.sequences = sequences.get();
+    *out = new pld_kv(planned);
+    sequences.release();
+  } catch (...) {
+    release(planned.data, data_bytes(planned));
+    throw;
   }
-  if (params->layout == PLD_KV_SLOT) kv->slots = new Slots(kv->n_cells);
-  *out = kv;
   return PLD_OK;
 }
 
@@ -197,13 +205,18 @@ void store_keys(pld_kv &kv, int32_t layer, int64_t cell, const float *keys) {
   for (int64_t g = 0; g < kv.n_kv_heads; ++g, keys += kv.head_dim) {
     std::byte *unit = unit_of(kv, layer, cell, g);
     float greatest = 0.0f;
-    for (int64_t e = 0; e < kv.head_dim; ++e) greatest = std::fmax(greatest, std::fabs(keys[e]));
-    const float scale = greatest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    for (int64_t e = 0; e < kv.head_dim; ++e) {
+      const float size = std::fabs(keys[e]);
+      greatest = size > greatest || std::isnan(size) ? size : greatest;  // a NaN stays, as when keys are first written
+    }
+    const float scale = greatest / 127.0f;
+    const float inverse = scale > 0.0f && 1.0f / scale < 3.0e38f ? 1.0f / scale : 0.0f;
     if (kv.dtype == PLD_I8) std::memcpy(unit + kv.scale_offset + lane * 4, &scale, 4);
     for (int64_t e = 0; e < kv.head_dim; ++e) {
       std::byte *place = unit + place_of(kv, 0, lane, e) * kv.value_bytes;
       const uint16_t half = round_to_bf16(keys[e]);
-      const auto quant = static_cast<int8_t>(std::nearbyint(keys[e] * inverse));
+      const float rounded = std::nearbyint(keys[e] * inverse);
+      const auto quant = static_cast<int8_t>(rounded >= -127.0f && rounded <= 127.0f ? rounded : 0.0f);
       if (kv.dtype == PLD_F32)
         std::memcpy(place, &keys[e], 4);
       else if (kv.dtype == PLD_BF16)
@@ -227,7 +240,7 @@ extern "C" pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out) {
 extern "C" void pld_kv_destroy(pld_kv *kv) {
   if (kv == nullptr) return;
   pld::release(kv->data, pld::data_bytes(*kv));
-  delete kv->slots;
+  delete kv->sequences;
   delete kv;
 }
 

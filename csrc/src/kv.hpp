@@ -7,7 +7,7 @@
 #include "pellucid.h"
 
 namespace pld {
-class Slots;
+struct Sequences;
 }
 
 // What one kv head keeps of a group of 16 cells is one unit: its keys, its values, and for int8 their scales. So a
@@ -33,8 +33,9 @@ struct pld_kv {
   int64_t scale_offset;  // of the scales in a unit
   int64_t unit_bytes;
   int64_t layer_bytes;
-  std::byte *data;    // 64-byte aligned, zero, touched on first use
-  pld::Slots *slots;  // of the SLOT layout; null for BLOCK
+  std::byte *data;  // 64-byte aligned, zero, touched on first use
+  pld_kv_layout layout;
+  pld::Sequences *sequences;  // owned: who holds what
 };
 
 namespace pld {

@@ -15,6 +15,7 @@ namespace pld {
 namespace {
 
 constexpr int32_t kMaxOps = 1 << 20;
+constexpr int64_t kMaxArenaBytes = int64_t{1} << 46;  // far below what sums of widths could overflow
 
 pld_status check_desc(const pld_program_desc *d) {
   if (pld_status status = check_size(d, "program_desc")) return status;
@@ -153,6 +154,7 @@ void place_buffers(pld_program &p) {
   for (size_t slot = 0; slot < width.size(); ++slot) {
     start[slot] = bytes;
     bytes += (width[slot] * p.max_rows[domain[slot]] * 4 + 63) / 64 * 64;
+    if (bytes > kMaxArenaBytes) throw std::bad_alloc();
   }
   p.offset.resize(p.buffers.size());
   for (size_t b = 0; b < p.buffers.size(); ++b) p.offset[b] = start[static_cast<size_t>(p.buffers[b].slot)];
@@ -229,27 +231,43 @@ pld_status create_program(pld_context *context, const pld_program_desc *desc, pl
   return PLD_OK;
 }
 
-// The parts of a program that a run walks: forward, logits, or both; each as one region.
-void run_parts(pld_program &p, int first, int last, const pld_batch &batch, pld_kv *kv) {
+}  // namespace
+
+void bind_batch(pld_program &p, const pld_batch &batch, pld_kv *kv) {
   for (size_t index = 0; index < p.args.size(); ++index) {
     OpArgs &args = p.args[index];
     args.batch = &batch;
     args.kv = kv;
     args.rows = static_cast<int32_t>(index) < p.n_forward_ops ? batch.n_tokens : batch.n_logit_rows;
   }
+}
+
+namespace {
+
+void run_region(pld_program &p, const std::vector<Step> *first, const std::vector<Step> *last) {
   struct Region {
     pld_program &program;
-    int first, last;
+    const std::vector<Step> *first, *last;
   } region{p, first, last};
   p.context->turns.reset();
   p.context->pool.run(
       [](void *argument, int thread) {
         Region &r = *static_cast<Region *>(argument);
         uint32_t turn = 0;
-        for (int part = r.first; part <= r.last; ++part)
-          run_steps(r.program.steps[part], r.program.args, *r.program.context, turn, thread);
+        for (const std::vector<Step> *part = r.first; part != r.last; ++part)
+          run_steps(*part, r.program.args, *r.program.context, turn, thread);
       },
       &region);
+}
+
+}  // namespace
+
+void run_parts(pld_program &p, int first, int last) { run_region(p, p.steps + first, p.steps + last + 1); }
+
+void run_some(pld_program &p, int part, size_t begin, size_t end) {
+  const auto steps = p.steps[part].begin();
+  const std::vector<Step> some(steps + static_cast<std::ptrdiff_t>(begin), steps + static_cast<std::ptrdiff_t>(end));
+  run_region(p, &some, &some + 1);
 }
 
 pld_status check_layers(const pld_program &p, const pld_kv &kv) {
@@ -265,14 +283,22 @@ BatchLimits batch_limits(const pld_program &p) {
   return {p.max_rows[PLD_ROWS_T], p.max_rows[PLD_ROWS_L], p.vocab_size};
 }
 
+const float *buffer_data(const pld_program *p, int32_t buffer) {
+  auto *program = const_cast<pld_program *>(p);
+  return reinterpret_cast<const float *>(program->arena.data() + program->offset[static_cast<size_t>(buffer)]);
+}
+
+namespace {
+
 pld_status run_program(pld_program *p, pld_kv *kv, const pld_batch *batch) {
   if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
-  if (kv->slots != nullptr) return fail(PLD_NOT_SUPPORTED, "a SLOT cache is decoded into by sequence: pld_decode");
   std::lock_guard<std::mutex> lock(p->context->mutex);
   if (pld_status status = check_layers(*p, *kv)) return status;
-  p->logit_index.clear();
   if (pld_status status = check_batch(batch, *kv, batch_limits(*p), p->marks)) return status;
-  run_parts(*p, 0, batch->n_logit_rows > 0 ? 1 : 0, *batch, kv);
+  p->hidden_index.clear();
+  p->logit_index.clear();
+  bind_batch(*p, *batch, kv);
+  run_parts(*p, 0, batch->n_logit_rows > 0 ? 1 : 0);
   p->rows_left = batch->n_tokens;
   return PLD_OK;
 }
@@ -285,31 +311,21 @@ pld_status run_logits(pld_program *p, const int32_t *rows, int32_t n_rows) {
   for (int32_t l = 0; l < n_rows; ++l)
     if (rows[l] < 0 || rows[l] >= p->rows_left)
       return fail(PLD_INVALID_BATCH, "rows[%d] is %d; the last run left %d", l, rows[l], p->rows_left);
+  std::vector<int32_t> of_hidden(rows, rows + n_rows);
+  if (!p->hidden_index.empty())
+    for (int32_t &row : of_hidden) row = p->hidden_index[static_cast<size_t>(row)];
   pld_batch batch = {};
   batch.struct_size = sizeof batch;
   batch.n_tokens = p->rows_left;
   batch.n_logit_rows = n_rows;
-  batch.logit_rows = rows;
-  run_parts(*p, 1, 1, batch, nullptr);
+  batch.logit_rows = of_hidden.data();
+  bind_batch(*p, batch, nullptr);
+  p->logit_index.clear();
+  run_parts(*p, 1, 1);
   return PLD_OK;
-}
-
-const float *buffer_data(const pld_program *p, int32_t buffer) {
-  auto *program = const_cast<pld_program *>(p);
-  return reinterpret_cast<const float *>(program->arena.data() + program->offset[static_cast<size_t>(buffer)]);
 }
 
 }  // namespace
-
-pld_status run_prepared(pld_program &p, pld_kv &kv, const pld_batch &batch, bool check) {
-  if (pld_status status = check_layers(p, kv)) return status;
-  if (check)
-    if (pld_status status = check_batch(&batch, kv, batch_limits(p), p.marks)) return status;
-  run_parts(p, 0, batch.n_logit_rows > 0 ? 1 : 0, batch, &kv);
-  p.rows_left = batch.n_tokens;
-  return PLD_OK;
-}
-
 }  // namespace pld
 
 extern "C" pld_status pld_program_create(pld_context *context, const pld_program_desc *desc, pld_program **out) {

@@ -23,13 +23,24 @@ struct pld_program {
   std::vector<pld::OpArgs> args;
   std::vector<pld::Step> steps[2];  // of the forward part, and of the logits
   pld::CellMarks marks;
-  int32_t rows_left = 0;             // hidden rows that the last run left
-  std::vector<int32_t> logit_index;  // of each token of the last pld_decode; -1: not asked for
+  int32_t rows_left = 0;  // hidden rows that the last run left
+  // Of the last pld_decode, by index in its batch: the row of the hidden states, and of the logits (-1: not asked for).
+  // Empty behind other runs, whose rows are as the caller gave them.
+  std::vector<int32_t> hidden_index, logit_index;
 };
 
 namespace pld {
 
-// One step of a batch that the caller has made, checked unless `check` is false. The caller holds the context's mutex.
-pld_status run_prepared(pld_program &program, pld_kv &kv, const pld_batch &batch, bool check);
+// Batch, cache and rows of all ops. The caller holds the context's mutex until their steps have run.
+void bind_batch(pld_program &program, const pld_batch &batch, pld_kv *kv);
+// All steps of the parts [first, last], forward (0) and logits (1), as one region.
+void run_parts(pld_program &program, int first, int last);
+// Steps [begin, end) of one part, as one region.
+void run_some(pld_program &program, int part, size_t begin, size_t end);
+
+// Whether the program's attention fits the cache.
+pld_status check_layers(const pld_program &program, const pld_kv &kv);
+BatchLimits batch_limits(const pld_program &program);
+const float *buffer_data(const pld_program *program, int32_t buffer);
 
 }  // namespace pld

@@ -38,6 +38,7 @@ ABI_VERSION = 1
 F32, BF16, F16 = 0, 1, 2
 Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, I8 = 3, 4, 5, 6, 7, 8, 9, 10, 11
 ROW_MAJOR, PANELS = 0, 1
+KV_BLOCK, KV_SLOT = 0, 1
 ISA_NAMES = {0: "auto", 1: "portable", 2: "avx2", 3: "avx512"}
 ISA_CODES = {name: code for code, name in ISA_NAMES.items()}
 STATUS_NAMES = {
@@ -296,17 +297,25 @@ class Weight:
 
 
 class KVCache(_Handle):
-    """Keys and values of `n_blocks` blocks of `block_size` positions."""
+    """Keys and values of `n_blocks` blocks of `block_size` positions; with KV_SLOT of single cells that the core manages."""
 
     _destroy = "pld_kv_destroy"
 
     def __init__(
-        self, *, n_layers: int, n_kv_heads: int, head_dim: int, block_size: int, n_blocks: int, dtype: int
+        self,
+        *,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        n_blocks: int,
+        dtype: int,
+        layout: int = KV_BLOCK,
     ) -> None:
         super().__init__(None)
         params = library().pld_kv_default_params()
         params.n_layers, params.n_kv_heads, params.head_dim = n_layers, n_kv_heads, head_dim
-        params.block_size, params.n_blocks, params.dtype = block_size, n_blocks, dtype
+        params.block_size, params.n_blocks, params.dtype, params.layout = block_size, n_blocks, dtype, layout
         self.n_kv_heads, self.head_dim, self.block_size, self.n_blocks = n_kv_heads, head_dim, block_size, n_blocks
         self.n_layers, self.dtype = n_layers, dtype
         self.nbytes = int(library().pld_kv_bytes(byref(params)))

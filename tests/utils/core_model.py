@@ -12,9 +12,20 @@ from pellucid.ops import abi, structs
 
 
 class CoreModel:
-    """A model file, opened by the core, and one cache."""
+    """A model file, opened by the core, and one cache. `hidden_size` is that of the tiny models."""
 
-    def __init__(self, path: Path, *, layout: str, cells: int = 64, block_size: int = 4, threads: int = 2) -> None:
+    hidden_size = 64
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        layout: str,
+        cells: int = 64,
+        block_size: int = 4,
+        threads: int = 2,
+        dtype: int | None = None,
+    ) -> None:
         lib = abi.library()
         self.context = abi.Context(threads)
         params = lib.pld_model_default_params()
@@ -28,7 +39,7 @@ class CoreModel:
         abi.check(lib.pld_model_info_get(handle, ctypes.byref(self.info)))
         kv = lib.pld_kv_default_params()
         kv.n_layers, kv.n_kv_heads, kv.head_dim = self.info.n_layers, self.info.n_kv_heads, self.info.head_dim
-        kv.dtype, kv.layout = self.info.kv_dtype, 1 if layout == "slot" else 0
+        kv.dtype, kv.layout = self.info.kv_dtype if dtype is None else dtype, 1 if layout == "slot" else 0
         kv.block_size = 1 if layout == "slot" else block_size
         kv.n_blocks = cells // kv.block_size
         cache = ctypes.c_void_p()
@@ -46,6 +57,19 @@ class CoreModel:
             return None
         view = (ctypes.c_float * self.info.vocab_size).from_address(address)
         return np.frombuffer(view, np.float32).copy()
+
+    def hidden(self, index: int) -> np.ndarray | None:
+        """[D] of a row of the last batch, copied; None when there is no such row."""
+        address = abi.library().pld_hidden_of(self.program, index)
+        if not address:
+            return None
+        return np.frombuffer((ctypes.c_float * self.hidden_size).from_address(address), np.float32).copy()
+
+    def read(self, layer: int, cell: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [G, E] of one cell."""
+        k, v = (np.empty((self.info.n_kv_heads, self.info.head_dim), np.float32) for _ in range(2))
+        abi.check(abi.library().pld_kv_read(self.kv, layer, cell, k.ctypes.data, v.ctypes.data))
+        return k, v
 
     def pos_max(self, seq: int) -> int:
         """-1 when absent."""

@@ -13,6 +13,7 @@ from pellucid.errors import ConfigError
 # The model that is used when none is named.
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+DEFAULT_BLOCK_SIZE = 16
 ALIASES = {"max_batch_size": "max_num_seqs", "model_path": "model"}
 DTYPES = ("auto", "float32", "bfloat16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
@@ -38,9 +39,11 @@ class EngineConfig:
     dtype: str = _setting("auto", "Weights and matrix inputs: auto, float32 or bfloat16. auto: float32 if stored so.")
     quantization: str | None = _setting(None, "Round matrices at load: int8, int8_channel or int4.")
     kv_cache_dtype: str = _setting("auto", "Keys and values: auto (as dtype), float32, bfloat16 or int8.")
-    kv_layout: str = _setting("block", "How the cache is addressed: block.")
-    block_size: int = _setting(16, "Tokens in a block of the cache, 1 to 256.")
-    num_blocks: int | None = _setting(None, "Blocks in the cache; by default from the memory that is free.")
+    kv_layout: str = _setting("block", "How the cache is addressed: block, or slot for cells of one token each.")
+    block_size: int = _setting(DEFAULT_BLOCK_SIZE, "Tokens in a block of the cache, 1 to 256; 1 with kv_layout slot.")
+    num_blocks: int | None = _setting(
+        None, "Blocks (slot: cells) in the cache; by default from the memory that is free."
+    )
     max_model_len: int | None = _setting(None, "Longest prompt + output; by default what model and memory allow.")
     max_num_seqs: int = _setting(32, "Most requests that run at once, 1 to 1,024.")
     max_num_batched_tokens: int = _setting(512, "Most tokens computed in one step, 1 to 65,536.")
@@ -72,6 +75,10 @@ class EngineConfig:
                 f"prompt_lookup_min is {self.prompt_lookup_min}; it must be at most prompt_lookup_max, "
                 f"{self.prompt_lookup_max}"
             )
+        if self.kv_layout == "slot":
+            if self.block_size not in (1, DEFAULT_BLOCK_SIZE):
+                raise ConfigError(f"block_size is {self.block_size}; with kv_layout 'slot' every cell holds 1 token")
+            object.__setattr__(self, "block_size", 1)  # said or not, it is what the layout means
 
     @classmethod
     def from_kwargs(cls, model: str | Path, kwargs: Mapping[str, Any]) -> EngineConfig:
@@ -135,7 +142,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "dtype": _one_of(*DTYPES),
     "quantization": lambda value: None if value is None else _one_of(*QUANTIZATIONS)(value),
     "kv_cache_dtype": _one_of(*KV_CACHE_DTYPES),
-    "kv_layout": _one_of("block"),
+    "kv_layout": _one_of("block", "slot"),
     "block_size": _integer(1, 256),
     "num_blocks": _integer(1, 2**30, optional=True),
     "max_model_len": _integer(2, 2**24, optional=True),

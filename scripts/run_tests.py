@@ -52,8 +52,6 @@ def why_skipped(suite: str, options: argparse.Namespace) -> str | None:
         return f"{' and '.join(SUITES[suite])} do not exist yet"
     if options.device == "cuda":
         return "this version runs on the CPU alone"
-    if options.layout == "slot":
-        return "this version has the block layout alone"
     if suite != "parity":
         return None
     modes = {options.run_parity, options.run_hf}
@@ -79,6 +77,7 @@ def run_suite(suite: str, options: argparse.Namespace, rest: list[str], environm
     """Runs one suite; gives pytest's exit status."""
     folders = [folder for folder in SUITES[suite] if (ROOT / folder).is_dir()]
     keyword = ["-k", options.keyword] if options.keyword else []
+    keyword += ["--kv-layout", options.layout] if options.layout != "all" else []
     command = [sys.executable, "-m", "pytest", *folders, *keyword, *rest]
     print(f"[run] {suite}: pytest {' '.join([*folders, *keyword, *rest])}", flush=True)
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

@@ -18,8 +18,15 @@ _BUILT_IN = {
 }
 
 
+def _key(architecture: str) -> str:
+    return architecture.strip().lower()
+
+
 class ModelRegistry:
-    """Which class serves which architecture. A class that a user registers goes before a built-in one."""
+    """Which class serves which architecture. A class that a user registers goes before a built-in one.
+
+    Names are compared stripped and in lower case.
+    """
 
     _registered: dict[str, Any] = {}  # noqa: RUF012
 
@@ -30,7 +37,7 @@ class ModelRegistry:
         Raises:
             ValueError: the name is empty, or the class lacks a part of the model contract.
         """
-        name = architecture.strip()
+        name = _key(architecture)
         if not name:
             raise ValueError("architecture is empty")
         missing = [part for part in ("forward", "compute_logits", "load_weights") if not hasattr(model_class, part)]
@@ -41,7 +48,8 @@ class ModelRegistry:
     @classmethod
     def architectures(cls) -> list[str]:
         """All that can be served, sorted."""
-        return sorted({*_BUILT_IN, *cls._registered})
+        own = [name for name in cls._registered if name not in map(_key, _BUILT_IN)]
+        return sorted([*_BUILT_IN, *own])
 
     @classmethod
     def resolve(cls, architecture: str) -> Any:
@@ -50,12 +58,14 @@ class ModelRegistry:
         Raises:
             UnsupportedModelError: listing those that are known.
         """
-        if architecture in cls._registered:
-            return cls._registered[architecture]
-        if architecture not in _BUILT_IN:
+        key = _key(architecture)
+        if key in cls._registered:
+            return cls._registered[key]
+        place = next((place for name, place in _BUILT_IN.items() if _key(name) == key), None)
+        if place is None:
             known = ", ".join(cls.architectures())
             raise UnsupportedModelError(f"unsupported model type {architecture!r}; known: {known}")
-        module, name = _BUILT_IN[architecture].split(":")
+        module, name = place.split(":")
         return getattr(importlib.import_module(module), name)
 
     @classmethod

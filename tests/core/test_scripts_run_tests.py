@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--suite", "parity", "--run-hf", "never"), 1, "[skip] parity because --run-parity or --run-hf is never"),
         (("--suite", "parity", "--run-parity", "never"), 1, "[skip] parity because"),
         (("--suite", "stage0", "--device", "cuda"), 1, "[skip] stage0 because this version runs on the CPU alone"),
-        (("--suite", "stage0", "--layout", "slot"), 1, "[skip] stage0 because"),
+        (("--suite", "stage0", "--layout", "slot", "-k", "no_test_has_this_name"), 5, "--kv-layout slot"),
         (("--suite", "stage9"), 2, "invalid choice: 'stage9'"),
     ],
 )
@@ -44,3 +44,12 @@ def test_one_suite_when_a_test_passes_then_ok_and_status_zero() -> None:
     assert done.returncode == 0, done.stdout[-2000:]
     assert "[config]" in done.stdout
     assert "[ok] stage1" in done.stdout
+
+
+def test_layout_when_given_then_tests_of_the_other_are_passed_over() -> None:
+    name = "test_abort_when_set_on_the_way"
+    command = [sys.executable, "-m", "pytest", "--co", "-q", "tests/core/test_core_sequences.py", "-k", name]
+    for layout, other in (("slot", "block"), ("block", "slot")):
+        done = subprocess.run([*command, "--kv-layout", layout], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert f"[{layout}]" in done.stdout
+        assert f"[{other}]" not in done.stdout

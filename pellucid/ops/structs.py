@@ -233,6 +233,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_model_program": (c_void_p, [c_void_p]),
     "pld_decode": (c_int32, [c_void_p, c_void_p, POINTER(DecodeBatchStruct)]),
     "pld_logits_of": (c_void_p, [c_void_p, c_int32]),
+    "pld_hidden_of": (c_void_p, [c_void_p, c_int32]),
     "pld_seq_cp": (c_int32, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
     "pld_seq_rm": (c_int32, [c_void_p, c_int32, c_int32, c_int32]),
     "pld_seq_add": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32]),

@@ -17,7 +17,7 @@ from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
-from pellucid.ops import abi
+from pellucid.ops import abi, structs
 from pellucid.ops.batch import single_sequence_batch
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording
@@ -276,7 +276,7 @@ def test_block_metadata_when_tokens_of_a_sequence_contradict_each_other_then_inv
 
 def test_params_of_an_older_header_when_a_cache_is_made_then_it_is_a_block_cache() -> None:
     params, kv = abi.library().pld_kv_default_params(), ctypes.c_void_p()
-    params.struct_size, params.layout = abi.KVParamsStruct.layout.offset, 77  # what lies behind is not read
+    params.struct_size, params.layout = structs.KVParamsStruct.layout.offset, 77  # what lies behind is not read
     assert abi.library().pld_kv_create(ctypes.byref(params), ctypes.byref(kv)) == OK
     assert abi.library().pld_kv_free_cells(kv) == -1
     abi.library().pld_kv_destroy(kv)

@@ -39,8 +39,11 @@ def prompts(vocab_size: int) -> list[list[int]]:
 
 
 def params(index: int) -> SamplingParams:
-    """Every third request is greedy; the others draw with a seed, some through the whole chain."""
+    """Every third request is greedy; the others draw with a seed, some through the whole chain. Some stammer: they say the
+    same few tokens again and again, so that guesses at them come true."""
     asked: dict[str, Any] = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 4}
+    if index % 4 == 2:
+        asked["logit_bias"] = dict.fromkeys((10, 20, 30), 50.0)
     if index % 4 == 3:
         asked["prompt_logprobs"] = 2
     if index % 3 == 0:
@@ -135,7 +138,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "one thread": {"num_threads": 1},
     "prefix cache": {"enable_prefix_caching": True},
     "eager": {"enforce_eager": True},
+    "plans ahead": {"async_scheduling": True},
+    "plans ahead, chunks of 16": {"async_scheduling": True, "max_num_batched_tokens": 16},
 }
+NGRAM: dict[str, Any] = {"speculative_method": "ngram", "prompt_lookup_min": 1, "speculative_max_num_seqs": 16}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -147,13 +153,36 @@ def test_twelve_requests_when_scheduled_otherwise_then_same_bits(
     assert_same_bits(found, expected)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},
+        {"alone": True, "num_threads": 1},
+        {"num_speculative_tokens": 7, "enable_prefix_caching": True, "block_size": 8, "num_blocks": 512},
+        {"async_scheduling": True, "speculative_max_num_seqs": 4, "max_num_seqs": 5, "max_num_batched_tokens": 32},
+        {"enforce_eager": True, "kv_layout": "slot", "num_blocks": 4096},
+    ],
+    ids=["together", "alone", "long drafts", "plans ahead with many", "eager, slots"],
+)
+def test_twelve_requests_when_drafts_are_verified_then_some_stand_and_same_bits(
+    reference: tuple[str, dict[str, str], list[Bits]], schedule: dict[str, Any]
+) -> None:
+    model, precision, expected = reference
+    found, llm = run(model, **precision, **{**NGRAM, **schedule})
+    assert sum(record.n_accepted_tokens for record in llm.engine.trace.records) > 0
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize(
+    "ahead", [{}, {"async_scheduling": True}, NGRAM], ids=["step by step", "plans ahead", "drafts"]
+)
 @pytest.mark.parametrize("policy", ["mixed", "prefill_first"])
 @pytest.mark.parametrize("caching", [False, True])
 def test_twelve_requests_when_blocks_are_few_then_preempted_and_same_bits(
-    reference: tuple[str, dict[str, str], list[Bits]], policy: str, caching: bool
+    reference: tuple[str, dict[str, str], list[Bits]], policy: str, caching: bool, ahead: dict[str, Any]
 ) -> None:
     model, precision, expected = reference
-    found, llm = run(model, num_blocks=26, policy=policy, enable_prefix_caching=caching, **precision)
+    found, llm = run(model, num_blocks=26, policy=policy, enable_prefix_caching=caching, **precision, **ahead)
     assert any(record.preempted for record in llm.engine.trace.records), "no request was preempted"
     assert_same_bits(found, expected)
 
@@ -218,6 +247,7 @@ def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(pr
         {"alone": True, "num_threads": 1},
         {"max_num_batched_tokens": 64, "num_blocks": 26},
         {"enable_prefix_caching": True, "block_size": 8, "policy": "prefill_first"},
+        {"async_scheduling": True, **NGRAM, "speculative_max_num_seqs": 4, "kv_layout": "slot", "num_blocks": 4096},
     ]
     for variant in variants:
         assert_same_bits(run(model, **as_asked, **variant)[0], expected)

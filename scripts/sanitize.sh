@@ -34,4 +34,4 @@ if [ "$kind" = address ]; then
 fi
 
 LD_PRELOAD="$preload" python -m pytest -q -x -p no:cacheprovider tests/ops tests/sampling/test_sampling_core.py tests/core/test_core_*.py \
-  tests/core/test_program_*.py tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py --ignore tests/core/test_core_instructions.py "$@"
+  tests/core/test_program_*.py tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py --deselect tests/core/test_core_instructions.py "$@"

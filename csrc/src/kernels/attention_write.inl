@@ -31,11 +31,9 @@ PLD_INLINE AttentionShape attention_shape(const OpArgs &args) {
 }
 
 PLD_INLINE float int8_scale(const float *x, int64_t n) {
-  float greatest = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    const float size = x[i] < 0 ? -x[i] : x[i];
-    greatest = size > greatest || size != size ? size : greatest;  // a NaN stays
-  }
+  const uint32_t bits = greatest_bits(x, n);
+  float greatest;
+  memcpy(&greatest, &bits, 4);
   return greatest / 127.0f;
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The core's tests and the hostile files on a build of the core under a sanitizer: address (default) or undefined.
+# The core's tests and the hostile files on a build of the core under a sanitizer: address (default), undefined or thread.
 # Runs in an environment with the test extra; further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,14 +8,16 @@ shift || true
 case $kind in
   address) runtime=libasan.so ;;
   undefined) runtime=libubsan.so ;;
-  *) echo "sanitizer is $kind; known: address, undefined" >&2; exit 2 ;;
+  thread) runtime=libtsan.so ;;
+  *) echo "sanitizer is $kind; known: address, undefined, thread" >&2; exit 2 ;;
 esac
 build=build/sanitize-$kind
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPELLUCID_SANITIZE="$kind"
 cmake --build "$build"
 export PELLUCID_LIBRARY=$PWD/$build/libpellucid.so
-# Python itself is not instrumented: its leaks are not ours, and the runtime must come first.
+# Python itself is not instrumented: its leaks and locks are not ours, and the runtime must come first.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 preload="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so.6)"
 
 # A check that cannot fail is none: a caller that lies about its memory must be caught.
@@ -33,5 +35,9 @@ if [ "$kind" = address ]; then
   fi
 fi
 
-LD_PRELOAD="$preload" python -m pytest -q -x -p no:cacheprovider tests/ops tests/sampling/test_sampling_core.py tests/core/test_core_*.py \
-  tests/core/test_program_*.py tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py --deselect tests/core/test_core_instructions.py "$@"
+tests=(tests/ops tests/sampling/test_sampling_core.py tests/core/test_core_*.py tests/core/test_program_*.py
+  tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py)
+if [ "$kind" = thread ]; then # what shares work between threads; the rest runs on one
+  tests=(tests/core/test_core_{attention,decode,moe,quantised,sample,sequences,threads}*.py)
+fi
+LD_PRELOAD="$preload" python -m pytest -q -x -p no:cacheprovider "${tests[@]}" --deselect tests/core/test_core_instructions.py "$@"

@@ -1,8 +1,9 @@
 """One set of bfloat16 weights in every peer's format, and at 8 and 4 bits by the peer's own converter.
 
-    python benchmarks/make_models.py smollm2|llama-1b [--peers FOLDER] [--formats hf gguf q8_0 q4_0 openvino-bf16 ...]
+    python benchmarks/make_models.py smollm2|smollm2-shuffled|llama-1b [--peers FOLDER] [--formats hf gguf q8_0 q4_0 openvino-bf16 ...]
 
-smollm2: the packaged SmolLM2-135M-Instruct, dequantised and rounded once. llama-1b: random weights in the shape of Llama-3.2-1B.
+smollm2: the packaged SmolLM2-135M-Instruct, dequantised and rounded once. smollm2-shuffled: the same function with its channels in another
+order, so that its weights do not lie on the 4-bit grid that they came from. llama-1b: random weights in the shape of Llama-3.2-1B.
 FOLDER holds the environments that `setup_peers.py` makes. Needs the test extra. Prints the paths as JSON.
 """
 
@@ -59,8 +60,8 @@ def save_tokenizer(folder: Path) -> None:
     )
 
 
-def write_packaged(folder: Path) -> None:
-    """SmolLM2 as a Hugging Face folder."""
+def packaged_tensors() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """SmolLM2's configuration and its tensors in bfloat16."""
     checkpoint = open_checkpoint(resolve_model(PACKAGED))
     tensors = {}
     for name, view in checkpoint.tensors():
@@ -68,8 +69,58 @@ def write_packaged(folder: Path) -> None:
         kind = gguf.GGMLQuantizationType[view.dtype]
         values = dequantize(raw, kind) if view.dtype != "F32" else view.to_float32()
         tensors[name] = torch.from_numpy(values.reshape(view.shape).copy()).to(torch.bfloat16)
+    return {**checkpoint.config, "torch_dtype": "bfloat16"}, tensors
+
+
+def shuffled(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same function with the channels of the residual stream, of each ffn and of each head's values in a random order.
+
+    The packaged weights were stored in Q4_1: rounding them to groups of 32 again would find the very grid that they lie on, and flatter
+    that format. Here a group holds values of many grids. Values of each head are permuted alike in v's rows and o's columns.
+    """
+    generator = torch.Generator().manual_seed(0)
+    heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    stream = torch.randperm(width, generator=generator)
+    found = dict(tensors)
+    found["model.norm.weight"] = tensors["model.norm.weight"][stream]
+    found["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:, stream]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        ffn = torch.randperm(config["intermediate_size"], generator=generator)
+        values = torch.stack([torch.randperm(head_dim, generator=generator) + h * head_dim for h in range(kv_heads)])
+        of_head = values.repeat_interleave(heads // kv_heads, 0) % head_dim + torch.arange(heads)[:, None] * head_dim
+        orders = {  # rows, columns; None: as they are
+            "self_attn.q_proj": (None, stream),
+            "self_attn.k_proj": (None, stream),
+            "self_attn.v_proj": (values.flatten(), stream),
+            "self_attn.o_proj": (stream, of_head.flatten()),
+            "mlp.gate_proj": (ffn, stream),
+            "mlp.up_proj": (ffn, stream),
+            "mlp.down_proj": (stream, ffn),
+        }
+        for name, (rows, cols) in orders.items():
+            matrix = tensors[f"{prefix}{name}.weight"]
+            found[f"{prefix}{name}.weight"] = (matrix if rows is None else matrix[rows])[:, cols]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{prefix}{norm}.weight"] = tensors[f"{prefix}{norm}.weight"][stream]
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _write_hf(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**checkpoint.config, "torch_dtype": "bfloat16"}))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_packaged(folder: Path) -> None:
+    """SmolLM2 as a Hugging Face folder."""
+    _write_hf(folder, *packaged_tensors())
+
+
+def write_shuffled(folder: Path) -> None:
+    """SmolLM2 with its channels in another order."""
+    config, tensors = packaged_tensors()
+    _write_hf(folder, config, shuffled(config, tensors))
 
 
 def write_llama_1b(folder: Path) -> None:
@@ -167,7 +218,7 @@ params = C.llama_model_quantize_default_params()
 params.ftype, params.nthread = int(sys.argv[3]), 2
 sys.exit(C.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
 """
-_FILE_TYPES = {"q8_0": 7, "q4_0": 2, "q4_1": 3, "q4_k": 15, "q6_k": 18}
+_FILE_TYPES = {"q8_0": 7, "q4_0": 2, "q4_1": 3, "q4_k": 15, "q5_k": 17, "q6_k": 18}
 _OPENVINO = {
     "openvino-bf16": ["--weight-format", "fp16"],
     "openvino-int8": ["--weight-format", "int8"],
@@ -193,7 +244,11 @@ def _convert(format: str, folder: Path, target: Path, peers: Path) -> None:
 
 
 FORMATS = ("hf", "gguf", *_FILE_TYPES, *_OPENVINO, "onnx-int4")
-_WRITERS: dict[str, Callable[[Path], None]] = {"smollm2": write_packaged, "llama-1b": write_llama_1b}
+_WRITERS: dict[str, Callable[[Path], None]] = {
+    "smollm2": write_packaged,
+    "smollm2-shuffled": write_shuffled,
+    "llama-1b": write_llama_1b,
+}
 
 
 def place_of(model: str, format: str) -> Path:

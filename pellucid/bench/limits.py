@@ -59,16 +59,17 @@ def measure_limits(num_threads: int = 0, isa: str = "auto") -> Limits:
     try:
         operations = 2 * _PEAK_ROWS * _PEAK_OUT * _PEAK_WIDTH
         peaks = {
-            kind: operations / _linear_seconds(context, dtype, _PEAK_ROWS, _PEAK_OUT, _PEAK_WIDTH, 20)
+            kind: operations / linear_seconds(context, dtype, _PEAK_ROWS, _PEAK_OUT, _PEAK_WIDTH, 20)
             for kind, dtype in (("float32", abi.F32), ("bf16", abi.BF16), ("int8", abi.I8))
         }
-        wide = _WIDE_OUT * _WIDE_WIDTH * 2 / _linear_seconds(context, abi.BF16, 1, _WIDE_OUT, _WIDE_WIDTH, 12)
+        wide = _WIDE_OUT * _WIDE_WIDTH * 2 / linear_seconds(context, abi.BF16, 1, _WIDE_OUT, _WIDE_WIDTH, 12)
     finally:
         context.close()
     return Limits(wide, peaks)
 
 
-def _linear_seconds(context: abi.Context, dtype: int, rows: int, out: int, width: int, repeats: int) -> float:
+def linear_seconds(context: abi.Context, dtype: int, rows: int, out: int, width: int, repeats: int) -> float:
+    """The best of `repeats` products of `rows` rows with one packed matrix [out, width] of `dtype`."""
     data = abi.aligned_bytes(abi.packed_bytes(out, width, dtype))
     data[:] = 1
     weight = abi.Weight(data, out, width, dtype, abi.PANELS)

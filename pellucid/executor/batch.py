@@ -78,7 +78,9 @@ class RequestRows:
         counts_R = np.array([entry.num_tokens for entry in entries], np.int32)
         seq_lens_R = starts_R + counts_R
         width = -(-int(seq_lens_R.max()) // self.block_size)
-        tables_RW = self._tables_NW[places_R, :width]  # not `take`, which lets go of the lock that the host thread waits for
+        tables_RW = self._tables_NW[
+            places_R, :width
+        ]  # not `take`, which lets go of the lock that the host thread waits for
         query_start = np.zeros(len(entries) + 1, np.int32)
         counts_R.cumsum(out=query_start[1:])
         if query_start[-1] == len(entries):

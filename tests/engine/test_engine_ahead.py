@@ -26,7 +26,9 @@ def test_plan_ahead_when_the_token_before_is_unknown_then_its_place_is_kept() ->
     made = scheduler(ahead=True)
     request = made.add(make_request("a", (1, 2, 3), max_tokens=3))
     first, second, third, fourth = (made.schedule() for _ in range(4))
-    spans = [[(entry.start, entry.num_tokens, entry.samples) for entry in plan.entries] for plan in (first, second, third)]
+    spans = [
+        [(entry.start, entry.num_tokens, entry.samples) for entry in plan.entries] for plan in (first, second, third)
+    ]
     assert spans == [[(0, 3, True)], [(3, 1, True)], [(4, 1, True)]]
     assert fourth.kind == "none", "three outputs are on their way, and more are not asked for"
     for plan, token in ((first, 4), (second, 5), (third, 6)):

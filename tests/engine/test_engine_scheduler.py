@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from utils.scheduler_world import EOS, World, make_request, next_token
-from utils.step_tables import Row, assert_steps, prompt_of, row_of, world
+from utils.scheduler_world import EOS, make_request
+from utils.step_tables import assert_steps, prompt_of, row_of, world
 
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
-from pellucid.engine.scheduler import WAIT_REASONS, RequestScheduler, SchedulerConfig, TokenEvent
-from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
-from pellucid.plan import ModelRunnerOutput, StepPlan
+from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.plan import ModelRunnerOutput
 
 BEHIND = "head of the queue waits"
 SHARED = "waits for the shared prompt of its first choice"
-
 
 
 # ---- mixed -------------------------------------------------------------------------------------------------
@@ -400,4 +396,3 @@ def test_executor_when_it_returns_no_token_for_a_sampling_entry_then_that_reques
     scheduler.add(make_request("r", 3))
     (event,) = scheduler.apply(scheduler.schedule(), ModelRunnerOutput({}))
     assert (event.finish_status, event.error) == (ERROR, "step 0 + 3 tokens gave no sampled token")
-

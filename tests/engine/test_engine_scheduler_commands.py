@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from utils.scheduler_world import EOS, World, make_request, next_token
-from utils.step_tables import Row, assert_steps, prompt_of, row_of, world
+from utils.scheduler_world import make_request, next_token
+from utils.step_tables import prompt_of, row_of, world
 
-from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
-from pellucid.engine.scheduler import WAIT_REASONS, RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.engine.scheduler import WAIT_REASONS, SchedulerConfig
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
-from pellucid.plan import ModelRunnerOutput, StepPlan
+from pellucid.plan import ModelRunnerOutput
 
 
 @pytest.mark.parametrize(
@@ -79,9 +78,9 @@ def test_finish_from_outside_when_a_request_runs_then_it_ends_once_with_its_reas
     scheduler = world().scheduler
     request = scheduler.add(make_request("r", 3))
     scheduler.schedule()
-    assert scheduler.finish("r", STOPPED, stop_reason="\n\n")
-    assert not scheduler.finish("r", ERROR, error="too late")
-    assert (request.status, request.stop_reason, request.error) == (STOPPED, "\n\n", None)
+    assert scheduler.finish("r", RequestStatus.FINISHED_STOPPED, stop_reason="\n\n")
+    assert not scheduler.finish("r", RequestStatus.FINISHED_ERROR, error="too late")
+    assert (request.status, request.stop_reason, request.error) == (RequestStatus.FINISHED_STOPPED, "\n\n", None)
     with pytest.raises(InvariantError, match="cannot finish as running"):
         scheduler.finish("r", RequestStatus.RUNNING)
 

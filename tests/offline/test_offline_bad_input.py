@@ -106,7 +106,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "longer than the model": ({"max_model_len": 10**6}, ConfigError, "max_model_len is 1,000,000; the model has"),
     "caching as text": ({"enable_prefix_caching": "yes"}, ConfigError, "enable_prefix_caching is 'yes'"),
     "gpu": ({"device": "cuda"}, ConfigError, "device is 'cuda'; .*cpu"),
-    "speculation of an unknown kind": ({"speculative_method": "draft"}, ConfigError, "speculative_method is .draft.; .*ngram"),
+    "speculation of an unknown kind": (
+        {"speculative_method": "draft"},
+        ConfigError,
+        "speculative_method is .draft.; .*ngram",
+    ),
     "too many drafts": ({"num_speculative_tokens": 17}, ConfigError, "num_speculative_tokens is 17; .*16"),
     "tails that end before they begin": (
         {"prompt_lookup_min": 5, "prompt_lookup_max": 3},
@@ -115,7 +119,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "plans ahead as text": ({"async_scheduling": "yes"}, ConfigError, "async_scheduling is .yes."),
     "layout unknown": ({"kv_layout": "paged"}, ConfigError, "kv_layout is .paged.; .*block, slot"),
-    "slots of sixteen tokens": ({"kv_layout": "slot", "block_size": 32}, ConfigError, "block_size is 32; with kv_layout .slot."),
+    "slots of sixteen tokens": (
+        {"kv_layout": "slot", "block_size": 32},
+        ConfigError,
+        "block_size is 32; with kv_layout .slot.",
+    ),
     "trace into nowhere": ({"trace_path": "/nonexistent/folder/t.jsonl"}, ConfigError, "trace file"),
 }
 

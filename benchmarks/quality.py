@@ -1,9 +1,10 @@
 """What rounding costs: perplexity, and Kullback-Leibler divergence from float32, on a fixed text, beside llama.cpp with the same files.
 
-    python benchmarks/quality.py [--peers FOLDER] [--windows 8] [--markdown F]
+    python benchmarks/quality.py [--model smollm2|smollm2-shuffled] [--peers FOLDER] [--windows 8] [--markdown F]
 
 The text is Python's own documentation of the language (`pydoc_data.topics`), in windows of 512 tokens. The reference is Pellucid's float32
-with the bfloat16 weights of SmolLM2-135M-Instruct; every row begins from those weights. llama.cpp runs in its own environment.
+with the bfloat16 weights of SmolLM2-135M-Instruct; every row begins from those weights, as they lie in the packaged file or with their channels
+shuffled off its grid (make_models.py). llama.cpp runs in its own environment.
 """
 
 from __future__ import annotations
@@ -143,13 +144,14 @@ def compare(found: Iterator[F32], reference: list[F32], windows: list[list[int]]
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("smollm2", "smollm2-shuffled"), default="smollm2")
     parser.add_argument("--peers", type=Path, default=Path("build/peers"))
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     script = Path(__file__).with_name("make_models.py")
     formats = sorted({format for format, _, _ in ROWS.values()})
-    made = [sys.executable, script, "smollm2", "--peers", options.peers, "--formats", *formats]
+    made = [sys.executable, script, options.model, "--peers", options.peers, "--formats", *formats]
     paths = json.loads(subprocess.run(made, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     tokenizer = Tokenizer.from_directory(Path(paths["hf"]))
     windows = text_windows(tokenizer, options.windows)

@@ -163,6 +163,7 @@ struct TileOperands {
 static void load_tile(const AttentionShape &s, const pld_kv &kv, const TilePlace &place, const TilePlace *next,
                       char *widened, TileOperands &t) {
   const int64_t widened_bytes = kLanes * (s.e + s.width) * 2;
+  t.values.next_shift = kv.dtype == PLD_I8 ? 1 : 0;
   for (int v = place.begin / kLanes; v < (place.end + kLanes - 1) / kLanes; ++v) {
     const char *unit = place.units[v];
     t.keys[v] = unit;
@@ -179,10 +180,9 @@ static void load_tile(const AttentionShape &s, const pld_kv &kv, const TilePlace
     const bool ahead = next != nullptr && v >= next->begin / kLanes && v < (next->end + kLanes - 1) / kLanes &&
                        next->units[v] != nullptr;
     if (ahead && kv.dtype == PLD_I8)
-      for (int64_t b = 0; b < kv.unit_bytes; b += 64) __builtin_prefetch(next->units[v] + b);
-    const bool along = ahead && kv.dtype != PLD_I8;  // the products ask for the same places of the next tile
-    t.next_keys[v] = along ? next->units[v] : t.keys[v];
-    t.values.next[v] = along ? next->units[v] + kv.v_offset : t.values.groups[v];
+      for (int64_t b = kv.scale_offset; b < kv.unit_bytes; b += 64) __builtin_prefetch(next->units[v] + b);
+    t.next_keys[v] = ahead ? next->units[v] : t.keys[v];  // the products ask for the same places of the next tile
+    t.values.next[v] = ahead ? next->units[v] + kv.v_offset : t.values.groups[v];
   }
 }
 
@@ -212,7 +212,8 @@ static void attend_pairs(const AttentionShape &s, bool int8, const QuerySpan &sp
   uint32_t *weights = scratch.weights + i * weight_words;
   const Softening softening = {s.scale, s.softcap, s.bf16, int8 ? tile.key_scales : nullptr,
                                int8 ? tile.value_scales : nullptr};
-  score_tile(s.bf16, n, scratch.q + i * s.width, s.width, tile.keys, tile.next_keys, s.words, low, high, scores);
+  score_tile(s.bf16, n, scratch.q + i * s.width, s.width, tile.keys, tile.next_keys, tile.values.next_shift, s.words,
+             low, high, scores);
   for (int j = 0; j < n; ++j)
     soften(softening, scores + j * kTile, weights + j * weight_words, begin[j], end[j], low, high,
            scratch.softmax[i + j], acc + j * s.width, s.width);

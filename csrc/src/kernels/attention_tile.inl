@@ -72,10 +72,11 @@ PLD_INLINE NativeBits load_bits(const void *p) {
 }
 
 // scores[j][kNativeLanes v ..] = q_j . k over E ascending, for J pairs and V vectors of positions; keys[v] is the first
-// word of a vector's positions, kWordGroupBytes from word to word. Meanwhile the same places of `next` are asked for.
+// word of a vector's positions, kWordGroupBytes from word to word. Meanwhile the same places of `next` are asked for,
+// which lie 1 / 2^next_shift as far apart.
 template <bool kBf16, int J, int V>
 static void score_block(const uint32_t *q, int64_t q_stride, const char *const *keys, const char *const *next,
-                        int64_t words, float *scores) {
+                        int next_shift, int64_t words, float *scores) {
   Native acc[J][V];
   const char *k[V], *n[V];
   PLD_UNROLL
@@ -90,7 +91,7 @@ static void score_block(const uint32_t *q, int64_t q_stride, const char *const *
     PLD_UNROLL
     for (int v = 0; v < V; ++v) {
       key[v] = load_bits(k[v] + w * kWordGroupBytes);
-      __builtin_prefetch(n[v] + w * kWordGroupBytes);
+      __builtin_prefetch(n[v] + (w * kWordGroupBytes >> next_shift));
     }
     PLD_UNROLL
     for (int j = 0; j < J; ++j) {
@@ -110,9 +111,11 @@ static void score_block(const uint32_t *q, int64_t q_stride, const char *const *
   }
 }
 
-// Where a tile's values lie: the unit's V of each group of sixteen positions, and what to ask for meanwhile.
+// Where a tile's values lie: the unit's V of each group of sixteen positions, and what to ask for meanwhile, which lies
+// 1 / 2^next_shift as far apart.
 struct ValuePlace {
   const char *groups[kTileGroups], *next[kTileGroups];
+  int next_shift;
 };
 
 // acc[j][0 .. V vectors) += weights[j] . values over positions [begin, end) ascending, by pairs for bfloat16. Weights
@@ -130,12 +133,12 @@ static void value_block(const uint32_t *weights, const ValuePlace &place, int64_
   }
   const auto step = [&](int row, uint32_t mask) __attribute__((always_inline)) {
     const int64_t at = row % kRows * row_bytes + offset;
-    const char *from = place.groups[row / kRows] + at, *next = place.next[row / kRows] + at;
+    const char *from = place.groups[row / kRows] + at, *next = place.next[row / kRows] + (at >> place.next_shift);
     NativeBits value[V];
     PLD_UNROLL
     for (int v = 0; v < V; ++v) {
       value[v] = load_bits(from + v * (int)sizeof(Native)) & mask;
-      if (v * sizeof(Native) % 64 == 0) __builtin_prefetch(next + v * (int)sizeof(Native));
+      if (v * sizeof(Native) % 64 == 0) __builtin_prefetch(next + (v * (int)sizeof(Native) >> place.next_shift));
     }
     PLD_UNROLL
     for (int j = 0; j < J; ++j) {
@@ -163,7 +166,7 @@ static void value_block(const uint32_t *weights, const ValuePlace &place, int64_
   }
 }
 
-typedef void (*ScoreBlock)(const uint32_t *, int64_t, const char *const *, const char *const *, int64_t, float *);
+typedef void (*ScoreBlock)(const uint32_t *, int64_t, const char *const *, const char *const *, int, int64_t, float *);
 typedef void (*ValueBlock)(const uint32_t *, const ValuePlace &, int64_t, int64_t, int, int, float *, int64_t);
 
 // The kernels of one number of pairs, by log2 of the number of vectors.
@@ -206,7 +209,7 @@ PLD_INLINE int vectors_at_once(int64_t n) {
 // Scores of positions [begin, end) of a tile, rounded outwards to vectors, for n pairs. groups[i] holds the keys of
 // positions 16 i ...; next[i] is what to ask for meanwhile.
 PLD_INLINE void score_tile(bool bf16, int n_pairs, const uint32_t *q, int64_t q_stride, const char *const *groups,
-                           const char *const *next, int64_t words, int begin, int end, float *scores) {
+                           const char *const *next, int next_shift, int64_t words, int begin, int end, float *scores) {
   const PairKernels &kernels = kPairKernels[bf16][n_pairs - 1];
   for (int v = begin / kNativeLanes, last = (end + kNativeLanes - 1) / kNativeLanes; v < last;) {
     const int step = vectors_at_once(last - v);
@@ -216,7 +219,7 @@ PLD_INLINE void score_tile(bool bf16, int n_pairs, const uint32_t *q, int64_t q_
       keys[i] = groups[group] + byte;
       ahead[i] = next[group] + byte;
     }
-    kernels.score[step](q, q_stride, keys, ahead, words, scores + v * kNativeLanes);
+    kernels.score[step](q, q_stride, keys, ahead, next_shift, words, scores + v * kNativeLanes);
     v += 1 << step;
   }
 }

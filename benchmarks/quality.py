@@ -3,8 +3,8 @@
     python benchmarks/quality.py [--model smollm2|smollm2-shuffled] [--peers FOLDER] [--windows 8] [--markdown F]
 
 The text is Python's own documentation of the language (`pydoc_data.topics`), in windows of 512 tokens. The reference is Pellucid's float32
-with the bfloat16 weights of SmolLM2-135M-Instruct; every row begins from those weights, as they lie in the packaged file or with their channels
-shuffled off its grid (make_models.py). llama.cpp runs in its own environment.
+with the bfloat16 weights of SmolLM2-135M-Instruct; every row begins from those weights, as they lie in the packaged file or with their
+channels shuffled off its grid (make_models.py). llama.cpp runs in its own environment.
 """
 
 from __future__ import annotations

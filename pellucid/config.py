@@ -20,6 +20,7 @@ KV_CACHE_DTYPES = (*DTYPES, "int8")
 QUANTIZATIONS = ("int8", "int8_channel", "int4")
 POLICIES = ("mixed", "prefill_first")
 SPECULATIVE_METHODS = ("ngram",)
+MAX_SPECULATIVE_TOKENS = 16
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -61,6 +62,8 @@ class EngineConfig:
     enforce_eager: bool = _setting(False, "Run the module op by op through torch instead of as a program.")
     tensor_parallel_size: int = _setting(1, "Workers that share each layer: 1.")
     pipeline_parallel_size: int = _setting(1, "Workers in a row of layers: 1.")
+    hidden_states: bool = _setting(True, "Whether requests may ask for hidden states.")
+    hidden_states_max_mb: int = _setting(64, "Most megabytes (10^6 bytes) of hidden states a request may ask for.")
     seed: int = _setting(0, "Seed from which requests without one draw theirs.")
     trace_path: str | None = _setting(None, "File that gets one JSON line for each scheduler step.")
 
@@ -151,7 +154,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "policy": _one_of(*POLICIES),
     "async_scheduling": _boolean,
     "speculative_method": lambda value: None if value is None else _one_of(*SPECULATIVE_METHODS)(value),
-    "num_speculative_tokens": _integer(1, 16),
+    "num_speculative_tokens": _integer(1, MAX_SPECULATIVE_TOKENS),
     "prompt_lookup_min": _integer(1, 16),
     "prompt_lookup_max": _integer(1, 16),
     "speculative_max_num_seqs": _integer(1, 1024),
@@ -162,6 +165,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "enforce_eager": _boolean,
     "tensor_parallel_size": _only_one,
     "pipeline_parallel_size": _only_one,
+    "hidden_states": _boolean,
+    "hidden_states_max_mb": _integer(1, 1_000_000),
     "seed": _integer(0, 2**63 - 1),
     "trace_path": _text(optional=True),
 }

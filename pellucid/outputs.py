@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 _KEYS = ("request_id", "status", "finish_reason", "token_ids", "text", "usage")
@@ -43,6 +46,10 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     seed: int | None = None
     error: str | None = None
+    hidden_states: npt.NDArray[np.float32] | None = (
+        None  # [D], or [rows, D] with positions, or [rows, layers, D] with layers
+    )
+    hidden_states_positions: list[int] | None = None  # of the rows, where positions or layers were asked for
 
     @property
     def finished(self) -> bool:
@@ -109,3 +116,6 @@ class StreamChunk:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # what went wrong, where the finish reason is `error`
+    # With the last chunk of a choice as in its output; with `hidden_states_stream` in each chunk a row for each of its tokens.
+    hidden_states: npt.NDArray[np.float32] | None = None
+    hidden_states_positions: list[int] | None = None

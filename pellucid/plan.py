@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 
@@ -28,6 +32,7 @@ class NewRequest:
     block_ids: tuple[int, ...]  # all blocks held before this step's `new_block_ids`
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    hidden_states: HiddenStatesParams | None = None
 
 
 class PlanEntry(NamedTuple):
@@ -123,6 +128,9 @@ class ModelRunnerOutput:
     errors: dict[str, str] = field(default_factory=dict)  # requests that failed alone, e.g. logits that are not finite
     # the drafts of a request that stand, in order, before its sampled token; no key where none does
     accepted_drafts: dict[str, list[AcceptedDraft]] = field(default_factory=dict)
+    # rows [n, layers, D] and their n positions, ascending, of requests that want some of what this step computed
+    last_hidden_states: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    hidden_states_positions: dict[str, list[int]] = field(default_factory=dict)
     execute_seconds: float = 0.0
     sample_seconds: float = 0.0
     idle_seconds: float = 0.0  # between the end of the step before and the beginning of this one's forward pass

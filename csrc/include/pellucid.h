@@ -337,6 +337,10 @@ typedef struct pld_program_desc {
   int32_t max_tokens;        /* rows of domain T that are allocated */
   int32_t max_logit_rows;    /* rows of domain L */
   int32_t vocab_size;        /* token ids are checked against it */
+  int32_t reserved;          /* 0 */
+  /* Absent in the first version of this struct: buffers [T, any] that keep what they hold beyond the run. */
+  int32_t n_kept;
+  const int32_t *kept;
 } pld_program_desc;
 /* Checks every index, width and shape; copies the descriptor's arrays, not the weights. The context must outlive the
  * program. */
@@ -352,6 +356,8 @@ PLD_API pld_status pld_program_logits(pld_program *program, const int32_t *rows,
 /* [T, D] and [L, V] of the last run; valid until the next. */
 PLD_API const float *pld_program_hidden(const pld_program *program);
 PLD_API const float *pld_program_logits_data(const pld_program *program);
+/* A kept buffer of the last run, likewise; null when it is not among `kept`. */
+PLD_API const float *pld_program_kept(const pld_program *program, int32_t buffer);
 
 /* ---- Model files ----------------------------------------------------------------------------------------------------
  */

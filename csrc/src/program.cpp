@@ -1,5 +1,6 @@
 // Programs: ops on numbered buffers, checked once, then run as one parallel region a step.
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -18,7 +19,6 @@ constexpr int32_t kMaxOps = 1 << 20;
 constexpr int64_t kMaxArenaBytes = int64_t{1} << 46;  // far below what sums of widths could overflow
 
 pld_status check_desc(const pld_program_desc *d) {
-  if (pld_status status = check_size(d, "program_desc")) return status;
   if (!d->ops || !d->buffers || (d->n_weights > 0 && !d->weights))
     return fail(PLD_INVALID_ARGUMENT, "program_desc: a table is null");
   if (d->n_ops < 1 || d->n_ops > kMaxOps || d->n_forward_ops < 1 || d->n_forward_ops > d->n_ops)
@@ -43,6 +43,12 @@ pld_status check_desc(const pld_program_desc *d) {
   if (d->buffers[d->hidden].domain != PLD_ROWS_T || d->buffers[d->logits].domain != PLD_ROWS_L ||
       d->buffers[d->logits].width != d->vocab_size)
     return fail(PLD_INVALID_ARGUMENT, "hidden must be [T, D] and logits [L, vocab_size %d]", d->vocab_size);
+  if (d->n_kept < 0 || d->n_kept > d->n_buffers || (d->n_kept > 0 && !d->kept))
+    return fail(PLD_INVALID_ARGUMENT, "n_kept is %d; there are %d buffers", d->n_kept, d->n_buffers);
+  for (int32_t k = 0; k < d->n_kept; ++k)
+    if (d->kept[k] < 0 || d->kept[k] >= d->n_buffers || d->buffers[d->kept[k]].domain != PLD_ROWS_T)
+      return fail(PLD_INVALID_ARGUMENT, "kept[%d] is %d; it must be a buffer [T, any] of %d", k, d->kept[k],
+                  d->n_buffers);
   for (int32_t w = 0; w < d->n_weights; ++w)
     if (pld_status status = check_weight(d->weights[w], w)) return status;
   return PLD_OK;
@@ -139,6 +145,9 @@ pld_status check_program(const pld_program_desc &d) {
   }
   if (!written.whole(d, d.hidden) || !written.whole(d, d.logits))
     return fail(PLD_INVALID_ARGUMENT, "hidden or logits is not written, or is overwritten");
+  for (int32_t k = 0; k < d.n_kept; ++k)
+    if (!written.whole(d, d.kept[k]))
+      return fail(PLD_INVALID_ARGUMENT, "kept[%d], buffer %d, is not written, or is overwritten", k, d.kept[k]);
   return PLD_OK;
 }
 
@@ -203,9 +212,12 @@ void resolve_args(pld_program &p) {
   p.arena_bytes += static_cast<int64_t>(2 * scratch);
 }
 
-pld_status create_program(pld_context *context, const pld_program_desc *desc, pld_program **out) {
+pld_status create_program(pld_context *context, const pld_program_desc *given, pld_program **out) {
   if (out == nullptr || context == nullptr) return fail(PLD_INVALID_ARGUMENT, "context or out is null");
   *out = nullptr;
+  pld_program_desc copy = {};
+  if (pld_status status = read_params(given, offsetof(pld_program_desc, n_kept), "program_desc", &copy)) return status;
+  const pld_program_desc *desc = &copy;
   if (pld_status status = check_desc(desc)) return status;
   if (pld_status status = check_program(*desc)) return status;
   auto program = std::make_unique<pld_program>();
@@ -219,10 +231,12 @@ pld_status create_program(pld_context *context, const pld_program_desc *desc, pl
   program->vocab_size = desc->vocab_size;
   program->max_rows[PLD_ROWS_T] = desc->max_tokens;
   program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
+  if (desc->n_kept > 0) program->kept.assign(desc->kept, desc->kept + desc->n_kept);
   place_buffers(*program);
   resolve_args(*program);
-  fuse_gates(program->ops.data(), program->buffers.data(), desc->n_buffers, program->args,
-             {desc->hidden, desc->logits});
+  std::vector<int32_t> outlive = program->kept;
+  outlive.insert(outlive.end(), {desc->hidden, desc->logits});
+  fuse_gates(program->ops.data(), program->buffers.data(), desc->n_buffers, program->args, outlive);
   for (int part = 0; part < 2; ++part)
     program->steps[part] =
         plan_steps(program->ops.data(), program->buffers.data(), program->args, context->table,
@@ -346,4 +360,9 @@ extern "C" const float *pld_program_hidden(const pld_program *program) {
 }
 extern "C" const float *pld_program_logits_data(const pld_program *program) {
   return program == nullptr ? nullptr : pld::buffer_data(program, program->logits);
+}
+extern "C" const float *pld_program_kept(const pld_program *program, int32_t buffer) {
+  if (program == nullptr) return nullptr;
+  const bool is_kept = std::find(program->kept.begin(), program->kept.end(), buffer) != program->kept.end();
+  return is_kept ? pld::buffer_data(program, buffer) : nullptr;
 }

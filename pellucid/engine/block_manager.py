@@ -189,7 +189,14 @@ class BlockManager:
             if block_id is None or self._content_of_block[block_id] != self._content(request, index):
                 break
             shared.append(block_id)
-        return shared
+        return self._without_wanted(request, shared)
+
+    def _without_wanted(self, request: Request, shared: list[int]) -> list[int]:
+        """Rows that are wanted have to be computed, so a hit ends before the first of them."""
+        wanted = request.wanted_rows
+        if wanted is None or min(len(shared) * self.block_size, request.num_tokens - 1) <= wanted.first:
+            return shared
+        return shared[: wanted.first // self.block_size]
 
     def _start_behind_hit(self, request: Request, num_shared_tokens: int) -> None:
         request.num_computed_tokens = min(num_shared_tokens, request.num_tokens - 1)

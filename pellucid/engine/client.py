@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from pellucid.engine.admission import Prompt
 from pellucid.engine.engine import LLMEngine, StepOutputs
+from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -30,10 +31,17 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str | None = None,
         stream: bool = True,
+        hidden_states: HiddenStatesParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` it has no chunks. Raises as `LLMEngine.add_request` does."""
         request_id = self.engine.add_request(
-            inputs, params, request_id=request_id, priority=priority, cache_salt=cache_salt, stream=stream
+            inputs,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            stream=stream,
+            hidden_states=hidden_states,
         )
         self._finished.pop(request_id, None)
         self._history[request_id] = ["waiting"]

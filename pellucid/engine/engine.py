@@ -22,6 +22,7 @@ from pellucid.engine.trace import StepRecord, Trace
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
+from pellucid.hidden import HiddenStatesLimits, HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
@@ -77,7 +78,7 @@ class LLMEngine:
         self.max_model_len: int = model.max_model_len
         self.vocab_size: int = model.config.vocab_size
         self.eos_token_ids: tuple[int, ...] = model.eos_token_ids
-        self.checker = RequestChecker(tokenizer, self.vocab_size, self.max_model_len)
+        self.checker = RequestChecker(tokenizer, self.vocab_size, self.max_model_len, _hidden_limits(config, executor))
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
             executor.kv_cache.block_size,
@@ -118,6 +119,7 @@ class LLMEngine:
         cache_salt: str | None = None,
         stream: bool = True,
         prompt_text: str | None = None,
+        hidden_states: HiddenStatesParams | None = None,
     ) -> str:
         """Queues a request and gives its id. Without `stream` nobody reads its chunks: it has none, and its text is made when
         it ends. `prompt_text` is what a caller made a prompt of token ids from; the output names it.
@@ -135,9 +137,9 @@ class LLMEngine:
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
-        self.checker.check(token_ids, params)
+        self.checker.check(token_ids, params, hidden_states)
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
-        cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt)
+        cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt, hidden_states)
         added: list[str] = []
         try:
             for core in cores:
@@ -148,7 +150,7 @@ class LLMEngine:
                 self.scheduler.cancel(choice_id)
                 self.scheduler.forget(choice_id)
             raise
-        choices = [self.output.new_choice(i, params, seed, token_ids) for i in range(params.n)]
+        choices = [self.output.new_choice(i, params, seed, token_ids, hidden_states) for i in range(params.n)]
         text = prompt_text if text is None else text
         state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
@@ -267,6 +269,9 @@ class LLMEngine:
             self.scheduler.tell_again(step.plan)
         for choice_id in result.prompt_logprobs.keys() & self.scheduler.living(step.plan):
             self.output.add_prompt_logprobs(choice_id, *result.prompt_logprobs[choice_id])
+        for choice_id in result.last_hidden_states.keys() & self.scheduler.living(step.plan):
+            positions = result.hidden_states_positions[choice_id]
+            self.output.add_hidden_states(choice_id, positions, result.last_hidden_states[choice_id])
         stop_check = self.output.stop_check if self.output.watches_stops else None
         events = self.scheduler.apply(step.plan, result, stop_check)
         outputs = self._process(events, began)
@@ -368,9 +373,9 @@ class LLMEngine:
         seed: int,
         priority: int,
         cache_salt: str | None,
+        hidden_states: HiddenStatesParams | None,
     ) -> list[EngineCoreRequest]:
-        room = self.max_model_len - len(token_ids)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        max_tokens = self.checker.max_tokens(len(token_ids), params)
         now, many, bad_words = self._clock(), params.n > 1, self._bad_words(params)
         return [
             EngineCoreRequest(
@@ -386,6 +391,7 @@ class LLMEngine:
                 arrival_time=now,
                 eos_token_ids=self.eos_token_ids,
                 bad_words_token_ids=bad_words,
+                hidden_states=hidden_states,
             )
             for index in range(params.n)
         ]
@@ -409,6 +415,12 @@ def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> 
         reason = str(error) if isinstance(error, NativeError) else f"the step failed: {type(error).__name__}: {error}"
         output, failed = ModelRunnerOutput({}, errors={entry.request_id: reason for entry in plan.entries}), True
     return _Executed(output, clock() - began, failed)
+
+
+def _hidden_limits(config: EngineConfig, executor: Executor) -> HiddenStatesLimits | None:
+    model = executor.model.config
+    max_bytes = config.hidden_states_max_mb * 1_000_000
+    return HiddenStatesLimits(model.num_hidden_layers, model.hidden_size, max_bytes) if config.hidden_states else None
 
 
 def _drafts(config: EngineConfig) -> DraftConfig | None:

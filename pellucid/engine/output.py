@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pellucid.engine.hidden_output import F32, HiddenStatesOfChoice
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
 from pellucid.engine.scheduler import TokenEvent
+from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
 from pellucid.params import SamplingParams
 from pellucid.text.detokenizer import IncrementalDetokenizer
@@ -28,6 +30,7 @@ class ChoiceState:
     status: RequestStatus = RequestStatus.WAITING
     end_sent: bool = False
     last_token_at: float | None = None
+    hidden: HiddenStatesOfChoice | None = None
 
 
 @dataclass
@@ -105,7 +108,14 @@ class OutputProcessor:
             self._choices[choice_id] = (state, choice)
             self._num_with_stops += choice.stop is not None
 
-    def new_choice(self, index: int, params: SamplingParams, seed: int, prompt_token_ids: list[int]) -> ChoiceState:
+    def new_choice(
+        self,
+        index: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_token_ids: list[int],
+        hidden: HiddenStatesParams | None = None,
+    ) -> ChoiceState:
         """An empty choice with its own detokeniser and stop strings."""
         detokenizer = stop = None
         if self.tokenizer is not None:
@@ -116,7 +126,8 @@ class OutputProcessor:
         output = CompletionOutput(index, seed=None if params.is_greedy else seed)
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
-        return ChoiceState(output, detokenizer, stop)
+        kept = None if hidden is None else HiddenStatesOfChoice(hidden, len(prompt_token_ids))
+        return ChoiceState(output, detokenizer, stop, hidden=kept)
 
     def state_of(self, choice_id: str) -> RequestState:
         """The request that a choice belongs to."""
@@ -177,6 +188,12 @@ class OutputProcessor:
         del state.prompt_logprobs[start + 1 :]
         state.prompt_logprobs += [self.logprob_dict(row) for row in rows]
 
+    def add_hidden_states(self, choice_id: str, positions: list[int], rows: F32) -> None:
+        """Books rows [n, layers, D] that a step computed for a choice that wants them."""
+        kept = self._choices[choice_id][1].hidden
+        if kept is not None:
+            kept.add(positions, rows)
+
     def set_status(self, choice_id: str, status: RequestStatus) -> None:
         """Notes where a choice stands."""
         state, choice = self._choices[choice_id]
@@ -206,6 +223,9 @@ class OutputProcessor:
         choice.status = status
         choice.output.finish_reason = FINISH_REASONS[status]
         choice.output.stop_reason, choice.output.error = event.stop_reason, event.error
+        if choice.hidden is not None:
+            states, positions = choice.hidden.result(len(choice.output.token_ids))
+            choice.output.hidden_states, choice.output.hidden_states_positions = states, positions
         self._moved[state.request_id] = state
         if state.finished:
             state.finished_at = now
@@ -235,9 +255,18 @@ class OutputProcessor:
             choice.output.finish_reason,
             choice.output.stop_reason,
             choice.output.error,
+            *self._chunk_states(choice),
         )
         choice.unsent_text, choice.unsent_token_ids, choice.unsent_logprobs = "", [], []
         return chunk
+
+    @staticmethod
+    def _chunk_states(choice: ChoiceState) -> tuple[F32 | None, list[int] | None]:
+        if choice.hidden is None:
+            return None, None
+        if choice.hidden.params.stream:
+            return choice.hidden.take_streamed(len(choice.output.token_ids)), None
+        return choice.output.hidden_states, choice.output.hidden_states_positions  # None until it ends
 
     def logprob_dict(self, logprobs: TokenLogprobs) -> dict[int, Logprob]:
         """By token id: the most likely first, the chosen one always among them."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pellucid.errors import InvariantError
+from pellucid.hidden import HiddenStatesParams, WantedRows
 from pellucid.outputs import FinishReason
 from pellucid.params import SamplingParams
 from pellucid.sampling.speculative import PromptLookup
@@ -33,6 +34,7 @@ class EngineCoreRequest:
     eos_token_ids: tuple[int, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     adapter: str | None = None
+    hidden_states: HiddenStatesParams | None = None
 
 
 class RequestStatus(str, Enum):
@@ -95,6 +97,7 @@ class Request:
         "status",
         "stop_reason",
         "token_ids",
+        "wanted_rows",
     )
 
     def __init__(self, core: EngineCoreRequest, sequence: int = 0) -> None:
@@ -112,6 +115,8 @@ class Request:
         self.block_hashes: list[bytes] = []  # chain over the full blocks of token_ids, grown on demand by BlockManager
         self.num_preemptions = 0
         self.prompt_lookup: PromptLookup | None = None  # where drafts come from, made when the first are asked for
+        hidden = core.hidden_states
+        self.wanted_rows = None if hidden is None else WantedRows(hidden, len(core.prompt_token_ids))
         self.error: str | None = None
         self.stop_reason: int | str | None = None
 

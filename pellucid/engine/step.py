@@ -231,6 +231,7 @@ class Step:
                 block_ids=tuple(request.block_table[:num_shared]),
                 bad_words_token_ids=request.core.bad_words_token_ids,
                 eos_token_ids=request.core.eos_token_ids,
+                hidden_states=request.core.hidden_states,
             )
         )
         self._scheduler.admit(request)

@@ -14,6 +14,8 @@ from pellucid.engine.client import EngineClient
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.hidden import HiddenStatesParams
+from pellucid.layers.module import HAS_TORCH
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -63,6 +65,9 @@ class LLM:
         *,
         priority: int | Sequence[int] = 0,
         cache_salt: str | None = None,
+        return_hidden_states: bool = False,
+        hidden_states_for_tokens: Sequence[int] | None = None,
+        hidden_states_layers: Sequence[int] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Completes raw texts or token ids; no chat template. Outputs stand in the order of the inputs, also for one prompt.
@@ -72,6 +77,11 @@ class LLM:
             sampling_params: one for all, or one each.
             priority: lower is served first; one for all, or one each.
             cache_salt: requests share cached prompt blocks only with requests of the same salt.
+            return_hidden_states: each output has `hidden_states`: float32, torch tensors where torch is installed, else numpy
+                arrays. [D] of the last generated token's row; or [rows, D] with `hidden_states_positions` beside it; or
+                [rows, layers, D].
+            hidden_states_for_tokens: positions in prompt + output; negative ones count from the last row.
+            hidden_states_layers: 0 is the embedding's output, i the residual stream behind block i, -1 what the head reads.
             use_tqdm: a progress bar; by default on a terminal and for more than one prompt.
 
         Raises:
@@ -81,11 +91,12 @@ class LLM:
         prompts = _prompts(inputs)
         params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams())
         priorities = _one_each("priority", priority, len(prompts), 0)
+        hidden = HiddenStatesParams.from_request(return_hidden_states, hidden_states_for_tokens, hidden_states_layers)
         ids: list[str] = []
         try:
             for prompt, one, rank in zip(prompts, params, priorities, strict=True):
-                ids.append(self.client.submit(prompt, one, priority=rank, cache_salt=cache_salt, stream=False))
-            return self._finish(ids, use_tqdm)
+                ids.append(self._submit(prompt, one, rank, cache_salt, hidden))
+            return _as_tensors(self._finish(ids, use_tqdm)) if hidden is not None else self._finish(ids, use_tqdm)
         except BaseException:
             self._abandon(ids)
             raise
@@ -198,6 +209,18 @@ class LLM:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str | None,
+        hidden: HiddenStatesParams | None,
+    ) -> str:
+        return self.client.submit(
+            prompt, params, priority=priority, cache_salt=cache_salt, stream=False, hidden_states=hidden
+        )
+
     def _ids(self, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if isinstance(text, str):
             return self.get_tokenizer().encode(text, add_special_tokens=add_special_tokens)
@@ -227,6 +250,18 @@ class LLM:
             if not self.client.is_finished(request_id) and self.client.cancel(request_id):
                 self.client.step()
             self.client.release(request_id)
+
+
+def _as_tensors(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """Hidden states as torch tensors on the same memory, where torch is installed."""
+    if HAS_TORCH:
+        import torch
+
+        for output in outputs:
+            for choice in output.outputs:
+                if choice.hidden_states is not None:
+                    choice.hidden_states = torch.from_numpy(choice.hidden_states)  # type: ignore[assignment]
+    return outputs
 
 
 def _prompts(inputs: Any) -> list[Prompt]:

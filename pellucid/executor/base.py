@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,11 +18,15 @@ F32 = npt.NDArray[np.float32]
 class Executable(Protocol):
     """A loaded model that runs batches: a native program, or a module run eagerly."""
 
-    def run(self, batch: BatchInput) -> F32:
-        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`, valid until the next call."""
+    def run(self, batch: BatchInput, keep: Iterable[str] = ()) -> F32:
+        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`, valid until the next call. Activations named in `keep`
+        can be read afterwards."""
 
     def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
         """Logits [L, V] of rows of the last batch."""
+
+    def activation(self, name: str) -> F32:
+        """An activation [T, any] of the last batch that `run` was told to keep."""
 
     def hidden(self) -> F32:
         """Hidden states [T, D] of the last batch: the exact input of the language-model head."""

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.hidden import HiddenStatesParams, WantedRows
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import NewRequest, PlanEntry
 from pellucid.sampling.native import NativeRow
 from pellucid.sampling.sampler import SamplingRow
 
 I32 = npt.NDArray[np.int32]
+
+
+class WantedStates:
+    """Which rows and layers of a request its caller wants."""
+
+    def __init__(self, params: HiddenStatesParams, num_prompt_tokens: int) -> None:
+        self.rows, self.layers = WantedRows(params, num_prompt_tokens), params.wanted_layers
 
 
 @dataclass
@@ -27,6 +35,7 @@ class RunnerRequest:
     native_row: NativeRow
     place: int
     token_ids: I32  # prompt and outputs, as they were known when it was admitted
+    hidden: WantedStates | None
     num_blocks: int = 0
 
 
@@ -49,7 +58,8 @@ class RequestRows:
         if not self._free_places:
             self._grow()
         token_ids = np.array([*new.prompt_token_ids, *new.output_token_ids], np.int32)
-        request = RunnerRequest(row, NativeRow(row), self._free_places.pop(), token_ids)
+        hidden = None if new.hidden_states is None else WantedStates(new.hidden_states, len(new.prompt_token_ids))
+        request = RunnerRequest(row, NativeRow(row), self._free_places.pop(), token_ids, hidden)
         self._tables_NW[request.place] = -1
         self._newest_N[request.place] = token_ids[-1]
         self._num_shared_N[request.place] = len(new.block_ids) * self.block_size

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from pellucid.config import EngineConfig
 from pellucid.executor.base import F32
 from pellucid.executor.loader import LoadedModel
+from pellucid.layers.observe import observed
 from pellucid.models.config import ModelConfig
 from pellucid.models.registry import ModelRegistry
 from pellucid.ops import abi, gather_rows
@@ -90,13 +92,32 @@ class EagerModel:
         self.module = load_eager(checkpoint, self._backend, loaded.dtype, quantised_matrices(loaded.file))
         self._hidden = torch.empty(0, loaded.config.hidden_size)
         self._batch: BatchInput | None = None
+        self._kept: dict[str, F32] = {}
 
-    def run(self, batch: BatchInput) -> F32:
-        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`."""
-        with step_scope(Step(self._backend, batch, self._kv)):
+    def run(self, batch: BatchInput, keep: Iterable[str] = ()) -> F32:
+        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards."""
+        names = frozenset(keep)
+        self._kept = {}
+
+        def observe(name: str, terms: tuple[Any, ...]) -> None:
+            if name in names:
+                self._kept[name] = (terms[0] if len(terms) == 1 else terms[0] + terms[1]).numpy()
+
+        with (
+            step_scope(Step(self._backend, batch, self._kv)),
+            observed(self.module, observe) if names else nullcontext(),
+        ):
             ids, positions = torch.from_numpy(batch.input_ids_T), torch.from_numpy(batch.positions_T)
             self._hidden, self._batch = self.module(ids, positions), batch
             return self._logits()
+
+    def activation(self, name: str) -> F32:
+        """A kept activation [T, any] of the last batch.
+
+        Raises:
+            KeyError: it was not kept.
+        """
+        return self._kept[name]
 
     def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
         """Logits [L, V] of rows of the last batch."""

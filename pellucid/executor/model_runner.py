@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RequestRows, RunnerRequest
+from pellucid.executor.hidden_rows import HiddenRows
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
 from pellucid.outputs import TokenLogprobs
@@ -38,6 +39,7 @@ class ModelRunner:
         self._rows = RequestRows(block_size, max_blocks_per_request, max_num_seqs)
         self._native = NativeSampler(context, vocab_size, max_num_seqs)
         self._requests: dict[str, RunnerRequest] = {}
+        self._num_wanting = 0  # of them that want hidden states
         self._ended_at = time.perf_counter()
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
@@ -49,11 +51,13 @@ class ModelRunner:
         batch = self._rows.build(plan.entries, requests)
         began = time.perf_counter()
         idle = began - self._ended_at
-        logits = self.executable.run(batch)
+        hidden = HiddenRows(plan.entries, requests, batch.query_start) if self._num_wanting else None
+        logits = self.executable.run(batch, () if hidden is None else hidden.activations)
         computed = time.perf_counter()
         sampled = _Sampled()
         self._sample(plan.entries, requests, logits, sampled)
         prompt_logprobs = self._prompt_logprobs(plan.entries, requests, batch.query_start)
+        states, positions = ({}, {}) if hidden is None else hidden.gather(self.executable, sampled.accepted_drafts)
         self._ended_at = time.perf_counter()
         return ModelRunnerOutput(
             sampled_token_ids=sampled.token_ids,
@@ -61,6 +65,8 @@ class ModelRunner:
             prompt_logprobs=prompt_logprobs,
             errors=sampled.errors,
             accepted_drafts=sampled.accepted_drafts,
+            last_hidden_states=states,
+            hidden_states_positions=positions,
             execute_seconds=computed - began,
             sample_seconds=self._ended_at - computed,
             idle_seconds=idle,
@@ -68,17 +74,20 @@ class ModelRunner:
 
     def _book(self, plan: StepPlan) -> None:
         for request_id in (*plan.finished, *plan.preempted):
-            request = self._requests.pop(request_id, None)
-            if request is not None:
-                self._rows.remove(request)
+            self._forget(request_id)
         for new in plan.new_requests:
-            forgotten = self._requests.pop(new.request_id, None)
-            if forgotten is not None:  # the plan that preempted it failed before it came here
-                self._rows.remove(forgotten)
+            self._forget(new.request_id)  # the plan that preempted it may have failed before it came here
+            self._num_wanting += new.hidden_states is not None
             self._requests[new.request_id] = self._rows.add(new, self._row(new))
         for entry in plan.entries:
             if entry.new_block_ids:
                 self._rows.add_blocks(self._requests[entry.request_id], entry.new_block_ids)
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._num_wanting -= request.hidden is not None
+            self._rows.remove(request)
 
     @staticmethod
     def _row(new: NewRequest) -> SamplingRow:

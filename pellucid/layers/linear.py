@@ -9,15 +9,17 @@ from pellucid.layers.module import Module, new_parameter
 
 
 class Embedding(Module):
-    """Token ids [T] to rows [T, D]."""
+    """Token ids [T] to rows [T, D], times `scale`."""
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    def __init__(self, vocab_size: int, width: int, *, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = new_parameter((vocab_size, width))
+        self.scale = scale
 
     def forward(self, input_ids: Any) -> Any:
         """x_TD."""
-        return ops.embedding(input_ids, self.weight)
+        x_TD = ops.embedding(input_ids, self.weight)
+        return x_TD if self.scale == 1.0 else ops.scale(x_TD, self.scale)
 
 
 class Linear(Module):
@@ -43,3 +45,7 @@ class FusedLinear(Linear):
     def forward(self, x_TK: Any) -> Any:
         """One y per width, views of one buffer."""
         return ops.linear(x_TK, self.weight, self.bias).split(self.out_widths, dim=-1)
+
+    def named_outputs(self, output: Any) -> dict[str, tuple[Any, ...]]:
+        """The parts by their number."""
+        return {f".{index}": (part,) for index, part in enumerate(output)}

@@ -77,6 +77,10 @@ class Gemma3Block(Module):
         x_TD, residual_TD = self.pre_feedforward_layernorm(x_TD, residual_TD)
         return self.post_feedforward_layernorm(self.mlp(x_TD)), residual_TD
 
+    def named_outputs(self, output: Any) -> dict[str, tuple[Any, ...]]:
+        """The residual stream behind the layer."""
+        return {"": output}
+
 
 def _activation(config: ModelConfig) -> str:
     return {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
@@ -87,8 +91,8 @@ class Gemma3Model(Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.embed_scale = math.sqrt(config.hidden_size)
+        scale = math.sqrt(config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, scale=scale)
         positions = config.max_position_embeddings
         scaled = inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling, positions)
         local_theta = config.rope_local_base_freq or config.rope_theta
@@ -100,7 +104,7 @@ class Gemma3Model(Module):
 
     def forward(self, input_ids: Any, positions: Any) -> Any:
         """hidden_TD."""
-        x, residual = ops.scale(self.embed_tokens(input_ids), self.embed_scale), None
+        x, residual = self.embed_tokens(input_ids), None
         table, local = self.rotary(positions), self.rotary_local(positions)
         for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
             x, residual = layer(x, residual, local if is_sliding else table)

@@ -68,6 +68,10 @@ class LlamaBlock(Module):
         x_TD, residual_TD = self.post_attention_layernorm(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
 
+    def named_outputs(self, output: Any) -> dict[str, tuple[Any, ...]]:
+        """The residual stream behind the layer."""
+        return {"": output}
+
 
 class LlamaModel(Module):
     """Embedding, layers, final norm."""

@@ -366,6 +366,7 @@ class Program(_Handle):
         vocab_size: int,
         max_tokens: int,
         max_logit_rows: int,
+        kept: Sequence[int] = (),
     ) -> None:
         super().__init__(None)
         ops, buffers = np.ascontiguousarray(ops), np.ascontiguousarray(buffers)
@@ -376,6 +377,8 @@ class Program(_Handle):
         self._context, self._weights = context, list(weights)
         self._width_hidden = int(buffers[hidden]["width"])
         self._width_logits = int(buffers[logits]["width"])
+        self._width_kept = {buffer: int(buffers[buffer]["width"]) for buffer in kept if 0 <= buffer < len(buffers)}
+        kept_ids = np.array(kept, np.int32)
         self._rows = 0
         table = (WeightStruct * max(1, len(weights)))(*[weight.struct() for weight in weights])
         desc = ProgramDescStruct(
@@ -392,6 +395,9 @@ class Program(_Handle):
             max_tokens,
             max_logit_rows,
             vocab_size,
+            0,
+            len(kept_ids),
+            _address(kept_ids),
         )
         handle = c_void_p()
         check(library().pld_program_create(context.handle, byref(desc), byref(handle)))
@@ -415,6 +421,14 @@ class Program(_Handle):
     def hidden(self) -> F32Array:
         """[T, D] of the last step: a view, valid until the next."""
         return _view(library().pld_program_hidden(self.handle), self._rows, self._width_hidden)
+
+    def kept(self, buffer: int) -> F32Array:
+        """[T, any]: a kept buffer of the last step, likewise.
+
+        Raises:
+            KeyError: the buffer is not kept.
+        """
+        return _view(library().pld_program_kept(self.handle, buffer), self._rows, self._width_kept[buffer])
 
     def logits(self, num_rows: int) -> F32Array:
         """[L, V] of the last call: a view, valid until the next."""

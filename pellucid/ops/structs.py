@@ -123,6 +123,9 @@ class ProgramDescStruct(Structure):
         ("max_tokens", c_int32),
         ("max_logit_rows", c_int32),
         ("vocab_size", c_int32),
+        ("reserved", c_int32),
+        ("n_kept", c_int32),
+        ("kept", c_void_p),
     ]
 
 
@@ -249,4 +252,5 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_program_logits": (c_int32, [c_void_p, c_void_p, c_int32]),
     "pld_program_hidden": (c_void_p, [c_void_p]),
     "pld_program_logits_data": (c_void_p, [c_void_p]),
+    "pld_program_kept": (c_void_p, [c_void_p, c_int32]),
 }

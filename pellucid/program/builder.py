@@ -13,12 +13,12 @@ from pellucid.ops import abi, structs
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.file import Bytes, aligned, write_program_file
 from pellucid.program.formats import choose_dtypes
-from pellucid.program.planner import assign_slots
+from pellucid.program.planner import Uses, assign_slots
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
 from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView, from_float32
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_END_TOKENS = 16
 # What the core reads of a model: see csrc/src/model_file.cpp.
 _PLAN_FIELDS = (
@@ -90,7 +90,7 @@ def encode_buffers(recording: Recording) -> np.ndarray[Any, Any]:
     table = np.zeros(len(recording.widths), abi.BUFFER_DTYPE)
     table["width"] = recording.widths
     table["domain"] = [_DOMAINS[domain] for domain in recording.domains]
-    table["slot"] = assign_slots(recording)
+    table["slot"] = assign_slots(Uses.of(recording))
     return table
 
 
@@ -188,6 +188,7 @@ def build_program_file(
         "hidden": recording.hidden,
         "logits": recording.logits,
         "vocab_size": vocab_size,
+        "activations": recording.activations,
         "weights": [place.as_meta() for place in placed],
     }
     small = {

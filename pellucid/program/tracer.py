@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pellucid import ops
+from pellucid.layers.observe import observed
 from pellucid.ops.spec import MATRIX_OPERANDS, OpSpec, Symbol
 
 WeightKind = Literal["matrix", "table", "vector"]
@@ -47,6 +48,8 @@ class Recording:
     n_forward_ops: int = 0
     hidden: int = -1
     logits: int = -1
+    # name -> (buffer, column, width) of the terms whose sum the activation is
+    activations: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
 
 
 class _Recorder:
@@ -77,6 +80,12 @@ class _Recorder:
         )
         return outputs
 
+    def name_activation(self, name: str, terms: tuple[Any, ...]) -> None:
+        """Notes where an activation lies. A module may give what is no activation, and a shared one is named by its first call."""
+        if all(isinstance(term, Symbol) and term.buffer >= 0 for term in terms):
+            places = [(term.buffer, term.column, term.width) for term in terms]
+            self.recording.activations.setdefault(name, places)
+
     def _weight(self, spec: OpSpec, operand: int, weight: Any) -> int:
         kind: WeightKind = "vector"
         if operand in MATRIX_OPERANDS.get(spec.kind, ()):
@@ -100,7 +109,8 @@ def trace(model: Any) -> Recording:
     """
     recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
     token_ids, positions = Symbol(recorder, -1, 0, 1), Symbol(recorder, -1, 0, 1)
-    hidden = model.forward(token_ids, positions)
+    with observed(model, recorder.name_activation):
+        hidden = model.forward(token_ids, positions)
     if not isinstance(hidden, Symbol):
         raise TypeError(
             f"{type(model).__name__}.forward gave {type(hidden).__name__}, not the hidden states of its ops"

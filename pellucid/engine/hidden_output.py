@@ -1,0 +1,55 @@
+"""The hidden states of one choice while it runs, and what of them is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pellucid.config import MAX_SPECULATIVE_TOKENS
+from pellucid.hidden import HiddenStatesParams, WantedRows, resolve
+
+F32 = npt.NDArray[np.float32]
+
+
+class HiddenStatesOfChoice:
+    """Rows by position. One that comes again, computed anew after a preemption, takes the place of its equal."""
+
+    def __init__(self, params: HiddenStatesParams, num_prompt_tokens: int) -> None:
+        self.params, self._num_prompt_tokens = params, num_prompt_tokens
+        self._wanted = WantedRows(params, num_prompt_tokens)
+        self._rows: dict[int, F32] = {}  # [layers, D]
+        self._num_sent = 0  # generated tokens whose rows went out with a chunk
+
+    def add(self, positions: Sequence[int], rows: F32) -> None:
+        """Takes in rows [n, layers, D] of ascending positions; forgets those that can no longer be handed out."""
+        if not positions:
+            return
+        self._rows.update(zip(positions, rows, strict=True))
+        # A text may end before the newest row: at most by the drafts that were accepted with it.
+        last = positions[-1] - MAX_SPECULATIVE_TOKENS
+        for position in [position for position in self._rows if self._wanted.is_passed(position, last)]:
+            del self._rows[position]
+
+    def result(self, num_tokens: int) -> tuple[F32 | None, list[int] | None]:
+        """The states of a choice that ended with `num_tokens` generated ones, and their positions where those were asked for:
+        [D], or [rows, D], or [rows, layers, D]. None when there is no row."""
+        num_rows = self._num_prompt_tokens + num_tokens - 1 if num_tokens else 0
+        positions = [position for position in resolve(self.params, num_rows) if position in self._rows]
+        if not positions:
+            return None, None
+        states = np.stack([self._rows[position] for position in positions])
+        if self.params.is_flat:
+            return states[0, 0], None
+        return states if self.params.layers is not None else states[:, 0], positions
+
+    def take_streamed(self, num_tokens: int) -> F32 | None:
+        """Rows of the generated tokens up to `num_tokens` that no chunk has carried: [n, D] or [n, layers, D]."""
+        first = self._num_prompt_tokens - 1
+        rows = [self._rows[first + index] for index in range(self._num_sent, num_tokens) if first + index in self._rows]
+        self._num_sent = num_tokens
+        if not rows:
+            return None
+        states = np.stack(rows)
+        return states if self.params.layers is not None else states[:, 0]

@@ -1,0 +1,160 @@
+"""Which hidden states a request wants: rows by position, layers by number. Plain data.
+
+A row belongs to a position of prompt + output. With P prompt tokens and N generated ones rows exist for positions
+0 .. P + N - 2: the last generated token was never an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pellucid.errors import InvalidRequestError
+
+MAX_POSITIONS = 1 << 20
+FINAL_LAYER = -1  # behind the final norm: the exact input of the head
+_VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class HiddenStatesLimits:
+    """What a model has, and the most that one request may be handed."""
+
+    num_layers: int
+    hidden_size: int
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class HiddenStatesParams:
+    """`positions` >= 0 count from the first token of the prompt, negative ones from the last row that exists; None: that row
+    alone. `layers`: 0 is the embedding's output, i the residual stream behind block i, -1 what the head reads; None: that
+    alone. `stream`: each token's chunk carries the row that the token was sampled from."""
+
+    positions: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    stream: bool = False
+
+    @classmethod
+    def from_request(
+        cls,
+        return_hidden_states: object = False,
+        for_tokens: object = None,
+        layers: object = None,
+        stream: object = False,
+    ) -> HiddenStatesParams | None:
+        """What the fields of a request say; None when nothing is wanted.
+
+        Raises:
+            InvalidRequestError: a field is of another type, or said without `return_hidden_states`.
+        """
+        flags = {"return_hidden_states": return_hidden_states, "hidden_states_stream": stream}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise InvalidRequestError(f"{name} is {_shown(flag)}; it must be true or false", name)
+        found = cls(
+            _integers("hidden_states_for_tokens", for_tokens), _integers("hidden_states_layers", layers), bool(stream)
+        )
+        if return_hidden_states:
+            return found
+        if found != cls():
+            said = "hidden_states_for_tokens" if found.positions is not None else "hidden_states_layers"
+            said = said if found.positions is not None or found.layers is not None else "hidden_states_stream"
+            raise InvalidRequestError(f"{said} needs return_hidden_states to be true", said)
+        return None
+
+    @property
+    def is_flat(self) -> bool:
+        """True when one row alone is handed out."""
+        return self.positions is None and self.layers is None
+
+    @property
+    def wanted_layers(self) -> tuple[int, ...]:
+        """In the order of the request."""
+        return (FINAL_LAYER,) if self.layers is None else self.layers
+
+    def check(self, num_prompt_tokens: int, max_tokens: int, limits: HiddenStatesLimits) -> None:
+        """Refuses what can never exist, and more than a request may take.
+
+        Raises:
+            InvalidRequestError: naming the field, the value and the limit.
+        """
+        most = num_prompt_tokens + max_tokens - 1  # rows
+        for position in self.positions or ():
+            if not -most <= position < most:
+                raise InvalidRequestError(
+                    f"hidden_states_for_tokens names position {position:,}; {num_prompt_tokens:,} prompt tokens and at "
+                    f"most {max_tokens:,} generated ones have rows in [{-most:,}, {most:,})",
+                    "hidden_states_for_tokens",
+                )
+        for layer in self.wanted_layers:
+            if not -1 <= layer <= limits.num_layers:
+                raise InvalidRequestError(
+                    f"hidden_states_layers names layer {layer}; layers are -1 and [0, {limits.num_layers}]",
+                    "hidden_states_layers",
+                )
+        rows = most if self.stream else 1 if self.positions is None else len(self.positions)
+        needed = rows * len(self.wanted_layers) * limits.hidden_size * _VALUE_BYTES
+        if needed > limits.max_bytes:
+            raise InvalidRequestError(
+                f"the hidden states take up to {needed:,} bytes ({rows:,} rows of {len(self.wanted_layers)} layers of "
+                f"{limits.hidden_size:,} values); hidden_states_max_mb allows {limits.max_bytes:,}",
+                "hidden_states_for_tokens" if self.layers is None else "hidden_states_layers",
+            )
+
+
+class WantedRows:
+    """The positions that may be handed out, found out of a request's parameters and the length of its prompt."""
+
+    def __init__(self, params: HiddenStatesParams, num_prompt_tokens: int) -> None:
+        positions = (-1,) if params.positions is None else params.positions
+        self._exact = frozenset(position for position in positions if position >= 0)
+        self._num_last = max((-position for position in positions if position < 0), default=0)
+        self._tail: int | None = None  # all from here on may be among the last
+        if self._num_last:
+            self._tail = max(0, num_prompt_tokens - self._num_last)
+        if params.stream:
+            self._tail = min(num_prompt_tokens - 1, num_prompt_tokens - 1 if self._tail is None else self._tail)
+        self._keeps_all = params.stream
+
+    @property
+    def first(self) -> int:
+        """No row before this position is wanted: what the prefix cache holds up to here need not be computed."""
+        starts = [*([] if self._tail is None else [self._tail]), *([min(self._exact)] if self._exact else [])]
+        return min(starts)
+
+    def among(self, begin: int, end: int) -> list[int]:
+        """Wanted positions in [begin, end), ascending."""
+        if self._tail is not None and self._tail <= begin:
+            return list(range(begin, end))
+        tail = end if self._tail is None else self._tail
+        return [position for position in range(begin, end) if position >= tail or position in self._exact]
+
+    def is_passed(self, position: int, last: int) -> bool:
+        """Whether a row can no longer be among the last, now that one for position `last` is there."""
+        return not self._keeps_all and position not in self._exact and position <= last - self._num_last
+
+
+def resolve(params: HiddenStatesParams, num_rows: int) -> list[int]:
+    """The positions to hand out when `num_rows` rows exist, in the order of the request; those that never came are absent."""
+    asked = (-1,) if params.positions is None else params.positions
+    found = [position if position >= 0 else num_rows + position for position in asked]
+    return [position for position in found if 0 <= position < num_rows]
+
+
+def _integers(name: str, value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise InvalidRequestError(f"{name} is {_shown(value)}; it must be a list of integers", name)
+    if not 0 < len(value) <= MAX_POSITIONS:
+        raise InvalidRequestError(f"{name} has {len(value):,} entries; it must have 1 to {MAX_POSITIONS:,}", name)
+    for index, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise InvalidRequestError(f"{name}[{index}] is {_shown(item)}; it must be an integer", name)
+    return tuple(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

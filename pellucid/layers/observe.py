@@ -1,0 +1,56 @@
+"""Activations by name: what each module of a model gives, seen from outside while the model is called.
+
+A name is the module's path without a leading `model.`: `layers.3.mlp`, `norm`. A module that gives several tensors says in
+`named_outputs(output)` which of them have names: suffix -> the terms whose sum the activation is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+Observer = Callable[[str, tuple[Any, ...]], None]
+_ROOT = "model."
+FIRST_LAYER_INPUT = "embed_tokens"
+
+
+def layer_name(layer: int) -> str:
+    """The activation that is hidden layer `layer` >= 0: 0 is the embedding's output, i the residual stream behind block i."""
+    return FIRST_LAYER_INPUT if layer == 0 else f"layers.{layer - 1}"
+
+
+@contextmanager
+def observed(model: Any, observer: Observer) -> Iterator[None]:
+    """Tells `observer` the name and the terms of each activation while `model` is called inside."""
+    modules = [(name, module) for name, module in _modules(model) if name]
+    for name, module in modules:
+        module.forward = _observed_forward(name.removeprefix(_ROOT), module, observer)
+    try:
+        yield
+    finally:
+        for _, module in modules:
+            del module.forward  # the class's own stands behind it
+
+
+def _modules(model: Any) -> Iterator[tuple[str, Any]]:
+    yield from model.named_modules() if hasattr(model, "named_modules") else ()
+
+
+def _observed_forward(name: str, module: Any, observer: Observer) -> Callable[..., Any]:
+    forward = module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        for suffix, terms in _named_outputs(module, output).items():
+            observer(name + suffix, terms)
+        return output
+
+    return call
+
+
+def _named_outputs(module: Any, output: Any) -> Mapping[str, tuple[Any, ...]]:
+    if hasattr(module, "named_outputs"):
+        found: Mapping[str, tuple[Any, ...]] = module.named_outputs(output)
+        return found
+    return {"": (output[0] if isinstance(output, tuple) else output,)}

@@ -165,6 +165,12 @@ HOSTILE_PROGRAMS: dict[str, tuple[dict[str, Any], str]] = {
     "second part without a gather": ({"n_forward_ops": 1}, "the second part, and only it, begins with gather_rows"),
     "logits of another width": ({"vocab_size": 9}, r"logits \[L, vocab_size 9\]"),
     "hidden of the wrong domain": ({"hidden": 2}, r"hidden must be \[T, D\]"),
+    "kept out of range": ({"kept": [9]}, r"kept\[0\] is 9; it must be a buffer"),
+    "kept of the wrong domain": ({"kept": [2]}, r"kept\[0\] is 2; it must be a buffer \[T, any\]"),
+    "kept but overwritten": (
+        {"kept": [0], "change": _set("buffers", 1, "slot", 0)},
+        "op 1: output 0 shares the slot of input 0",
+    ),
     "no tokens": ({"max_tokens": 0}, "max_tokens is 0"),
     "too many tokens": ({"max_tokens": 2**30}, "max_tokens is 1073741824"),
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pellucid import ops
 from pellucid.errors import WeightFormatError
 from pellucid.program.file import MAGIC, open_program_file, write_program_file
-from pellucid.program.planner import assign_slots, last_uses
+from pellucid.program.planner import Uses, assign_slots, last_uses
 from pellucid.program.tracer import RecordedOp, Recording, trace
 
 
@@ -100,8 +100,8 @@ def recordings(draw: st.DrawFn) -> Recording:
 
 @given(recordings())
 def test_any_recording_when_planned_then_no_two_living_buffers_share_a_slot(recording: Recording) -> None:
-    assert_no_live_buffers_share(recording, assign_slots(recording))
-    last = last_uses(recording)
+    assert_no_live_buffers_share(recording, assign_slots(Uses.of(recording)))
+    last = last_uses(Uses.of(recording))
     assert all(last[op.outputs[0]] >= index for index, op in enumerate(recording.ops))
 
 
@@ -110,7 +110,7 @@ def test_long_chain_when_planned_then_needs_two_slots() -> None:
     recording.ops = [RecordedOp("first", (), (0,), (), (), ())]
     recording.ops += [RecordedOp("next", ((i, 0, 4),), (i + 1,), (), (), ()) for i in range(48)]
     recording.hidden, recording.logits = 48, 48
-    assert len(set(assign_slots(recording)[:49])) == 2
+    assert len(set(assign_slots(Uses.of(recording))[:49])) == 2
 
 
 def write(path: Path) -> Path:

@@ -114,6 +114,28 @@ def test_program_when_prompts_of_unequal_lengths_are_decoded_together_then_logpr
                 assert found_row[prompt[position]].logprob == pytest.approx(expected, abs=1e-3)
 
 
+def test_hidden_states_when_asked_of_the_engine_then_every_layer_and_position_is_transformers(checkpoint: Path) -> None:
+    prompts, params = random_prompts(), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    model = load_reference(checkpoint)
+    with LLM(checkpoint, dtype="float32", max_model_len=128, num_blocks=64, max_num_batched_tokens=48) as llm:
+        layers = [*range(model.config.num_hidden_layers), -1]
+        for prompt in prompts:
+            positions = list(range(len(prompt) + 11))
+            output = llm.generate(
+                [prompt],
+                params,
+                return_hidden_states=True,
+                hidden_states_for_tokens=positions,
+                hidden_states_layers=layers,
+            )[0]
+            with torch.no_grad():
+                expected = model(torch.tensor([prompt + output["token_ids"]]), output_hidden_states=True).hidden_states
+            found = output.outputs[0].hidden_states
+            assert output.outputs[0].hidden_states_positions == positions
+            for index, state in enumerate(expected):
+                assert_close(found[:, index], state[0, :-1], f"layer {layers[index]}")
+
+
 def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_close(
     checkpoint: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ struct pld_program {
   std::vector<pld_buffer> buffers;
   std::vector<pld_weight> weights;
   int32_t n_forward_ops, hidden, logits, vocab_size;
-  int64_t max_rows[2];  // by domain
+  int64_t max_rows[2];        // by domain
   std::vector<int32_t> kept;  // buffers that outlive a run, beside those two
 
   pld::Scratch arena;

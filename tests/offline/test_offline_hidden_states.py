@@ -312,7 +312,7 @@ def test_program_file_when_its_names_are_damaged_then_refused(model: str, tmp_pa
 
     with LLM(model, **BASE) as llm:
         file = llm.engine.executor.model.file
-        assert list(activation_widths(file))[0] == "embed_tokens"
+        assert next(iter(activation_widths(file))) == "embed_tokens"
         for damage in (None, {}, {"norm": None}, {"norm": []}, {"norm": [[9999, 0, 64]]}, {"norm": [[0, 0, 64]] * 3}):
             broken = replace(file, meta={**file.meta, "activations": damage})
             with pytest.raises((WeightFormatError, InvalidRequestError)):

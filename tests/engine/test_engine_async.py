@@ -10,8 +10,20 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from utils.async_engines import KINDS, PATIENCE, SETTINGS, check_rest, joined, owner_process, start_engine, until
-from utils.tiny_models import build_tiny_checkpoint
+from utils.async_engines import (
+    ENDLESS,
+    KINDS,
+    LONG,
+    PATIENCE,
+    SETTINGS,
+    SHORT,
+    build_model,
+    check_rest,
+    joined,
+    owner_process,
+    start_engine,
+    until,
+)
 
 from pellucid import LLM
 from pellucid.engine import async_engine
@@ -22,8 +34,6 @@ from pellucid.params import SamplingParams
 
 pytestmark = pytest.mark.asyncio
 
-LONG = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
-SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 PROMPTS: list[tuple[Any, SamplingParams]] = [
     ("hello world", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)),
     ("the quick brown fox", SamplingParams(temperature=0.8, seed=1, max_tokens=60, ignore_eos=True, logprobs=2)),
@@ -35,7 +45,7 @@ PROMPTS: list[tuple[Any, SamplingParams]] = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_checkpoint(tmp_path_factory.mktemp("async"), "llama")
+    return build_model(tmp_path_factory.mktemp("async"))
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +74,18 @@ async def first_chunk_of(engine: AsyncLLMEngine, request_id: str) -> None:
 async def test_request_when_submitted_then_status_collect_wait_and_release_tell_where_it_stands(
     engine: AsyncLLMEngine,
 ) -> None:
-    request_id = await engine.submit("hello world", LONG, request_id="mine")
+    request_id = await engine.submit("hello world", ENDLESS, request_id="mine")
     assert request_id == "mine"
     assert await engine.status("mine") in ("waiting", "running")
     assert await engine.collect("mine") is None
     assert not await engine.is_finished("mine")
+    await first_chunk_of(engine, "mine")
+    assert await engine.status("mine") == "running"
+    assert await engine.cancel("mine")
+    assert await engine.status("mine") == "finished_aborted"
+    await engine.submit("hello world", SHORT, request_id="mine")
     output = await engine.wait("mine")
-    assert (output.prompt, len(output.outputs[0].token_ids), output["finish_reason"]) == ("hello world", 450, "length")
+    assert (output.prompt, len(output.outputs[0].token_ids), output["finish_reason"]) == ("hello world", 5, "length")
     assert await engine.collect("mine") == output
     assert await engine.status("mine") == "finished_length"
     assert await engine.is_finished("mine")
@@ -138,17 +153,25 @@ async def test_request_that_nobody_streams_when_it_is_watched_then_it_comes_whol
 
 
 async def test_slow_reader_when_it_sleeps_then_what_piled_up_is_one_chunk(engine: AsyncLLMEngine) -> None:
-    request_id = await engine.submit("hello world", LONG)
+    request_id = await engine.submit("hello world", ENDLESS)
     watcher = engine.watch_stream(request_id)
     first = await anext(watcher)
+    last = (await engine.steps(-1))[0].step
+    await until(lambda: _is_beyond(engine, last + 20))
+    await engine.cancel(request_id)
     output = await engine.wait(request_id)
     rest = [chunk async for chunk in watcher]
     assert len(rest) == 1
     assert first.token_ids + rest[0].token_ids == output["token_ids"]
     assert first.text + rest[0].text == output["text"]
-    assert rest[0].finish_reason == "length"
+    assert len(rest[0].token_ids) >= 19
+    assert rest[0].finish_reason == "abort"
     assert [len(log) for log in engine._streams[request_id]._logs] == [1], "nobody reads: it is kept joined"
     await engine.release(request_id)
+
+
+async def _is_beyond(engine: AsyncLLMEngine, step: int) -> bool:
+    return (await engine.steps(-1))[0].step >= step
 
 
 async def test_callers_when_they_sit_in_loops_of_their_own_threads_then_all_are_served(engine: AsyncLLMEngine) -> None:
@@ -172,24 +195,29 @@ async def test_callers_when_they_sit_in_loops_of_their_own_threads_then_all_are_
 async def test_request_when_cancelled_before_its_start_then_it_ends_and_the_others_go_on(
     engine: AsyncLLMEngine,
 ) -> None:
-    running = [await engine.submit("hello world", LONG) for _ in range(SETTINGS["max_num_seqs"])]
-    waiting = await engine.submit("the quick", LONG)
+    running = [await engine.submit("hello world", ENDLESS) for _ in range(SETTINGS["max_num_seqs"])]
+    waiting = await engine.submit("the quick", ENDLESS)
     assert await engine.status(waiting) == "waiting"
     assert await engine.cancel(waiting)
     output = await engine.collect(waiting)
     assert output is not None
     assert (output["finish_reason"], output["token_ids"]) == ("abort", [])
     assert (await joined(engine.watch_stream(waiting)))[0] == ("", [], "abort")
-    assert {(await engine.wait(name))["finish_reason"] for name in running} == {"length"}
+    last = (await engine.steps(-1))[0].step
+    await until(lambda: _is_beyond(engine, last + 3))
+    assert [await engine.status(name) for name in running] == ["running"] * len(running)
+    await engine.abort_all()
     await check_rest(engine)
     for name in (*running, waiting):
         await engine.release(name)
 
 
 async def test_request_when_cancelled_in_its_prompt_then_its_blocks_are_free(engine: AsyncLLMEngine) -> None:
-    """500 tokens in chunks of 32: sixteen steps."""
-    prompt = [random.Random(1).randrange(3, 290) for _ in range(500)]
+    """16,000 tokens in chunks of 32: five hundred steps."""
+    rng = random.Random(1)
+    prompt = [rng.randrange(3, 290) for _ in range(16_000)]
     request_id = await engine.submit(prompt, SHORT)
+    await until(lambda: _runs(engine))
     assert await engine.cancel(request_id)
     output = await engine.wait(request_id)
     assert (output["finish_reason"], output["token_ids"]) == ("abort", [])
@@ -201,14 +229,14 @@ async def test_request_when_cancelled_in_its_prompt_then_its_blocks_are_free(eng
 async def test_request_when_cancelled_between_tokens_then_it_has_those_that_were_made(
     engine: AsyncLLMEngine, choices: int
 ) -> None:
-    params = SamplingParams(temperature=1, seed=5, max_tokens=400, ignore_eos=True, n=choices)
+    params = SamplingParams(temperature=1, seed=5, max_tokens=5_000, ignore_eos=True, n=choices)
     request_id = await engine.submit("hello world", params)
     watcher = asyncio.create_task(joined(engine.watch_stream(request_id)))
     await first_chunk_of(engine, request_id)
     assert await engine.cancel(request_id)
     output = await engine.wait(request_id)
     assert {choice.finish_reason for choice in output.outputs} == {"abort"}
-    assert 0 < len(output["token_ids"]) < 400
+    assert 0 < len(output["token_ids"]) < 5_000
     assert await watcher == {o.index: (o.text, o.token_ids, "abort") for o in output.outputs}
     await check_rest(engine)
     await engine.release(request_id)
@@ -216,7 +244,7 @@ async def test_request_when_cancelled_between_tokens_then_it_has_those_that_were
 
 async def test_iterator_when_closed_then_its_request_is_cancelled_and_forgotten(engine: AsyncLLMEngine) -> None:
     before = (await engine.stats()).finished.get("abort", 0)
-    stream = engine.stream("hello world", LONG, request_id="left")
+    stream = engine.stream("hello world", ENDLESS, request_id="left")
     await anext(stream)
     await stream.aclose()  # type: ignore[attr-defined]
     assert await engine.status("left") is None
@@ -227,7 +255,9 @@ async def test_iterator_when_closed_then_its_request_is_cancelled_and_forgotten(
 
 @pytest.mark.parametrize("way", ["stream", "generate"])
 async def test_caller_when_its_task_is_cancelled_then_so_is_the_request(engine: AsyncLLMEngine, way: str) -> None:
-    asked = engine.generate("hello world", LONG) if way == "generate" else joined(engine.stream("hello world", LONG))
+    asked = (
+        engine.generate("hello world", ENDLESS) if way == "generate" else joined(engine.stream("hello world", ENDLESS))
+    )
     task = asyncio.create_task(asked)
     await until(lambda: _runs(engine))
     task.cancel()
@@ -243,7 +273,7 @@ async def _runs(engine: AsyncLLMEngine) -> bool:
 
 async def test_submit_when_its_task_is_cancelled_at_any_moment_then_nothing_is_left(engine: AsyncLLMEngine) -> None:
     for turns in range(12):
-        task = asyncio.create_task(engine.submit("hello world", LONG, request_id="never"))
+        task = asyncio.create_task(engine.submit("hello world", ENDLESS, request_id="never"))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
@@ -256,7 +286,7 @@ async def test_submit_when_its_task_is_cancelled_at_any_moment_then_nothing_is_l
 
 
 async def test_all_when_aborted_then_each_ends_once(engine: AsyncLLMEngine) -> None:
-    names = [await engine.submit("hello world", LONG) for _ in range(12)]
+    names = [await engine.submit("hello world", ENDLESS) for _ in range(12)]
     assert await engine.abort_all() == 12
     outputs = [await engine.collect(name) for name in names]
     assert {output["finish_reason"] for output in outputs if output is not None} == {"abort"}
@@ -300,18 +330,24 @@ async def _storm(engine: AsyncLLMEngine, count: int, seed: int) -> None:
     await asyncio.gather(*[one(number) for number in range(count)])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 async def test_storm_of_cancels_when_it_is_over_then_no_block_is_held_and_memory_is_as_before(
-    engine: AsyncLLMEngine,
+    model: Path, kind: str
 ) -> None:
-    await _storm(engine, 400, seed=1)
-    await check_rest(engine)
-    before = owner_process(engine).memory_info().rss
-    await _storm(engine, 1000, seed=2)
-    await check_rest(engine)
-    assert owner_process(engine).memory_info().rss <= 1.05 * before
-    assert not engine._streams
-    assert not engine._ended_at
-    assert await engine.reset_prefix_cache()
+    """Few blocks, so that the first storm has written to all of them, and requests wait and are preempted."""
+    engine = start_engine(kind, model, num_blocks=256)
+    try:
+        await _storm(engine, 400, seed=1)
+        await check_rest(engine)
+        before = owner_process(engine).memory_info().rss
+        await _storm(engine, 1000, seed=2)
+        await check_rest(engine)
+        assert owner_process(engine).memory_info().rss <= 1.05 * before
+        assert not engine._streams
+        assert not engine._ended_at
+        assert await engine.reset_prefix_cache()
+    finally:
+        engine.close()
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------------
@@ -326,7 +362,7 @@ async def test_storm_of_cancels_when_it_is_over_then_no_block_is_held_and_memory
         ([1, -1], {}, r"prompt\[1\] is -1"),
         ([True], {}, "token ids are integers"),
         ([1.0], {}, "token ids are integers"),
-        ([1] * 512, {}, "max_model_len is 512"),
+        ([1] * 16384, {}, "max_model_len is 16,384"),
         ("\ud800", {}, "surrogate"),
         ([1], {"params": SamplingParams(stop_token_ids=[300])}, "vocabulary has 300"),
         ([1], {"params": 3}, "params"),
@@ -355,18 +391,18 @@ async def test_request_when_refused_then_it_says_why_and_leaves_nothing(
 async def test_id_when_it_is_in_use_then_the_second_request_is_refused_and_the_first_goes_on(
     engine: AsyncLLMEngine,
 ) -> None:
-    await engine.submit("hello world", LONG, request_id="twice")
+    await engine.submit("hello world", ENDLESS, request_id="twice")
     with pytest.raises(InvalidRequestError, match="'twice' is in use"):
         await engine.submit("hello world", SHORT, request_id="twice")
-    output = await engine.wait("twice")
-    assert len(output["token_ids"]) == 450
+    assert await engine.status("twice") in ("waiting", "running")
+    assert await engine.cancel("twice")
     await engine.submit("hello world", SHORT, request_id="twice")
     assert len((await engine.wait("twice"))["token_ids"]) == 5, "an ended one makes room"
     await engine.release("twice")
 
 
 async def test_id_when_it_is_that_of_another_requests_choice_then_it_is_refused(engine: AsyncLLMEngine) -> None:
-    params = SamplingParams(temperature=1, max_tokens=400, ignore_eos=True, n=2)
+    params = SamplingParams(temperature=1, max_tokens=5_000, ignore_eos=True, n=2)
     await engine.submit("hello world", params, request_id="a")
     with pytest.raises(InvalidRequestError, match="in use"):
         await engine.submit("hello world", SHORT, request_id="a/1")
@@ -425,7 +461,7 @@ async def test_output_when_it_ended_then_its_times_add_up(engine: AsyncLLMEngine
 
 
 async def test_waiting_requests_when_asked_why_then_the_head_has_a_reason_of_its_own(engine: AsyncLLMEngine) -> None:
-    names = [await engine.submit("hello world", LONG) for _ in range(SETTINGS["max_num_seqs"] + 3)]
+    names = [await engine.submit("hello world", ENDLESS) for _ in range(SETTINGS["max_num_seqs"] + 3)]
     await first_chunk_of(engine, names[0])
     stats = await engine.stats()
     assert (stats.num_running, stats.num_waiting) == (8, 3)
@@ -456,12 +492,13 @@ async def test_queue_when_it_is_full_then_refused_with_a_time_and_taken_again_wh
 ) -> None:
     engine = start_engine(kind, model, max_num_seqs=2, max_waiting=1)
     try:
-        names = [await engine.submit("hello world", LONG) for _ in range(3)]
+        names = [await engine.submit("hello world", ENDLESS) for _ in range(3)]
         with pytest.raises(QueueFullError, match="max_waiting 1 ") as refused:
             await engine.submit("hello world", SHORT)
         assert 1 <= refused.value.retry_after <= 60
         assert len(engine._streams) == 3
         await engine.cancel(names[0])
+        await engine.cancel(names[1])
         await engine.generate("hello world", SHORT)
         await engine.abort_all()
         await check_rest(engine)
@@ -472,7 +509,7 @@ async def test_queue_when_it_is_full_then_refused_with_a_time_and_taken_again_wh
 async def test_queue_when_nobody_may_wait_then_as_many_as_can_run_are_taken(model: Path) -> None:
     engine = start_engine("thread", model, max_num_seqs=4, max_waiting=0)
     try:
-        done = await asyncio.gather(*[engine.submit("hello", LONG) for _ in range(6)], return_exceptions=True)
+        done = await asyncio.gather(*[engine.submit("hello", ENDLESS) for _ in range(6)], return_exceptions=True)
         assert [type(one) for one in done].count(QueueFullError) == 2
         assert [type(one) for one in done].count(str) == 4
     finally:

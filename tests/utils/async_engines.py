@@ -9,24 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.engine.process import ProcessTransport
 from pellucid.engine.transport import ThreadTransport
 from pellucid.outputs import StreamChunk
+from pellucid.params import SamplingParams
 
 KINDS = ("thread", "process")
 # Long waits: other work on the machine may stop a test for a while.
 PATIENCE = 60.0
 SETTINGS: dict[str, Any] = {
-    "max_model_len": 512,
-    "num_blocks": 256,
+    "max_model_len": 16384,
+    "num_blocks": 8192,
     "block_size": 4,
     "num_threads": 1,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 32,
 }
+
+# Runs until it is ended: many seconds longer than any test takes.
+ENDLESS = SamplingParams(temperature=0, max_tokens=16_000, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+
+
+def build_model(folder: Path) -> Path:
+    """A tiny model with room for `SETTINGS`."""
+    return build_tiny_checkpoint(folder, "llama", max_position_embeddings=16384)
 
 
 def start_engine(kind: str, model: Path, *, max_waiting: int = 1024, **settings: Any) -> AsyncLLMEngine:

@@ -42,6 +42,7 @@ from pellucid.engine.streams import RequestStream, Wakes
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
 from pellucid.errors import ConfigError, EngineDeadError, EngineDrainingError, InvalidRequestError
+from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -65,7 +66,9 @@ class AsyncLLMEngine:
         self.model: ModelInfo = loaded.model
         self.tokenizer: Tokenizer | None = transport.tokenizer(loaded)
         self._transport = transport
-        self._checker = RequestChecker(self.tokenizer, self.model.vocab_size, self.model.max_model_len)
+        self._checker = RequestChecker(
+            self.tokenizer, self.model.vocab_size, self.model.max_model_len, self.model.hidden_states
+        )
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")
         self._lock = Lock()  # guards all that follows
         self._numbers = itertools.count(1)
@@ -120,6 +123,7 @@ class AsyncLLMEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         stream: bool = True,
+        hidden_states: HiddenStatesParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` its watchers get it whole, when it has ended: that is cheaper.
 
@@ -128,7 +132,7 @@ class AsyncLLMEngine:
             QueueFullError: as many wait as may; `retry_after` says when to try again.
             EngineDrainingError, EngineDeadError: nothing more is taken.
         """
-        return (await self._submit(prompt, params, request_id, priority, cache_salt, stream)).request_id
+        return (await self._submit(prompt, params, request_id, priority, cache_salt, stream, hidden_states)).request_id
 
     async def stream(
         self,
@@ -138,9 +142,10 @@ class AsyncLLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        hidden_states: HiddenStatesParams | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
-        stream = await self._submit(prompt, params, request_id, priority, cache_salt, True)
+        stream = await self._submit(prompt, params, request_id, priority, cache_salt, True, hidden_states)
         try:
             async for chunk in self._watch(stream):
                 yield chunk
@@ -155,9 +160,10 @@ class AsyncLLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        hidden_states: HiddenStatesParams | None = None,
     ) -> RequestOutput:
         """The output of one request, of which nothing is kept. A caller who is cancelled cancels it. Raises as `submit`."""
-        stream = await self._submit(prompt, params, request_id, priority, cache_salt, False)
+        stream = await self._submit(prompt, params, request_id, priority, cache_salt, False, hidden_states)
         try:
             return await self._wait(stream)
         finally:
@@ -289,25 +295,30 @@ class AsyncLLMEngine:
         priority: int,
         cache_salt: str | None,
         is_stream: bool,
+        hidden_states: HiddenStatesParams | None,
     ) -> RequestStream:
         params = SamplingParams() if params is None else params
         check_options(request_id, priority, cache_salt)
         self._refuse_when_closed()
-        text, token_ids = await self._tokenised(prompt, params)
+        text, token_ids = await self._tokenised(prompt, params, hidden_states)
         stream = self._open_stream(request_id, params.n)
         name = stream.request_id
         try:
-            await self._call(lambda call: Submit(call, name, token_ids, params, text, priority, cache_salt, is_stream))
+            await self._call(
+                lambda call: Submit(call, name, token_ids, params, text, priority, cache_salt, is_stream, hidden_states)
+            )
         except BaseException:
             self._abandon(stream)
             raise
         return stream
 
-    async def _tokenised(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+    async def _tokenised(
+        self, prompt: Prompt, params: SamplingParams, hidden_states: HiddenStatesParams | None
+    ) -> tuple[str | None, list[int]]:
         """Checks and tokenises on a thread that neither the loop nor the owner waits for."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._tokenisers, self._prepare, prompt, params)
+            return await loop.run_in_executor(self._tokenisers, self._prepare, prompt, params, hidden_states)
         except asyncio.CancelledError:
             self._refuse_when_closed()  # closing cancels what stands in the pool's queue
             raise
@@ -315,9 +326,11 @@ class AsyncLLMEngine:
             self._refuse_when_closed()
             raise
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, hidden_states: HiddenStatesParams | None
+    ) -> tuple[str | None, list[int]]:
         text, token_ids = self._checker.tokenise(prompt)
-        self._checker.check(token_ids, params)
+        self._checker.check(token_ids, params, hidden_states)
         return text, token_ids
 
     def _open_stream(self, request_id: str | None, num_choices: int) -> RequestStream:

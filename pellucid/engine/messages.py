@@ -15,6 +15,7 @@ from pellucid.config import EngineConfig
 from pellucid.engine.metrics import EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
+from pellucid.hidden import HiddenStatesLimits, HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 
@@ -34,6 +35,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     default_sampling: dict[str, Any]  # the model's generation_config.json
     has_chat_template: bool
     created: int  # unix seconds: when it was loaded
+    hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
@@ -88,6 +90,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     cache_salt: str | None = None
     stream: bool = True
+    hidden_states: HiddenStatesParams | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

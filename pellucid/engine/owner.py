@@ -141,6 +141,7 @@ class EngineOwner:
                 cache_salt=command.cache_salt,
                 stream=command.stream,
                 prompt_text=command.prompt,
+                hidden_states=command.hidden_states,
             )
         except Exception as error:
             if not isinstance(error, PellucidError):  # a bug, but nothing was queued: no reason to end all others
@@ -210,4 +211,5 @@ def model_info(config: EngineConfig, engine: LLMEngine) -> ModelInfo:
         default_sampling=dict(model.generation_config),
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.chat_template is not None,
         created=int(time.time()),
+        hidden_states=engine.checker.hidden_states,
     )

@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pellucid.outputs import RequestOutput, StreamChunk
 
 
@@ -102,6 +105,8 @@ class RequestStream:
                         choice.finish_reason,
                         choice.stop_reason,
                         choice.error,
+                        choice.hidden_states,
+                        choice.hidden_states_positions,
                     )
                 )
         self.compact()
@@ -141,4 +146,12 @@ def join_chunks(chunks: Sequence[StreamChunk]) -> StreamChunk:
         last.finish_reason,
         last.stop_reason,
         last.error,
+        _joined_states(chunks),
+        last.hidden_states_positions,
     )
+
+
+def _joined_states(chunks: Sequence[StreamChunk]) -> npt.NDArray[np.float32] | None:
+    """Rows of several chunks one behind the other; those of the last alone stay as they are."""
+    found = [chunk.hidden_states for chunk in chunks if chunk.hidden_states is not None]
+    return np.concatenate(found) if len(found) > 1 else found[0] if found else None

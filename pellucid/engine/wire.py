@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import msgspec
+import numpy as np
 import zmq
 
 from pellucid.engine.messages import Command, Event, Start
@@ -25,15 +26,32 @@ class CoreStart(msgspec.Struct, frozen=True):
     lifeline: int
 
 
+class _Array(msgspec.Struct, array_like=True):
+    """float32 values, little endian, and their shape."""
+
+    shape: list[int]
+    values: bytes
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        return _Array(list(value.shape), value.astype("<f4", copy=False).tobytes())
     raise TypeError(f"a {type(value).__name__} cannot be sent")
+
+
+def _special(kind: type, value: Any) -> Any:
+    """What `_plain` made plain, by the type that is expected in its place."""
+    if get_origin(kind) is not np.ndarray:
+        raise TypeError(f"a {kind} cannot be read")
+    array = msgspec.convert(value, _Array)
+    return np.frombuffer(array.values, "<f4").reshape(array.shape)
 
 
 encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
 _COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-_EVENTS: msgspec.msgpack.Decoder[list[Event]] = msgspec.msgpack.Decoder(list[Event])
+_EVENTS: msgspec.msgpack.Decoder[list[Event]] = msgspec.msgpack.Decoder(list[Event], dec_hook=_special)
 _START = msgspec.msgpack.Decoder(CoreStart)
 
 

@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 from utils.async_engines import (
     ENDLESS,
     KINDS,
@@ -29,6 +30,7 @@ from pellucid import LLM
 from pellucid.engine import async_engine
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, QueueFullError
+from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -514,3 +516,51 @@ async def test_queue_when_nobody_may_wait_then_as_many_as_can_run_are_taken(mode
         assert [type(one) for one in done].count(str) == 4
     finally:
         engine.close()
+
+
+async def test_hidden_states_when_they_cross_to_the_front_end_then_the_bits_of_the_offline_engine(
+    engine: AsyncLLMEngine, model: Path
+) -> None:
+    prompt = list(range(5, 45))
+    wants = {
+        "flat": HiddenStatesParams(),
+        "rows": HiddenStatesParams((0, 3, -1)),
+        "layers": HiddenStatesParams((-2, -1), (0, 1, -1)),
+    }
+    with LLM(model, **SETTINGS) as llm:
+        for name, wanted in wants.items():
+            request_id = llm.client.submit(prompt, SHORT, stream=False, hidden_states=wanted)
+            while not llm.client.is_finished(request_id):
+                llm.client.step()
+            whole = llm.client.collect(request_id)
+            assert whole is not None
+            expected = whole.outputs[0]
+            found = (await engine.generate(prompt, SHORT, hidden_states=wanted)).outputs[0]
+            assert found.hidden_states is not None, name
+            assert expected.hidden_states is not None
+            assert torch.equal(torch.tensor(found.hidden_states), torch.tensor(expected.hidden_states)), name
+            assert found.hidden_states_positions == expected.hidden_states_positions
+            chunks = [chunk async for chunk in engine.stream(prompt, SHORT, hidden_states=wanted)]
+            carrying = [chunk for chunk in chunks if chunk.hidden_states is not None]
+            assert carrying == chunks[-1:], name
+            assert torch.equal(torch.tensor(carrying[0].hidden_states), torch.tensor(expected.hidden_states))
+
+
+async def test_streamed_hidden_states_when_chunks_are_joined_then_one_row_a_token(engine: AsyncLLMEngine) -> None:
+    prompt, wanted = list(range(5, 45)), HiddenStatesParams(stream=True)
+    request_id = await engine.submit(prompt, SHORT, hidden_states=wanted)
+    await engine.wait(request_id)
+    late = [chunk async for chunk in engine.watch_stream(request_id)]
+    await engine.release(request_id)
+    rows = [chunk.hidden_states async for chunk in engine.stream(prompt, SHORT, hidden_states=wanted)]
+    assert len(late) == 1
+    assert late[0].hidden_states is not None
+    assert len(late[0].hidden_states) == len(late[0].token_ids) == 5
+    assert torch.equal(
+        torch.tensor(late[0].hidden_states), torch.cat([torch.tensor(row) for row in rows if row is not None])
+    )
+
+
+async def test_hidden_states_when_they_are_refused_then_at_once_and_by_name(engine: AsyncLLMEngine) -> None:
+    with pytest.raises(InvalidRequestError, match="names layer 99"):
+        await engine.generate([5, 6], SHORT, hidden_states=HiddenStatesParams(None, (99,)))

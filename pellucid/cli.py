@@ -158,6 +158,7 @@ def info(
     model: Annotated[str | None, typer.Argument(help="Model to describe; without it, this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     program: Annotated[bool, typer.Option("--program", help="The plan: ops, buffers, bytes, operations.")] = False,
+    activations: Annotated[bool, typer.Option("--activations", help="The names that `capture` takes.")] = False,
     **options: Any,
 ) -> None:
     """Show the machine and what was chosen, or a model and the memory it needs, or its plan."""
@@ -165,8 +166,8 @@ def info(
     from pellucid.config import EngineConfig
 
     config = EngineConfig.from_kwargs(model or EngineConfig.model, engine_kwargs(options))
-    if program:
-        for line in information.plan_lines(config):
+    if program or activations:
+        for line in (information.plan_lines if program else information.activation_lines)(config):
             print(line.rstrip())
         return
     if model is None:

@@ -1,4 +1,4 @@
-"""Which hidden states a request wants: rows by position, layers by number. Plain data.
+"""Which hidden states and activations a request wants: rows by position, layers by number or name. Plain data.
 
 A row belongs to a position of prompt + output. With P prompt tokens and N generated ones rows exist for positions
 0 .. P + N - 2: the last generated token was never an input.
@@ -6,6 +6,7 @@ A row belongs to a position of prompt + output. With P prompt tokens and N gener
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class HiddenStatesLimits:
     num_layers: int
     hidden_size: int
     max_bytes: int
+    activations: dict[str, int]  # names that can be captured, and their widths
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,61 @@ class HiddenStatesParams:
                 f"{limits.hidden_size:,} values); hidden_states_max_mb allows {limits.max_bytes:,}",
                 "hidden_states_for_tokens" if self.layers is None else "hidden_states_layers",
             )
+
+
+MAX_CAPTURED = 4096  # entries of one request
+
+
+@dataclass(frozen=True)
+class CaptureParams:
+    """Activations at every position that has a row. `names` may hold `*`, which stands for any characters but dots."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def from_request(cls, capture: object) -> CaptureParams | None:
+        """What the field of a request says; None when nothing is wanted.
+
+        Raises:
+            InvalidRequestError: it is no list of texts.
+        """
+        if capture is None:
+            return None
+        if isinstance(capture, (str, bytes)) or not isinstance(capture, Sequence):
+            raise InvalidRequestError(f"capture is {_shown(capture)}; it must be a list of names", "capture")
+        if not 0 < len(capture) <= MAX_CAPTURED:
+            raise InvalidRequestError(
+                f"capture has {len(capture):,} entries; it must have 1 to {MAX_CAPTURED:,}", "capture"
+            )
+        for index, name in enumerate(capture):
+            if not isinstance(name, str) or not 0 < len(name) <= 256:
+                raise InvalidRequestError(f"capture[{index}] is {_shown(name)}; it must be a name", "capture")
+        return cls(tuple(capture))
+
+    def resolve(self, num_prompt_tokens: int, max_tokens: int, limits: HiddenStatesLimits) -> tuple[str, ...]:
+        """The names of the model that are meant, in the order in which they are computed.
+
+        Raises:
+            InvalidRequestError: a name stands for no activation, or the rows would take more than a request may.
+        """
+        wanted: set[str] = set()
+        for name in self.names:
+            pattern = re.compile(r"[^.]*".join(map(re.escape, name.split("*"))))
+            found = [known for known in limits.activations if pattern.fullmatch(known)]
+            if not found:
+                raise InvalidRequestError(
+                    f"capture names {name!r}; the model has no such activation (`pellucid info MODEL --activations` lists them)",
+                    "capture",
+                )
+            wanted.update(found)
+        rows, width = num_prompt_tokens + max_tokens - 1, sum(limits.activations[name] for name in wanted)
+        if rows * width * _VALUE_BYTES > limits.max_bytes:
+            raise InvalidRequestError(
+                f"the activations take up to {rows * width * _VALUE_BYTES:,} bytes ({rows:,} rows of {width:,} values); "
+                f"hidden_states_max_mb allows {limits.max_bytes:,}",
+                "capture",
+            )
+        return tuple(name for name in limits.activations if name in wanted)
 
 
 class WantedRows:

@@ -50,6 +50,7 @@ class CompletionOutput:
         None  # [D], or [rows, D] with positions, or [rows, layers, D] with layers
     )
     hidden_states_positions: list[int] | None = None  # of the rows, where positions or layers were asked for
+    captured: dict[str, npt.NDArray[np.float32]] | None = None  # activations [rows, width], row i of position i
 
     @property
     def finished(self) -> bool:
@@ -119,3 +120,4 @@ class StreamChunk:
     # With the last chunk of a choice as in its output; with `hidden_states_stream` in each chunk a row for each of its tokens.
     hidden_states: npt.NDArray[np.float32] | None = None
     hidden_states_positions: list[int] | None = None
+    captured: dict[str, npt.NDArray[np.float32]] | None = None  # with the last chunk

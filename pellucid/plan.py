@@ -33,6 +33,7 @@ class NewRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     hidden_states: HiddenStatesParams | None = None
+    capture: tuple[str, ...] = ()  # names of activations
 
 
 class PlanEntry(NamedTuple):
@@ -117,6 +118,13 @@ class AcceptedDraft(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class CapturedRows(NamedTuple):
+    """Activations [n, width] by name, of positions `start` and on."""
+
+    start: int
+    values: dict[str, npt.NDArray[np.float32]]
+
+
 @dataclass(frozen=True)
 class ModelRunnerOutput:
     """What the executor made of a plan. Keys are request ids; only entries with `samples` have a sampled token."""
@@ -131,6 +139,7 @@ class ModelRunnerOutput:
     # rows [n, layers, D] and their n positions, ascending, of requests that want some of what this step computed
     last_hidden_states: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     hidden_states_positions: dict[str, list[int]] = field(default_factory=dict)
+    captured: dict[str, CapturedRows] = field(default_factory=dict)
     execute_seconds: float = 0.0
     sample_seconds: float = 0.0
     idle_seconds: float = 0.0  # between the end of the step before and the beginning of this one's forward pass

@@ -21,7 +21,9 @@ from pellucid.executor.loader import (
 )
 from pellucid.ops import abi
 from pellucid.ops.spec import OP_KINDS
+from pellucid.program.file import ProgramFile
 from pellucid.program.runner import load_program
+from pellucid.program.variant import activation_widths
 from pellucid.quant.scheme import DTYPE_NAMES
 from pellucid.weights.hub import cache_dir
 
@@ -92,14 +94,24 @@ def stored_as(model: LoadedModel) -> str:
 
 
 def plan_lines(config: EngineConfig) -> Iterator[str]:
-    """The plan of a model, which is packed if it was not yet."""
+    """The plan of a model."""
+    yield from program_lines(_program_file(config))
+
+
+def activation_lines(config: EngineConfig) -> Iterator[str]:
+    """The names that `capture` takes, in the order in which they are computed, and the width of each."""
+    for name, width in activation_widths(_program_file(config)).items():
+        yield f"{name:<40} {width:>8,}"
+
+
+def _program_file(config: EngineConfig) -> ProgramFile:
+    """Of a model, which is packed if it was not yet."""
     context = abi.Context(config.num_threads, config.isa)
     try:
         with packing_progress() as progress:
-            file = load_model(config, context, progress).file
+            return load_model(config, context, progress).file
     finally:
         context.close()
-    yield from program_lines(file)
 
 
 def _architecture(model: LoadedModel) -> list[Row]:

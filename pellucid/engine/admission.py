@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import HiddenStatesLimits, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
 from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.text.tokenizer import Tokenizer
 
@@ -56,9 +56,13 @@ class RequestChecker:
                 )
 
     def check(
-        self, token_ids: list[int], params: SamplingParams, hidden_states: HiddenStatesParams | None = None
-    ) -> None:
-        """Checks lengths and what the parameters ask of the model.
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        hidden_states: HiddenStatesParams | None = None,
+        capture: CaptureParams | None = None,
+    ) -> tuple[str, ...]:
+        """Checks lengths and what the parameters ask of the model; gives the names of the activations to capture.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit.
@@ -78,20 +82,20 @@ class RequestChecker:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
         if params.bad_words and self.tokenizer is None:
             raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+        if hidden_states is None and capture is None:
+            return ()
+        if self.hidden_states is None:
+            field = "return_hidden_states" if capture is None else "capture"
+            raise InvalidRequestError(f"{field}: this engine hands out no hidden states", field)
+        num_prompt, max_tokens = len(token_ids), self.max_tokens(len(token_ids), params)
         if hidden_states is not None:
-            self._check_hidden_states(len(token_ids), params, hidden_states)
+            hidden_states.check(num_prompt, max_tokens, self.hidden_states)
+        return () if capture is None else capture.resolve(num_prompt, max_tokens, self.hidden_states)
 
     def max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens a prompt can bring at most."""
         room = self.max_model_len - num_prompt_tokens
         return room if params.max_tokens is None else min(params.max_tokens, room)
-
-    def _check_hidden_states(self, num_prompt: int, params: SamplingParams, wanted: HiddenStatesParams) -> None:
-        if self.hidden_states is None:
-            raise InvalidRequestError(
-                "return_hidden_states: this engine hands out no hidden states", "return_hidden_states"
-            )
-        wanted.check(num_prompt, self.max_tokens(num_prompt, params), self.hidden_states)
 
 
 def check_options(request_id: str | None, priority: int, cache_salt: str | None) -> None:

@@ -193,10 +193,10 @@ class BlockManager:
 
     def _without_wanted(self, request: Request, shared: list[int]) -> list[int]:
         """Rows that are wanted have to be computed, so a hit ends before the first of them."""
-        wanted = request.wanted_rows
-        if wanted is None or min(len(shared) * self.block_size, request.num_tokens - 1) <= wanted.first:
+        first = request.first_wanted_row
+        if first is None or min(len(shared) * self.block_size, request.num_tokens - 1) <= first:
             return shared
-        return shared[: wanted.first // self.block_size]
+        return shared[: first // self.block_size]
 
     def _start_behind_hit(self, request: Request, num_shared_tokens: int) -> None:
         request.num_computed_tokens = min(num_shared_tokens, request.num_tokens - 1)

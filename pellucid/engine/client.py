@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from pellucid.engine.admission import Prompt
 from pellucid.engine.engine import LLMEngine, StepOutputs
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -32,6 +32,7 @@ class EngineClient:
         cache_salt: str | None = None,
         stream: bool = True,
         hidden_states: HiddenStatesParams | None = None,
+        capture: CaptureParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` it has no chunks. Raises as `LLMEngine.add_request` does."""
         request_id = self.engine.add_request(
@@ -42,6 +43,7 @@ class EngineClient:
             cache_salt=cache_salt,
             stream=stream,
             hidden_states=hidden_states,
+            capture=capture,
         )
         self._finished.pop(request_id, None)
         self._history[request_id] = ["waiting"]

@@ -22,10 +22,11 @@ from pellucid.engine.trace import StepRecord, Trace
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
-from pellucid.hidden import HiddenStatesLimits, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
+from pellucid.program.variant import activation_widths
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer
 
@@ -120,6 +121,7 @@ class LLMEngine:
         stream: bool = True,
         prompt_text: str | None = None,
         hidden_states: HiddenStatesParams | None = None,
+        capture: CaptureParams | None = None,
     ) -> str:
         """Queues a request and gives its id. Without `stream` nobody reads its chunks: it has none, and its text is made when
         it ends. `prompt_text` is what a caller made a prompt of token ids from; the output names it.
@@ -137,9 +139,9 @@ class LLMEngine:
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
-        self.checker.check(token_ids, params, hidden_states)
+        names = self.checker.check(token_ids, params, hidden_states, capture)
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
-        cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt, hidden_states)
+        cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt, hidden_states, names)
         added: list[str] = []
         try:
             for core in cores:
@@ -150,7 +152,7 @@ class LLMEngine:
                 self.scheduler.cancel(choice_id)
                 self.scheduler.forget(choice_id)
             raise
-        choices = [self.output.new_choice(i, params, seed, token_ids, hidden_states) for i in range(params.n)]
+        choices = [self.output.new_choice(i, params, seed, token_ids, hidden_states, names) for i in range(params.n)]
         text = prompt_text if text is None else text
         state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
@@ -272,6 +274,8 @@ class LLMEngine:
         for choice_id in result.last_hidden_states.keys() & self.scheduler.living(step.plan):
             positions = result.hidden_states_positions[choice_id]
             self.output.add_hidden_states(choice_id, positions, result.last_hidden_states[choice_id])
+        for choice_id in result.captured.keys() & self.scheduler.living(step.plan):
+            self.output.add_captured(choice_id, result.captured[choice_id])
         stop_check = self.output.stop_check if self.output.watches_stops else None
         events = self.scheduler.apply(step.plan, result, stop_check)
         outputs = self._process(events, began)
@@ -374,6 +378,7 @@ class LLMEngine:
         priority: int,
         cache_salt: str | None,
         hidden_states: HiddenStatesParams | None,
+        capture: tuple[str, ...],
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
         now, many, bad_words = self._clock(), params.n > 1, self._bad_words(params)
@@ -392,6 +397,7 @@ class LLMEngine:
                 eos_token_ids=self.eos_token_ids,
                 bad_words_token_ids=bad_words,
                 hidden_states=hidden_states,
+                capture=capture,
             )
             for index in range(params.n)
         ]
@@ -418,9 +424,11 @@ def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> 
 
 
 def _hidden_limits(config: EngineConfig, executor: Executor) -> HiddenStatesLimits | None:
-    model = executor.model.config
-    max_bytes = config.hidden_states_max_mb * 1_000_000
-    return HiddenStatesLimits(model.num_hidden_layers, model.hidden_size, max_bytes) if config.hidden_states else None
+    if not config.hidden_states:
+        return None
+    model, max_bytes = executor.model.config, config.hidden_states_max_mb * 1_000_000
+    names = activation_widths(executor.model.file)
+    return HiddenStatesLimits(model.num_hidden_layers, model.hidden_size, max_bytes, names)
 
 
 def _drafts(config: EngineConfig) -> DraftConfig | None:

@@ -1,4 +1,4 @@
-"""The hidden states of one choice while it runs, and what of them is handed out."""
+"""The hidden states and activations of one choice while it runs, and what of them is handed out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pellucid.config import MAX_SPECULATIVE_TOKENS
 from pellucid.hidden import HiddenStatesParams, WantedRows, resolve
+from pellucid.plan import CapturedRows
 
 F32 = npt.NDArray[np.float32]
 
@@ -53,3 +54,29 @@ class HiddenStatesOfChoice:
             return None
         states = np.stack(rows)
         return states if self.params.layers is not None else states[:, 0]
+
+
+class CapturedOfChoice:
+    """Activations in the pieces in which they came. What is computed anew takes the place of its equal."""
+
+    def __init__(self, names: Sequence[str], num_prompt_tokens: int) -> None:
+        self._names, self._num_prompt_tokens = names, num_prompt_tokens
+        self._pieces: list[CapturedRows] = []
+
+    def add(self, rows: CapturedRows) -> None:
+        """Takes in the rows of a step."""
+        self._pieces.append(rows)
+
+    def result(self, num_tokens: int) -> dict[str, F32] | None:
+        """[rows, width] by name, of a choice that ended with `num_tokens` generated ones; None when there is no row."""
+        num_rows = self._num_prompt_tokens + num_tokens - 1 if num_tokens else 0
+        if not num_rows or not self._pieces:
+            return None
+        found = {}
+        for name in self._names:
+            values = np.empty((num_rows, self._pieces[0].values[name].shape[1]), np.float32)
+            for start, piece in self._pieces:
+                some = piece[name][: max(0, num_rows - start)]
+                values[start : start + len(some)] = some
+            found[name] = values
+        return found

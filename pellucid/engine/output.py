@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pellucid.engine.hidden_output import F32, HiddenStatesOfChoice
+from pellucid.engine.hidden_output import F32, CapturedOfChoice, HiddenStatesOfChoice
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
 from pellucid.engine.scheduler import TokenEvent
 from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
 from pellucid.params import SamplingParams
+from pellucid.plan import CapturedRows
 from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.stop import StopChecker
 from pellucid.text.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class ChoiceState:
     end_sent: bool = False
     last_token_at: float | None = None
     hidden: HiddenStatesOfChoice | None = None
+    captured: CapturedOfChoice | None = None
 
 
 @dataclass
@@ -115,6 +117,7 @@ class OutputProcessor:
         seed: int,
         prompt_token_ids: list[int],
         hidden: HiddenStatesParams | None = None,
+        capture: tuple[str, ...] = (),
     ) -> ChoiceState:
         """An empty choice with its own detokeniser and stop strings."""
         detokenizer = stop = None
@@ -127,7 +130,8 @@ class OutputProcessor:
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
         kept = None if hidden is None else HiddenStatesOfChoice(hidden, len(prompt_token_ids))
-        return ChoiceState(output, detokenizer, stop, hidden=kept)
+        captured = CapturedOfChoice(capture, len(prompt_token_ids)) if capture else None
+        return ChoiceState(output, detokenizer, stop, hidden=kept, captured=captured)
 
     def state_of(self, choice_id: str) -> RequestState:
         """The request that a choice belongs to."""
@@ -194,6 +198,12 @@ class OutputProcessor:
         if kept is not None:
             kept.add(positions, rows)
 
+    def add_captured(self, choice_id: str, rows: CapturedRows) -> None:
+        """Books activations that a step computed for a choice that wants them."""
+        kept = self._choices[choice_id][1].captured
+        if kept is not None:
+            kept.add(rows)
+
     def set_status(self, choice_id: str, status: RequestStatus) -> None:
         """Notes where a choice stands."""
         state, choice = self._choices[choice_id]
@@ -226,6 +236,8 @@ class OutputProcessor:
         if choice.hidden is not None:
             states, positions = choice.hidden.result(len(choice.output.token_ids))
             choice.output.hidden_states, choice.output.hidden_states_positions = states, positions
+        if choice.captured is not None:
+            choice.output.captured = choice.captured.result(len(choice.output.token_ids))
         self._moved[state.request_id] = state
         if state.finished:
             state.finished_at = now
@@ -256,6 +268,7 @@ class OutputProcessor:
             choice.output.stop_reason,
             choice.output.error,
             *self._chunk_states(choice),
+            choice.output.captured,
         )
         choice.unsent_text, choice.unsent_token_ids, choice.unsent_logprobs = "", [], []
         return chunk

@@ -35,6 +35,15 @@ class EngineCoreRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     adapter: str | None = None
     hidden_states: HiddenStatesParams | None = None
+    capture: tuple[str, ...] = ()  # names of activations, resolved
+
+
+def first_wanted_row(core: EngineCoreRequest) -> int | None:
+    """The first position of which a caller may be handed something, so that it has to be computed; None: there is none."""
+    if core.capture:
+        return 0
+    hidden = core.hidden_states
+    return None if hidden is None else WantedRows(hidden, len(core.prompt_token_ids)).first
 
 
 class RequestStatus(str, Enum):
@@ -85,6 +94,7 @@ class Request:
         "block_table",
         "core",
         "error",
+        "first_wanted_row",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_placeholders",
@@ -97,7 +107,6 @@ class Request:
         "status",
         "stop_reason",
         "token_ids",
-        "wanted_rows",
     )
 
     def __init__(self, core: EngineCoreRequest, sequence: int = 0) -> None:
@@ -115,8 +124,7 @@ class Request:
         self.block_hashes: list[bytes] = []  # chain over the full blocks of token_ids, grown on demand by BlockManager
         self.num_preemptions = 0
         self.prompt_lookup: PromptLookup | None = None  # where drafts come from, made when the first are asked for
-        hidden = core.hidden_states
-        self.wanted_rows = None if hidden is None else WantedRows(hidden, len(core.prompt_token_ids))
+        self.first_wanted_row = first_wanted_row(core)
         self.error: str | None = None
         self.stop_reason: int | str | None = None
 

@@ -232,6 +232,7 @@ class Step:
                 bad_words_token_ids=request.core.bad_words_token_ids,
                 eos_token_ids=request.core.eos_token_ids,
                 hidden_states=request.core.hidden_states,
+                capture=request.core.capture,
             )
         )
         self._scheduler.admit(request)

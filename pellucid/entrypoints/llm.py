@@ -14,7 +14,7 @@ from pellucid.engine.client import EngineClient
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams
 from pellucid.layers.module import HAS_TORCH
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
@@ -68,6 +68,7 @@ class LLM:
         return_hidden_states: bool = False,
         hidden_states_for_tokens: Sequence[int] | None = None,
         hidden_states_layers: Sequence[int] | None = None,
+        capture: Sequence[str] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Completes raw texts or token ids; no chat template. Outputs stand in the order of the inputs, also for one prompt.
@@ -82,6 +83,8 @@ class LLM:
                 [rows, layers, D].
             hidden_states_for_tokens: positions in prompt + output; negative ones count from the last row.
             hidden_states_layers: 0 is the embedding's output, i the residual stream behind block i, -1 what the head reads.
+            capture: names of activations, with `*` for what lies between dots, such as `layers.*.mlp`; each output then has
+                `captured`: name -> [rows, width], row i of position i of prompt + output.
             use_tqdm: a progress bar; by default on a terminal and for more than one prompt.
 
         Raises:
@@ -92,11 +95,12 @@ class LLM:
         params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams())
         priorities = _one_each("priority", priority, len(prompts), 0)
         hidden = HiddenStatesParams.from_request(return_hidden_states, hidden_states_for_tokens, hidden_states_layers)
+        captured = CaptureParams.from_request(capture)
         ids: list[str] = []
         try:
             for prompt, one, rank in zip(prompts, params, priorities, strict=True):
-                ids.append(self._submit(prompt, one, rank, cache_salt, hidden))
-            return _as_tensors(self._finish(ids, use_tqdm)) if hidden is not None else self._finish(ids, use_tqdm)
+                ids.append(self._submit(prompt, one, rank, cache_salt, hidden, captured))
+            return _as_tensors(self._finish(ids, use_tqdm)) if hidden or captured else self._finish(ids, use_tqdm)
         except BaseException:
             self._abandon(ids)
             raise
@@ -216,9 +220,16 @@ class LLM:
         priority: int,
         cache_salt: str | None,
         hidden: HiddenStatesParams | None,
+        capture: CaptureParams | None,
     ) -> str:
         return self.client.submit(
-            prompt, params, priority=priority, cache_salt=cache_salt, stream=False, hidden_states=hidden
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            stream=False,
+            hidden_states=hidden,
+            capture=capture,
         )
 
     def _ids(self, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
@@ -253,7 +264,7 @@ class LLM:
 
 
 def _as_tensors(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    """Hidden states as torch tensors on the same memory, where torch is installed."""
+    """Hidden states and activations as torch tensors on the same memory, where torch is installed."""
     if HAS_TORCH:
         import torch
 
@@ -261,6 +272,8 @@ def _as_tensors(outputs: list[RequestOutput]) -> list[RequestOutput]:
             for choice in output.outputs:
                 if choice.hidden_states is not None:
                     choice.hidden_states = torch.from_numpy(choice.hidden_states)  # type: ignore[assignment]
+                if choice.captured is not None:
+                    choice.captured = {name: torch.from_numpy(rows) for name, rows in choice.captured.items()}  # type: ignore[misc]
     return outputs
 
 

@@ -36,7 +36,13 @@ class RunnerRequest:
     place: int
     token_ids: I32  # prompt and outputs, as they were known when it was admitted
     hidden: WantedStates | None
+    capture: tuple[str, ...]
     num_blocks: int = 0
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether something of its steps is handed out beside tokens."""
+        return self.hidden is not None or bool(self.capture)
 
 
 class RequestRows:
@@ -59,7 +65,7 @@ class RequestRows:
             self._grow()
         token_ids = np.array([*new.prompt_token_ids, *new.output_token_ids], np.int32)
         hidden = None if new.hidden_states is None else WantedStates(new.hidden_states, len(new.prompt_token_ids))
-        request = RunnerRequest(row, NativeRow(row), self._free_places.pop(), token_ids, hidden)
+        request = RunnerRequest(row, NativeRow(row), self._free_places.pop(), token_ids, hidden, new.capture)
         self._tables_NW[request.place] = -1
         self._newest_N[request.place] = token_ids[-1]
         self._num_shared_N[request.place] = len(new.block_ids) * self.block_size

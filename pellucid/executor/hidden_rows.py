@@ -1,4 +1,4 @@
-"""The hidden states that the requests of a step want, out of the buffers that the step leaves."""
+"""The hidden states and activations that the requests of a step want, out of the buffers that the step leaves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RunnerRequest
 from pellucid.hidden import FINAL_LAYER
 from pellucid.layers.observe import layer_name
-from pellucid.plan import PlanEntry
+from pellucid.plan import CapturedRows, PlanEntry
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,15 @@ class _Part:
     """One request's rows: position + `offset` is a row of the batch."""
 
     entry: PlanEntry
-    layers: tuple[int, ...]
-    positions: list[int]
+    request: RunnerRequest
     offset: int
+
+    @property
+    def end(self) -> int:
+        return self.entry.start + self.entry.num_tokens
+
+    def rows(self, positions: Sequence[int]) -> npt.NDArray[np.int64]:
+        return np.array(positions, np.int64) + self.offset
 
 
 class HiddenRows:
@@ -31,38 +37,60 @@ class HiddenRows:
     def __init__(
         self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], query_start: npt.NDArray[np.int32]
     ) -> None:
-        self._parts: list[_Part] = []
+        self._hidden: list[tuple[_Part, list[int]]] = []
+        self._captured: list[_Part] = []
         for i, (entry, request) in enumerate(zip(entries, requests, strict=True)):
-            if request.hidden is None:
-                continue
-            positions = request.hidden.rows.among(entry.start, entry.start + entry.num_tokens)
+            part = _Part(entry, request, int(query_start[i]) - entry.start)
+            positions = [] if request.hidden is None else request.hidden.rows.among(entry.start, part.end)
             if positions:
-                offset = int(query_start[i]) - entry.start
-                self._parts.append(_Part(entry, request.hidden.layers, positions, offset))
+                self._hidden.append((part, positions))
+            if request.capture:
+                self._captured.append(part)
 
     @property
     def activations(self) -> set[str]:
         """Those that the program has to keep for it."""
-        return {layer_name(layer) for part in self._parts for layer in part.layers if layer != FINAL_LAYER}
+        layers = {layer for part, _ in self._hidden for layer in _layers(part) if layer != FINAL_LAYER}
+        return {*map(layer_name, layers), *(name for part in self._captured for name in part.request.capture)}
 
-    def gather(
+    def gather_hidden(
         self, executable: Executable, accepted_drafts: Mapping[str, Sized]
     ) -> tuple[dict[str, F32], dict[str, list[int]]]:
-        """Rows [n, layers, D] and their positions, by request id. Rows of drafts that were refused are no part of a text."""
+        """Rows [n, layers, D] and their positions, by request id."""
         states: dict[str, F32] = {}
         positions: dict[str, list[int]] = {}
-        for part in self._parts:
-            entry, kept = part.entry, part.positions
-            refused = len(entry.draft_token_ids) - len(accepted_drafts.get(entry.request_id, ()))
-            if refused:
-                kept = [position for position in kept if position < entry.start + entry.num_tokens - refused]
-            rows = np.array(kept, np.int64) + part.offset
-            layers = [_layer(executable, layer) for layer in part.layers]
+        for part, wanted in self._hidden:
+            end = _end_of_text(part, accepted_drafts)
+            kept = wanted if wanted[-1] < end else [position for position in wanted if position < end]
+            rows = part.rows(kept)
+            layers = [_layer(executable, layer) for layer in _layers(part)]
             found = np.empty((len(rows), len(layers), layers[0].shape[1]), np.float32)
             for index, layer_TD in enumerate(layers):
                 found[:, index] = layer_TD[rows]
-            states[entry.request_id], positions[entry.request_id] = found, kept
+            states[part.entry.request_id], positions[part.entry.request_id] = found, kept
         return states, positions
+
+    def gather_captured(self, executable: Executable, accepted_drafts: Mapping[str, Sized]) -> dict[str, CapturedRows]:
+        """All rows that are part of a text, by request id."""
+        found = {}
+        for part in self._captured:
+            start, end = part.entry.start, _end_of_text(part, accepted_drafts)
+            values = {
+                name: executable.activation(name)[start + part.offset : end + part.offset].copy()
+                for name in part.request.capture
+            }
+            found[part.entry.request_id] = CapturedRows(start, values)
+        return found
+
+
+def _end_of_text(part: _Part, accepted_drafts: Mapping[str, Sized]) -> int:
+    """Rows of drafts that were refused are no part of a text."""
+    entry = part.entry
+    return part.end - len(entry.draft_token_ids) + len(accepted_drafts.get(entry.request_id, ()))
+
+
+def _layers(part: _Part) -> tuple[int, ...]:
+    return () if part.request.hidden is None else part.request.hidden.layers
 
 
 def _layer(executable: Executable, layer: int) -> F32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class ModelRunner:
         sampled = _Sampled()
         self._sample(plan.entries, requests, logits, sampled)
         prompt_logprobs = self._prompt_logprobs(plan.entries, requests, batch.query_start)
-        states, positions = ({}, {}) if hidden is None else hidden.gather(self.executable, sampled.accepted_drafts)
+        kept = {} if hidden is None else self._gather(hidden, sampled)
         self._ended_at = time.perf_counter()
         return ModelRunnerOutput(
             sampled_token_ids=sampled.token_ids,
@@ -65,20 +66,24 @@ class ModelRunner:
             prompt_logprobs=prompt_logprobs,
             errors=sampled.errors,
             accepted_drafts=sampled.accepted_drafts,
-            last_hidden_states=states,
-            hidden_states_positions=positions,
             execute_seconds=computed - began,
             sample_seconds=self._ended_at - computed,
             idle_seconds=idle,
+            **kept,
         )
+
+    def _gather(self, hidden: HiddenRows, sampled: _Sampled) -> dict[str, Any]:
+        states, positions = hidden.gather_hidden(self.executable, sampled.accepted_drafts)
+        captured = hidden.gather_captured(self.executable, sampled.accepted_drafts)
+        return {"last_hidden_states": states, "hidden_states_positions": positions, "captured": captured}
 
     def _book(self, plan: StepPlan) -> None:
         for request_id in (*plan.finished, *plan.preempted):
             self._forget(request_id)
         for new in plan.new_requests:
             self._forget(new.request_id)  # the plan that preempted it may have failed before it came here
-            self._num_wanting += new.hidden_states is not None
-            self._requests[new.request_id] = self._rows.add(new, self._row(new))
+            request = self._requests[new.request_id] = self._rows.add(new, self._row(new))
+            self._num_wanting += request.wants_rows
         for entry in plan.entries:
             if entry.new_block_ids:
                 self._rows.add_blocks(self._requests[entry.request_id], entry.new_block_ids)
@@ -86,7 +91,7 @@ class ModelRunner:
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self._num_wanting -= request.hidden is not None
+            self._num_wanting -= request.wants_rows
             self._rows.remove(request)
 
     @staticmethod

@@ -33,6 +33,13 @@ def pellucid(*arguments: str, stdin: str = "", **environment: str) -> subprocess
     )
 
 
+def test_info_when_asked_for_activations_then_names_and_widths_in_order(checkpoint: str) -> None:
+    lines = pellucid("info", checkpoint, "--activations").stdout.splitlines()
+    assert lines[0].split() == ["embed_tokens", "64"]
+    assert lines[-1].split() == ["norm", "64"]
+    assert ["layers.1.mlp", "64"] in [line.split() for line in lines]
+
+
 def test_version_and_help_when_asked_then_status_zero() -> None:
     assert pellucid("--version").stdout.startswith("pellucid 0.")
     text = pellucid("generate", "--help").stdout

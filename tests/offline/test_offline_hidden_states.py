@@ -317,3 +317,79 @@ def test_program_file_when_its_names_are_damaged_then_refused(model: str, tmp_pa
             broken = replace(file, meta={**file.meta, "activations": damage})
             with pytest.raises((WeightFormatError, InvalidRequestError)):
                 keeping(broken, ["norm"])
+
+
+# ---- activations by name -------------------------------------------------------------------------------------------------
+
+
+def captured_of(model: str, **config: Any) -> list[dict[str, torch.Tensor]]:
+    with LLM(model, **{**BASE, **config}) as llm:
+        names = list(llm.engine.checker.hidden_states.activations)  # type: ignore[union-attr]
+        outputs = llm.generate(prompts(), [stammer(i) for i in range(len(LENGTHS))], capture=names)
+        if config.get("num_blocks", 256) < 64:
+            assert any(record.preempted for record in llm.engine.trace.records)
+    return [output.outputs[0].captured for output in outputs]  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module", params=["float32", "int8", "int4"])
+def captured(request: pytest.FixtureRequest, model: str) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+    precision = PRECISIONS[request.param]
+    return precision, captured_of(model, **precision)
+
+
+@pytest.mark.parametrize("schedule", ["alone", "chunks of 16", "prefix cache", "preempted", "eager", "ahead", "drafts"])
+def test_every_activation_when_scheduled_otherwise_then_the_same_bits(
+    model: str, captured: tuple[dict[str, Any], list[dict[str, torch.Tensor]]], schedule: str
+) -> None:
+    precision, expected = captured
+    config = {"max_num_seqs": 1} if schedule == "alone" else SCHEDULES[schedule]
+    for index, (one, other) in enumerate(zip(captured_of(model, **precision, **config), expected, strict=True)):
+        assert list(one) == list(other)
+        for name in one:
+            assert len(one[name]) == LENGTHS[index] + NUM_TOKENS - 1
+            assert torch.equal(one[name], other[name]), f"{name} of request {index} differs"
+
+
+def test_activations_when_named_by_a_pattern_then_those_of_all_layers_in_order(llm: LLM) -> None:
+    prompt = prompts()[6]
+    output = llm.generate([prompt], GREEDY, capture=["layers.*.mlp", "norm"])[0].outputs[0]
+    assert list(output.captured) == ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "norm"]  # type: ignore[arg-type]
+    hidden = llm.generate([prompt], GREEDY, return_hidden_states=True, hidden_states_for_tokens=all_positions(prompt))
+    assert torch.equal(output.captured["norm"], hidden[0].outputs[0].hidden_states)  # type: ignore[index]
+
+
+def test_activation_when_compared_with_its_neighbours_then_the_layers_arithmetic(llm: LLM) -> None:
+    """The residual stream behind a block is what came in, and attention, and MLP."""
+    names = ["layers.0", "layers.1.self_attn", "layers.1.mlp", "layers.1"]
+    found = llm.generate([prompts()[9]], GREEDY, capture=names)[0].outputs[0].captured
+    assert found is not None
+    before, attention, mlp, after = (found[name] for name in ("layers.0", *names[1:]))
+    assert torch.equal((before + attention) + mlp, after)
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        ("layers.0", "capture is 'layers.0'; it must be a list of names"),
+        ([], "capture has 0 entries"),
+        ([3], r"capture\[0\] is 3"),
+        (["layers.9.mlp"], "capture names 'layers.9.mlp'; the model has no such activation"),
+        (["layers.*"], None),
+        (["*.mlp"], r"capture names '\*.mlp'"),
+        (["a" * 300], r"capture\[0\] is"),
+        (["layers.*.mlp.gate_up_proj"], None),
+    ],
+)
+def test_capture_when_asked_for_then_known_or_refused_by_name(llm: LLM, capture: Any, message: str | None) -> None:
+    if message is None:
+        assert llm.generate([[5, 6]], GREEDY, capture=capture)[0].outputs[0].captured
+        return
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate([[5, 6]], GREEDY, capture=capture)
+    assert not llm.client.has_unfinished
+
+
+def test_capture_when_it_takes_more_than_the_cap_then_refused_with_the_numbers(model: str) -> None:
+    message = r"the activations take up to .* hidden_states_max_mb allows 1,000,000"
+    with LLM(model, **{**BASE, "hidden_states_max_mb": 1}) as llm, pytest.raises(InvalidRequestError, match=message):
+        llm.generate([[5] * 200], GREEDY, capture=["*", "layers.*", "layers.*.*", "layers.*.*.*"])

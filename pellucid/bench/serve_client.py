@@ -120,9 +120,7 @@ def _message_text(choice: dict[str, Any]) -> Any:
     return _delta_text({"delta": message})
 
 
-CHAT = Dialect(
-    "/v1/chat/completions", "chat.completion", "chat.completion.chunk", True, _delta_text, _message_text
-)
+CHAT = Dialect("/v1/chat/completions", "chat.completion", "chat.completion.chunk", True, _delta_text, _message_text)
 COMPLETIONS = Dialect(
     "/v1/completions", "text_completion", "text_completion", False, _plain_text, lambda choice: choice.get("text")
 )

@@ -108,17 +108,21 @@ async def run_load(
         run.answers[number] = answer
         on_answer(answer)
 
-    tasks = [asyncio.create_task(one(number)) for number in range(len(times))]
-    stopped = asyncio.create_task((stop or asyncio.Event()).wait())
+    async def all_sent() -> None:
+        await asyncio.gather(*(one(number) for number in range(len(times))))
+
+    async def stopped() -> None:
+        await (stop or asyncio.Event()).wait()
+
+    load, watch = asyncio.create_task(all_sent()), asyncio.create_task(stopped())
     try:
-        done = asyncio.gather(*tasks)
-        await asyncio.wait({done, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        run.was_interrupted = stopped.done()
-        if not run.was_interrupted:
-            done.result()
+        await asyncio.wait({load, watch}, return_when=asyncio.FIRST_COMPLETED)
+        run.was_interrupted = not load.done()
+        if load.done():
+            load.result()
     finally:
-        for task in (*tasks, stopped):
-            task.cancel()
-        await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        load.cancel()
+        watch.cancel()
+        await asyncio.gather(load, watch, return_exceptions=True)
         run.seconds = time.perf_counter() - run.began
     return run

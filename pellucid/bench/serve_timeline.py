@@ -42,7 +42,9 @@ def draw_timeline(run: LoadRun, path: Path, title: str) -> None:
         start, ttft = answer.started - run.began, answer.ttft if answer.ttft is not None else answer.seconds
         axis.broken_barh([(start, ttft)], (row - 0.4, 0.8), color=_FAILED if answer.error else _WAIT)
         axis.broken_barh([(start + ttft, answer.latency - ttft)], (row - 0.4, 0.8), color=_TOKENS, alpha=0.35)
-        axis.plot([start + at for at in answer.chunk_times], [row] * len(answer.chunk_times), ".", ms=dot, color=_TOKENS)
+        axis.plot(
+            [start + at for at in answer.chunk_times], [row] * len(answer.chunk_times), ".", ms=dot, color=_TOKENS
+        )
     axis.set_ylim(len(answers) - 0.5, -0.5)
     axis.set_xlim(left=0)
     axis.set_xlabel("seconds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("openai", "openai-chat")
 DATASETS = ("random", "custom", "prefix_repetition")
+_API_KEY_VARIABLE = "OPENAI_API_KEY"
+API_KEY_HELP = f"By default the variable {_API_KEY_VARIABLE}."
 _SERVER, _LOAD, _DATA, _RESULT = "Server", "Load", "Data set", "Result"
 _LEAST = {"num_prompts": 1, "max_concurrency": 1, "num_warmups": 0, "custom_output_len": 1}
 
@@ -38,7 +41,7 @@ class ServeOptions:
     port: int = _option(8000, _SERVER, "Of the server.")
     endpoint: str | None = _option(None, _SERVER, "Path of requests; the backend's own by default.")
     model: str | None = _option(None, _SERVER, "Name to ask for; the server's first by default.")
-    api_key: str | None = _option(None, _SERVER, "By default the variable OPENAI_API_KEY.")
+    api_key: str | None = _option(None, _SERVER, API_KEY_HELP)
     request_timeout: float = _option(600.0, _SERVER, "Seconds for one request.")
 
     dataset_name: str = _option("random", _DATA, "random, custom or prefix_repetition.")
@@ -151,6 +154,11 @@ class ServeOptions:
         if not isinstance(found, dict):
             raise InvalidRequestError("extra_body is no JSON object", "extra_body")
         return found
+
+
+def api_key_of(given: str | None) -> str | None:
+    """The key that was given, else the environment's."""
+    return given or os.environ.get(_API_KEY_VARIABLE) or None
 
 
 def one_of(name: str, value: str, allowed: Any) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from pellucid.bench.serve_options import ServeOptions
+from pellucid.bench.serve_options import ServeOptions, api_key_of
 from pellucid.commands.options import with_options
 from pellucid.errors import InvalidRequestError
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from pellucid.bench.serve_bench import ServeResult
     from pellucid.bench.serve_client import Answer
 
-API_KEY_VARIABLE = "OPENAI_API_KEY"
 _RESULT = "Result"
 
 
@@ -76,7 +74,7 @@ def serve(
     from pellucid.bench.serve_timeline import check_timeline, draw_timeline
 
     options["goodput"] = _goodput(options["goodput"], pairs)
-    options["api_key"] = options["api_key"] or os.environ.get(API_KEY_VARIABLE)
+    options["api_key"] = api_key_of(options["api_key"])
     asked = ServeOptions(**options)
     is_saved = save_result or save_detailed or result_filename is not None
     if plot_timeline is not None:

@@ -61,7 +61,12 @@ PEERS: dict[str, Peer] = {
 }
 LLAMA_SERVER = "llama-server"
 _LLAMA_SDIST = "llama-cpp-python==0.3.36"
-_LLAMA_FLAGS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF")
+_LLAMA_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+)
 # No page to fetch or to build, no TLS.
 _LLAMA_FLAGS += ("-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF")
 _REQUIREMENTS_OF = "import importlib.metadata as m, sys; print('\\n'.join(m.requires(sys.argv[1]) or []))"

@@ -170,7 +170,9 @@ def test_checks_when_the_server_does_not_end_then_the_timeout_ends_each_request(
     began = time.monotonic()
     results = check(Script(fault=fault), only=("non-streaming", "streaming"), timeout=0.5)
     assert time.monotonic() - began >= 0.5
-    assert any(problem.startswith("no ") and problem.endswith("within 0.5 s") for problem in results["streaming"].problems)
+    assert any(
+        problem.startswith("no ") and problem.endswith("within 0.5 s") for problem in results["streaming"].problems
+    )
 
 
 def test_checks_when_the_deadline_passes_then_the_rest_fails_at_once() -> None:

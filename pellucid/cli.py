@@ -6,11 +6,13 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
 
 import pellucid
+from pellucid.bench.serve_options import API_KEY_HELP, api_key_of
 from pellucid.commands import bench
 from pellucid.commands.options import (
     engine_kwargs,
@@ -143,8 +145,6 @@ def compile_(
     **options: Any,
 ) -> None:
     """Write a model as one file: plan, packed weights, tokenizer. C programs and `--model FILE` load it as it is."""
-    from pathlib import Path
-
     from pellucid.commands.compile import compile_model
     from pellucid.config import EngineConfig
 
@@ -182,6 +182,40 @@ def info(
         if index:
             print()
         information.print_table(title, rows)
+
+
+@app.command("check-server")
+def check_server(
+    url: Annotated[str, typer.Argument(help="As http://127.0.0.1:8000, with or without /v1.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The server's first by default.")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help=API_KEY_HELP)] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one request.")] = 120.0,
+    deadline: Annotated[float, typer.Option("--deadline", help="Seconds for all checks.")] = 900.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of most answers.")] = 48,
+    long_tokens: Annotated[int, typer.Option("--long-tokens", help="Of the long answer.")] = 400,
+    rapid_requests: Annotated[int, typer.Option("--rapid-requests", help="Requests one after another.")] = 20,
+    concurrency: Annotated[int, typer.Option("--concurrency", help="Streams at once.")] = 4,
+    judge: Annotated[bool, typer.Option("--judge", help="The model must recall what it was told.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="A check by name; may be given again.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File that gets all figures.")] = None,
+) -> None:
+    """Check any OpenAI-compatible server: streams, turns, errors, isolation. Exits with 1 when a check fails."""
+    from pellucid.bench.serve_checks import CheckOptions
+    from pellucid.commands import check_server as checking
+
+    options = CheckOptions(
+        api_key=api_key_of(api_key),
+        model=model,
+        timeout=timeout,
+        deadline=deadline,
+        max_tokens=max_tokens,
+        long_tokens=long_tokens,
+        rapid_requests=rapid_requests,
+        concurrency=concurrency,
+        judges_answers=judge,
+    )
+    if not checking.check_server(url, options, only or [], json_path):
+        raise typer.Exit(1)
 
 
 def _opened(file: str) -> BinaryIO:

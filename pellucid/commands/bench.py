@@ -10,14 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
+from pellucid.commands.bench_serve import serve
 from pellucid.commands.options import engine_kwargs, engine_parameters, with_options
 from pellucid.errors import InvalidRequestError
 
 app = typer.Typer(
-    help="Measure latency, throughput, start-up and the batch curve of a model on this machine.",
+    help="Measure latency, throughput, start-up and the batch curve of a model on this machine, or any server.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command()(serve)
 Model = Annotated[str | None, typer.Option("--model", "-m", help="As for generate; a small model by default.")]
 InputLen = Annotated[int, typer.Option("--input-len", help="Tokens of each prompt.")]
 OutputLen = Annotated[int, typer.Option("--output-len", help="Tokens made for each.")]

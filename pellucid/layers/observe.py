@@ -23,7 +23,7 @@ def layer_name(layer: int) -> str:
 @contextmanager
 def observed(model: Any, observer: Observer) -> Iterator[None]:
     """Tells `observer` the name and the terms of each activation while `model` is called inside."""
-    modules = [(name, module) for name, module in _modules(model) if name]
+    modules = [(name, module) for name, module in _modules(model) if f"{name}." not in (".", _ROOT)]
     for name, module in modules:
         module.forward = _observed_forward(name.removeprefix(_ROOT), module, observer)
     try:

@@ -47,6 +47,18 @@ class NativeError(PellucidError, RuntimeError):
         self.status = status
 
 
+class QueueFullError(PellucidError, RuntimeError):
+    """As many requests wait as may. `retry_after` is the number of seconds after which trying again makes sense."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDrainingError(PellucidError, RuntimeError):
+    """The engine ends what it has and takes no new requests."""
+
+
 class EngineDeadError(PellucidError, RuntimeError):
     """The engine was closed or its owner failed; nothing more can be submitted."""
 

@@ -52,12 +52,14 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Times in seconds since the request was submitted; None where it did not get so far."""
+    """Times in seconds, from when the request was submitted unless said otherwise; None where it did not get so far."""
 
     queue_time: float | None = None
     time_to_first_token: float | None = None
     e2e_time: float | None = None
     num_preemptions: int = 0
+    prefill_time: float | None = None  # from the first step to the first token
+    decode_time: float | None = None  # from the first token to the last
 
 
 @dataclass
@@ -106,3 +108,4 @@ class StreamChunk:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # what went wrong, where the finish reason is `error`

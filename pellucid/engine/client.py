@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from pellucid.engine.engine import LLMEngine, Prompt, StepOutputs
+from pellucid.engine.admission import Prompt
+from pellucid.engine.engine import LLMEngine, StepOutputs
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 

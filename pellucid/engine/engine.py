@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,21 +11,24 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pellucid.config import EngineConfig
+from pellucid.engine.admission import Prompt, RequestChecker
 from pellucid.engine.block_manager import BlockManager
+from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.engine.step import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.engine.trace import StepRecord, Trace
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams, check_vocabulary
+from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class StepOutputs:
 class _Executed:
     output: ModelRunnerOutput
     seconds: float
+    failed: bool = False  # nothing was computed
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class LLMEngine:
         self.max_model_len: int = model.max_model_len
         self.vocab_size: int = model.config.vocab_size
         self.eos_token_ids: tuple[int, ...] = model.eos_token_ids
+        self.checker = RequestChecker(tokenizer, self.vocab_size, self.max_model_len)
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
             executor.kv_cache.block_size,
@@ -87,7 +93,8 @@ class LLMEngine:
             drafts=_drafts(config),
         )
         self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
-        self.output = OutputProcessor(tokenizer)
+        self.metrics = EngineMetrics()
+        self.output = OutputProcessor(tokenizer, self.metrics.observe_gap)
         self.trace = Trace(path=config.trace_path)
         self._clock, self._check_every_step = clock, check_every_step
         self._numbers = itertools.count()
@@ -110,9 +117,10 @@ class LLMEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         stream: bool = True,
+        prompt_text: str | None = None,
     ) -> str:
         """Queues a request and gives its id. Without `stream` nobody reads its chunks: it has none, and its text is made when
-        it ends.
+        it ends. `prompt_text` is what a caller made a prompt of token ids from; the output names it.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit; nothing was queued.
@@ -125,8 +133,8 @@ class LLMEngine:
         request_id = f"req-{number}" if request_id is None else request_id
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
-        text, token_ids = self._tokenise(prompt)
-        self._check(token_ids, params)
+        text, token_ids = self.checker.tokenise(prompt)
+        self.checker.check(token_ids, params)
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
         cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt)
         added: list[str] = []
@@ -134,12 +142,13 @@ class LLMEngine:
             for core in cores:
                 self.scheduler.add(core)
                 added.append(core.request_id)
-        except InvalidRequestError:
+        except BaseException:
             for choice_id in added:
                 self.scheduler.cancel(choice_id)
                 self.scheduler.forget(choice_id)
             raise
         choices = [self.output.new_choice(i, params, seed, token_ids) for i in range(params.n)]
+        text = prompt_text if text is None else text
         state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
         self.output.add(state, added)
@@ -154,6 +163,41 @@ class LLMEngine:
             if self.scheduler.finish(choice_id, RequestStatus.FINISHED_ABORTED):
                 self._ended_outside.append(TokenEvent(choice_id, None, RequestStatus.FINISHED_ABORTED))
         return True
+
+    def take_ended(self) -> StepOutputs:
+        """The outputs of requests that were cancelled since the last step, without a step."""
+        outputs = self._process([], self._clock())
+        if not self.scheduler.has_unfinished:
+            self.scheduler.check_invariants()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """The state of now, and all that was counted since the start."""
+        counted, scheduler = self.metrics, self.scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            waiting_by_reason=self._waiting_by_reason(),
+            kv_cache=self.block_manager.stats(),
+            num_preemptions=counted.num_preemptions,
+            prompt_tokens=counted.prompt_tokens,
+            generation_tokens=counted.generation_tokens,
+            prefix_queries=counted.prefix_queries,
+            prefix_hits=counted.prefix_hits,
+            finished=dict(counted.finished),
+            num_steps=counted.num_steps,
+            histograms={name: histogram.stats() for name, histogram in counted.histograms.items()},
+        )
+
+    def _waiting_by_reason(self) -> dict[str, int]:
+        """The head of the queue waits for the reason of the last plan, the others for the head."""
+        if not self.scheduler.num_waiting:
+            return {}
+        reasons = self.trace.last.waiting_reasons if self.trace.last is not None else {}
+        counts = {WAIT_BEHIND_HEAD_LABEL: self.scheduler.num_waiting - 1}
+        label = wait_label(reasons.get(self.scheduler.head.request_id))
+        counts[label] = counts.get(label, 0) + 1
+        return {label: count for label, count in counts.items() if count}
 
     @property
     def has_unfinished(self) -> bool:
@@ -218,12 +262,15 @@ class LLMEngine:
         step = self._in_flight.popleft()
         executed = step.task.result()
         result, began = executed.output, self._clock()
+        if executed.failed:
+            self.scheduler.tell_again(step.plan)
         for choice_id in result.prompt_logprobs.keys() & self.scheduler.living(step.plan):
             self.output.add_prompt_logprobs(choice_id, *result.prompt_logprobs[choice_id])
         stop_check = self.output.stop_check if self.output.watches_stops else None
         events = self.scheduler.apply(step.plan, result, stop_check)
         outputs = self._process(events, began)
         if step.plan.entries:
+            self._book_step(step.plan, events)
             self.trace.record(self._record(step, executed, events, self._clock() - began))
         self._is_idle = not self.scheduler.has_unfinished
         return outputs
@@ -245,7 +292,10 @@ class LLMEngine:
         chunks = [chunk for state in streams.values() for chunk in self.output.take_chunks(state)]
         for state in finished:
             del self._choice_ids[state.request_id]
-        return StepOutputs(chunks, [state.to_output() for state in finished])
+        outputs = [state.to_output() for state in finished]
+        for output in outputs:
+            self.metrics.count_finished(output)
+        return StepOutputs(chunks, outputs)
 
     def _finish(self, state: RequestState, event: TokenEvent, status: RequestStatus, now: float) -> None:
         request = self.scheduler.get(event.request_id)
@@ -253,6 +303,17 @@ class LLMEngine:
             state.num_preemptions += request.num_preemptions
             self.scheduler.forget(event.request_id)
         self.output.finish(event, status, now)
+
+    def _book_step(self, plan: StepPlan, events: Sequence[TokenEvent]) -> None:
+        self.metrics.count_step(plan.num_tokens, sum([1 for event in events if event.token_id is not None]))
+        if plan.preempted:
+            self.metrics.num_preemptions += len(plan.preempted)
+        if plan.new_requests:
+            cached = {entry.request_id: entry.num_cached_tokens for entry in plan.entries}
+            caching = self.config.enable_prefix_caching
+            for new in plan.new_requests:
+                if not new.output_token_ids:
+                    self.metrics.count_admission(len(new.prompt_token_ids), cached.get(new.request_id, 0), caching)
 
     def _book_admissions(self, plan: StepPlan, now: float) -> None:
         for new in plan.new_requests:
@@ -296,37 +357,7 @@ class LLMEngine:
             waiting_reasons=plan.waiting,
         )
 
-    # ---- checking a request ---------------------------------------------------------------------------------------
-
-    def _tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequestError("prompt is text, but the model has no tokenizer: give token ids", "prompt")
-            return prompt, self.tokenizer.encode(prompt)
-        token_ids = list(prompt)
-        for index, token in enumerate(token_ids):
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise InvalidRequestError(f"prompt[{index}] is {token!r}; token ids are integers", "prompt")
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(
-                    f"prompt[{index}] is {token:,}; token ids are in [0, {self.vocab_size:,})", "prompt"
-                )
-        return None, token_ids
-
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
-        if len(token_ids) + 1 > self.max_model_len:
-            raise InvalidRequestError(
-                f"prompt has {len(token_ids):,} tokens and needs room for 1 more; max_model_len is "
-                f"{self.max_model_len:,}",
-                "prompt",
-            )
-        check_vocabulary(params, self.vocab_size)
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
-        if params.bad_words and self.tokenizer is None:
-            raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+    # ---- the choices of a request ---------------------------------------------------------------------------------
 
     def _choices(
         self,
@@ -368,13 +399,15 @@ class LLMEngine:
 
 
 def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> _Executed:
-    """Runs a plan; when the core refuses it, the requests of the plan end with its reason and the engine lives on."""
-    began = clock()
+    """Runs a plan; when that fails, the requests of the plan end with the reason and the engine lives on."""
+    began, failed = clock(), False
     try:
         output = executor.execute(plan)
-    except NativeError as error:
-        output = ModelRunnerOutput({}, errors={entry.request_id: str(error) for entry in plan.entries})
-    return _Executed(output, clock() - began)
+    except Exception as error:
+        _log.warning("step %d failed; its requests end with an error", plan.step_id, exc_info=error)
+        reason = str(error) if isinstance(error, NativeError) else f"the step failed: {type(error).__name__}: {error}"
+        output, failed = ModelRunnerOutput({}, errors={entry.request_id: reason for entry in plan.entries}), True
+    return _Executed(output, clock() - began, failed)
 
 
 def _drafts(config: EngineConfig) -> DraftConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
@@ -26,6 +27,7 @@ class ChoiceState:
     unsent_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     end_sent: bool = False
+    last_token_at: float | None = None
 
 
 @dataclass
@@ -63,10 +65,12 @@ class RequestState:
         """What the caller gets."""
         since = self.submitted_at
         metrics = RequestMetrics(
-            queue_time=None if self.scheduled_at is None else self.scheduled_at - since,
-            time_to_first_token=None if self.first_token_at is None else self.first_token_at - since,
-            e2e_time=None if self.finished_at is None else self.finished_at - since,
+            queue_time=_between(since, self.scheduled_at),
+            time_to_first_token=_between(since, self.first_token_at),
+            e2e_time=_between(since, self.finished_at),
             num_preemptions=self.num_preemptions,
+            prefill_time=_between(self.scheduled_at, self.first_token_at),
+            decode_time=_between(self.first_token_at, self.finished_at),
         )
         return RequestOutput(
             request_id=self.request_id,
@@ -84,8 +88,11 @@ class RequestState:
 class OutputProcessor:
     """Keeps the caller's side of every request that runs. `choice_id` is the scheduler's request id of one choice."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, observe_gap: Callable[[float], None] = lambda seconds: None
+    ) -> None:
         self.tokenizer = tokenizer
+        self._observe_gap = observe_gap  # told the seconds between two tokens of a choice
         self.requests: dict[str, RequestState] = {}
         self._choices: dict[str, tuple[RequestState, ChoiceState]] = {}
         self._num_with_stops = 0  # living choices that have stop strings
@@ -147,6 +154,9 @@ class OutputProcessor:
         output.token_ids.append(token_id)
         if state.first_token_at is None:
             state.first_token_at = now
+        if choice.last_token_at is not None and choice.last_token_at != now:  # equal: accepted drafts of one step
+            self._observe_gap(now - choice.last_token_at)
+        choice.last_token_at = now
         if state.stream:
             choice.unsent_token_ids.append(token_id)
             if choice.stop is None and choice.detokenizer is not None and not _ends_by_id(event):
@@ -224,6 +234,7 @@ class OutputProcessor:
             choice.unsent_logprobs if choice.output.logprobs is not None else None,
             choice.output.finish_reason,
             choice.output.stop_reason,
+            choice.output.error,
         )
         choice.unsent_text, choice.unsent_token_ids, choice.unsent_logprobs = "", [], []
         return chunk
@@ -245,6 +256,10 @@ class OutputProcessor:
     def _release(choice: ChoiceState, text: str) -> None:
         choice.output.text += text
         choice.unsent_text += text
+
+
+def _between(since: float | None, until: float | None) -> float | None:
+    return None if since is None or until is None else until - since
 
 
 def _ends_by_id(event: TokenEvent) -> bool:

@@ -254,6 +254,10 @@ class RequestScheduler:
                 self._apply_entry(request, entry, output, stop_check, events)
         return events
 
+    def tell_again(self, plan: StepPlan) -> None:
+        """The executor may not have heard of a plan's endings, for it failed: the next plan tells them again."""
+        self._finished += [name for name in plan.finished if (old := self.get(name)) is None or old.is_finished]
+
     def living(self, plan: StepPlan) -> Set[str]:
         """The requests of a plan in flight that have neither ended nor been preempted since."""
         return self._in_flight.get(plan.step_id, {}).keys()

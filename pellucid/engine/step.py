@@ -29,6 +29,25 @@ WAIT_REASONS = (
     WAIT_PREEMPTING,
     WAIT_BEHIND_HEAD,
 )
+# The same for metrics: a label for each beginning of a reason.
+WAIT_BEHIND_HEAD_LABEL = "behind_head"
+_WAIT_LABELS = {
+    WAIT_NO_BLOCKS: "no_blocks",
+    WAIT_MAX_NUM_SEQS: "max_num_seqs",
+    WAIT_BUDGET_SPENT: "token_budget",
+    WAIT_BUDGET_SHORT: "token_budget",
+    WAIT_SHARED_PROMPT: "shared_prompt",
+    WAIT_PREEMPTING: "preempting",
+    WAIT_BEHIND_HEAD: WAIT_BEHIND_HEAD_LABEL,
+}
+_WAIT_LABEL_OF_BEGINNING = {reason.partition("{")[0]: label for reason, label in _WAIT_LABELS.items()}
+
+
+def wait_label(reason: str | None) -> str:
+    """The label of a reason; `just_arrived` where there is none yet."""
+    if reason is None:
+        return "just_arrived"
+    return next(label for beginning, label in _WAIT_LABEL_OF_BEGINNING.items() if reason.startswith(beginning))
 
 
 class Step:

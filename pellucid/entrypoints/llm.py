@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Any
 
 from pellucid.config import EngineConfig
+from pellucid.engine.admission import Prompt
 from pellucid.engine.client import EngineClient
-from pellucid.engine.engine import LLMEngine, Prompt
+from pellucid.engine.engine import LLMEngine
+from pellucid.engine.load import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError
-from pellucid.executor.uniproc import UniProcExecutor
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -46,13 +47,7 @@ class LLM:
         elif "model_path" in kwargs:
             raise TypeError("LLM() got 'model' twice: as 'model_path' too")
         self.config = EngineConfig.from_kwargs(model, kwargs)
-        executor = UniProcExecutor(self.config, progress)
-        try:
-            engine = LLMEngine(self.config, executor, executor.model.tokenizer)
-        except BaseException:
-            executor.close()
-            raise
-        self.client = EngineClient(engine)
+        self.client = EngineClient(load_engine(self.config, progress))
 
     @property
     def engine(self) -> LLMEngine:

@@ -72,6 +72,9 @@ class ModelRunner:
             if request is not None:
                 self._rows.remove(request)
         for new in plan.new_requests:
+            forgotten = self._requests.pop(new.request_id, None)
+            if forgotten is not None:  # the plan that preempted it failed before it came here
+                self._rows.remove(forgotten)
             self._requests[new.request_id] = self._rows.add(new, self._row(new))
         for entry in plan.entries:
             if entry.new_block_ids:

@@ -1,0 +1,207 @@
+"""What the front end and the owner of an engine say to each other: typed, plain data, the same in a process and across two.
+
+A command that wants an answer has a `call` number, and the answer names it; 0 asks for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from pellucid import errors
+from pellucid.config import EngineConfig
+from pellucid.engine.metrics import EngineStats
+from pellucid.engine.trace import StepRecord
+from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
+from pellucid.outputs import RequestOutput, StreamChunk
+from pellucid.params import SamplingParams
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What a front end must know of a loaded model."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    default_sampling: dict[str, Any]  # the model's generation_config.json
+    has_chat_template: bool
+    created: int  # unix seconds: when it was loaded
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An error as data: the name of its class, its text, and what else the class carries."""
+
+    kind: str
+    text: str
+    param: str | None = None
+    retry_after: float = 0.0
+    status: int = 0
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        """The data of an error."""
+        return cls(
+            type(error).__name__,
+            str(error),
+            getattr(error, "param", None),
+            getattr(error, "retry_after", 0.0),
+            getattr(error, "status", 0) if isinstance(error, NativeError) else 0,
+        )
+
+    def to_error(self) -> PellucidError:
+        """The error again. One that is not Pellucid's own becomes a `PellucidError` that names its class."""
+        kind = _ERRORS.get(self.kind)
+        if kind is None:
+            return PellucidError(f"{self.kind}: {self.text}" if self.text else self.kind)
+        if kind is InvalidRequestError:
+            return InvalidRequestError(self.text, self.param)
+        if kind is QueueFullError:
+            return QueueFullError(self.text, self.retry_after)
+        if kind is NativeError:
+            return NativeError(self.text, self.status)
+        return kind(self.text)
+
+
+_ERRORS: Mapping[str, type[PellucidError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, PellucidError)
+}
+
+# ---- to the owner -----------------------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Queue a request -> `Done` or `Refused`. `prompt` is the text that the ids were made from."""
+
+    call: int
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    stream: bool = True
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request -> `Done(is known)`, after the news of its end."""
+
+    call: int
+    request_id: str
+
+
+class AbortAll(msgspec.Struct, frozen=True, tag=True):
+    """End all requests -> `Done(their number)`, after the news of their ends."""
+
+    call: int
+
+
+class ReadStats(msgspec.Struct, frozen=True, tag=True):
+    """-> `Stats`."""
+
+    call: int
+
+
+class ReadSteps(msgspec.Struct, frozen=True, tag=True):
+    """-> `Steps`: the first `limit` records from step `since` on; a negative `since` counts from the newest."""
+
+    call: int
+    since: int
+    limit: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget cached blocks -> `Done(it was possible)`."""
+
+    call: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the owner; requests that run are dropped without news."""
+
+
+Command = Submit | Cancel | AbortAll | ReadStats | ReadSteps | ResetPrefixCache | Shutdown
+
+# ---- from the owner ---------------------------------------------------------------------------------------------------
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag=True):
+    """Bytes packed so far, and in all."""
+
+    done: int
+    total: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The engine takes commands. `tokenizer` is the JSON text of its bundle, where it has to be sent; empty: there is none."""
+
+    model: ModelInfo
+    tokenizer: bytes = b""
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine never came to be."""
+
+    error: ErrorInfo
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The answer of a command that gives a number or a truth."""
+
+    call: int
+    value: int = 1
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The command did nothing."""
+
+    call: int
+    error: ErrorInfo
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """The answer of `ReadStats`."""
+
+    call: int
+    stats: EngineStats
+
+
+class Steps(msgspec.Struct, frozen=True, tag=True):
+    """The answer of `ReadSteps`."""
+
+    call: int
+    records: list[StepRecord]
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """What one step brought: chunks, requests that ended, and request id -> status where that changed."""
+
+    chunks: list[StreamChunk]
+    finished: list[RequestOutput]
+    statuses: dict[str, str]
+
+
+class Died(msgspec.Struct, frozen=True, tag=True):
+    """The owner has ended; nothing comes after this."""
+
+    error: ErrorInfo
+
+
+Event = LoadProgress | Loaded | LoadFailed | Done | Refused | Stats | Steps | News | Died
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What an owner begins with. `max_waiting`: requests that may wait beyond those that `max_num_seqs` lets run."""
+
+    config: EngineConfig
+    max_waiting: int
+
+
+CLOSED = ErrorInfo(EngineDeadError.__name__, "the engine is closed")

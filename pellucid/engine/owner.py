@@ -1,0 +1,205 @@
+"""`EngineOwner`: the one thread that touches an `LLMEngine`. Commands in through a queue, events out, never waiting for readers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from pellucid.config import EngineConfig
+from pellucid.engine.engine import LLMEngine, StepOutputs
+from pellucid.engine.load import load_engine
+from pellucid.engine.messages import (
+    CLOSED,
+    AbortAll,
+    Cancel,
+    Command,
+    Died,
+    Done,
+    ErrorInfo,
+    Event,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    ModelInfo,
+    News,
+    ReadStats,
+    ReadSteps,
+    Refused,
+    ResetPrefixCache,
+    Shutdown,
+    Start,
+    Stats,
+    Steps,
+    Submit,
+)
+from pellucid.engine.trace import StepRecord
+from pellucid.errors import PellucidError, QueueFullError
+
+Emit = Callable[[Sequence[Event]], None]
+
+_log = logging.getLogger(__name__)
+# `retry_after` is between these, in seconds, and is made from the times of this many endings.
+_RETRY_BOUNDS = (1.0, 60.0)
+_NUM_ENDINGS = 64
+
+
+class EngineOwner:
+    """Loads an engine and runs it until it is told to shut down, or fails.
+
+    Between two steps it carries out the commands that have come; with nothing to compute it sleeps until one comes. Its last
+    event is `Died` or `LoadFailed`.
+    """
+
+    def __init__(self, start: Start, inbox: SimpleQueue[Command], emit: Emit) -> None:
+        self.engine: LLMEngine | None = None
+        self._start, self._inbox, self._emit = start, inbox, emit
+        self._is_open = True
+        self._endings: deque[float] = deque(maxlen=_NUM_ENDINGS)
+        self._handlers: dict[type[Any], Callable[[LLMEngine, Any], Iterable[Event]]] = {
+            Submit: self._submit,
+            Cancel: self._cancel,
+            AbortAll: self._abort_all,
+            ReadStats: lambda engine, command: [Stats(command.call, engine.stats())],
+            ReadSteps: lambda engine, command: [Steps(command.call, _records(engine, command))],
+            ResetPrefixCache: self._reset_prefix_cache,
+            Shutdown: self._shutdown,
+        }
+
+    def run(self) -> None:
+        """Until the end. Raises nothing."""
+        try:
+            self.engine = load_engine(self._start.config, lambda done, total: self._emit([LoadProgress(done, total)]))
+        except BaseException as error:
+            self._emit([LoadFailed(ErrorInfo.of(error))])
+            return
+        self._emit([Loaded(model_info(self._start.config, self.engine))])
+        last = Died(CLOSED)
+        try:
+            while self._is_open:
+                self._turn(self.engine)
+        except BaseException as error:
+            _log.critical("the engine's owner failed", exc_info=error)
+            last = Died(ErrorInfo.of(error))
+        self._emit([last])
+        self._free(self.engine)
+
+    def _turn(self, engine: LLMEngine) -> None:
+        """Commands, then one step."""
+        events: list[Event] = []
+        if not engine.has_unfinished:
+            events += self._handle(engine, self._inbox.get())
+        for _ in range(self._inbox.qsize()):
+            events += self._handle(engine, self._inbox.get())
+        if events:
+            self._emit(events)
+        if self._is_open and engine.has_unfinished:
+            news = self._news(engine, engine.step())
+            if news:
+                self._emit(news)
+
+    def _handle(self, engine: LLMEngine, command: Command) -> Iterable[Event]:
+        return self._handlers[type(command)](engine, command)
+
+    def _news(self, engine: LLMEngine, outputs: StepOutputs) -> list[Event]:
+        moved = {state.request_id: state.status for state in engine.output.take_moved()}
+        if not (moved or outputs.chunks or outputs.finished):
+            return []
+        if outputs.finished:
+            self._endings.extend([time.monotonic()] * len(outputs.finished))
+        return [News(outputs.chunks, outputs.finished, moved)]
+
+    @staticmethod
+    def _free(engine: LLMEngine) -> None:
+        try:
+            engine.close()
+        except Exception as error:
+            _log.error("the engine could not be freed", exc_info=error)
+
+    # ---- commands -------------------------------------------------------------------------------------------------
+
+    def _submit(self, engine: LLMEngine, command: Submit) -> Iterable[Event]:
+        try:
+            self._refuse_when_full(engine)
+            engine.add_request(
+                command.prompt_token_ids,
+                command.params,
+                request_id=command.request_id,
+                priority=command.priority,
+                cache_salt=command.cache_salt,
+                stream=command.stream,
+                prompt_text=command.prompt,
+            )
+        except Exception as error:
+            if not isinstance(error, PellucidError):  # a bug, but nothing was queued: no reason to end all others
+                _log.error("request %r could not be added", command.request_id, exc_info=error)
+            return [Refused(command.call, ErrorInfo.of(error))]
+        return [Done(command.call)]
+
+    def _refuse_when_full(self, engine: LLMEngine) -> None:
+        scheduler, limit = engine.scheduler, self._start.max_waiting
+        num_beyond = scheduler.num_running + scheduler.num_waiting - scheduler.config.max_num_seqs
+        if num_beyond >= limit:
+            raise QueueFullError(
+                f"{scheduler.num_running:,} requests run and {scheduler.num_waiting:,} wait; beyond max_num_seqs "
+                f"{scheduler.config.max_num_seqs:,} at most max_waiting {limit:,} may",
+                self._retry_after(),
+            )
+
+    def _retry_after(self) -> float:
+        """Seconds in which half of the queue will have ended, as fast as requests ended lately."""
+        low, high = _RETRY_BOUNDS
+        if len(self._endings) < 2:
+            return low
+        rate = len(self._endings) / max(1e-3, time.monotonic() - self._endings[0])
+        return min(high, max(low, self._start.max_waiting / 2 / rate))
+
+    def _cancel(self, engine: LLMEngine, command: Cancel) -> Iterable[Event]:
+        is_known = engine.cancel(command.request_id)
+        return [*self._news(engine, engine.take_ended()), Done(command.call, is_known)]
+
+    def _abort_all(self, engine: LLMEngine, command: AbortAll) -> Iterable[Event]:
+        ids = list(engine.output.requests)
+        for request_id in ids:
+            engine.cancel(request_id)
+        return [*self._news(engine, engine.take_ended()), Done(command.call, len(ids))]
+
+    @staticmethod
+    def _reset_prefix_cache(engine: LLMEngine, command: ResetPrefixCache) -> Iterable[Event]:
+        return [Done(command.call, engine.block_manager.reset_prefix_cache())]
+
+    def _shutdown(self, engine: LLMEngine, command: Shutdown) -> Iterable[Event]:
+        self._is_open = False
+        return []
+
+
+def _records(engine: LLMEngine, command: ReadSteps) -> list[StepRecord]:
+    records = engine.trace.records
+    if command.since < 0:
+        records = records[command.since :]
+    else:
+        records = [record for record in records if record.step >= command.since]
+    return records[: command.limit]
+
+
+def model_info(config: EngineConfig, engine: LLMEngine) -> ModelInfo:
+    """What the front end must know."""
+    model, path = engine.executor.model, Path(config.model)
+    return ModelInfo(
+        name=path.resolve().name if path.exists() else config.model,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        hidden_size=model.config.hidden_size,
+        eos_token_ids=engine.eos_token_ids,
+        fingerprint=model.fingerprint,
+        max_num_seqs=config.max_num_seqs,
+        block_size=engine.block_manager.block_size,
+        num_blocks=engine.block_manager.num_blocks,
+        default_sampling=dict(model.generation_config),
+        has_chat_template=engine.tokenizer is not None and engine.tokenizer.chat_template is not None,
+        created=int(time.time()),
+    )

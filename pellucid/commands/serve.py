@@ -26,14 +26,16 @@ def run_server(model: str, options: dict[str, Any]) -> int:
     from pellucid.engine.async_engine import AsyncLLMEngine
     from pellucid.server.logs import set_up_logging
     from pellucid.server.run import Server, bind, url_of
-    from pellucid.server.tracing import check_tracing
+    from pellucid.server.tracing import Tracing
 
     set_up_logging(settings)
-    check_tracing(settings)
+    Tracing(settings).close()  # refused before a model is loaded
     bound = bind(settings)
     try:
         with packing_progress() as progress:
-            engine = AsyncLLMEngine.start(config, in_process=settings.engine_process, progress=progress)
+            engine = AsyncLLMEngine.start(
+                config, in_process=settings.engine_process, max_waiting=settings.max_waiting, progress=progress
+            )
         try:
             server = Server(engine, settings)
             logger.info("serving %s at %s", ", ".join(server.context.names), url_of(bound, settings))

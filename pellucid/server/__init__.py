@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API over the asynchronous engine. Parses, templates, tokenises, formats; it never touches the engine's state."""
+"""The HTTP server: OpenAI's API over the asynchronous engine. It parses, templates, tokenises and formats."""

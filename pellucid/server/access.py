@@ -43,7 +43,9 @@ class Access:
         text = hosts[0].decode("latin-1")
         found = _HOST.match(text)
         if found is None:
-            raise HttpError(400, f"Host is {text[:80]!r}; it must be a name or an address, and a port", code="invalid_host")
+            raise HttpError(
+                400, f"Host is {text[:80]!r}; it must be a name or an address, and a port", code="invalid_host"
+            )
         name = found[1].lower()
         if not (self._any_host or name in self._hosts or (not self._hosts and _is_local(name))):
             raise HttpError(400, f"Host names {name[:80]!r}, which is not among allowed_hosts", code="invalid_host")
@@ -92,4 +94,6 @@ def _is_local(name: str) -> bool:
 
 
 def _unauthorised(message: str) -> HttpError:
-    return HttpError(401, message, "authentication_error", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+    return HttpError(
+        401, message, "authentication_error", code="invalid_api_key", headers={"www-authenticate": "Bearer"}
+    )

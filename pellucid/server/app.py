@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-
 from typing import Any, TypeVar
 
 import msgspec
@@ -43,7 +42,11 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
     app.add_exception_handler(HTTPException, _routing_error)
     _Endpoints(context).add_to(app)
     app.add_middleware(
-        Gate, access=Access(settings), metrics=context.metrics, log_requests=settings.log_requests
+        Gate,
+        access=Access(settings),
+        metrics=context.metrics,
+        tracing=context.tracing,
+        log_requests=settings.log_requests,
     )
     if settings.allowed_origins:
         app.add_middleware(
@@ -129,15 +132,16 @@ class _Endpoints:
 
     async def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """(ids of each prompt, its text where it is echoed)"""
-        given, ids, texts = request.prompts(), [], []
+        prompts, ids, texts = self._context.prompts, list[list[int]](), list[str]()
         special = True if request.add_special_tokens is None else request.add_special_tokens
         skip = True if request.skip_special_tokens is None else request.skip_special_tokens
-        for prompt in given:
-            is_text = isinstance(prompt, str)
-            ids.append(await self._context.prompts.encode(prompt, add_special_tokens=special) if is_text else list(prompt))
-            if request.echo:
-                text = prompt if is_text else await self._context.prompts.decode(prompt, skip_special_tokens=skip)
-                texts.append(text)
+        for prompt in request.prompts():
+            if isinstance(prompt, str):
+                ids.append(await prompts.encode(prompt, add_special_tokens=special))
+                texts.append(prompt)
+                continue
+            ids.append(prompt)
+            texts.append(await prompts.decode(prompt, skip_special_tokens=skip) if request.echo else "")
         return ids, texts
 
     async def cancel(self, request_id: str) -> Response:
@@ -146,7 +150,9 @@ class _Endpoints:
         for prefix in ("chatcmpl-", "cmpl-"):
             name = name.removeprefix(prefix)
         if not await self._context.generator.cancel(name):
-            raise HttpError(404, f"request {request_id[:128]!r} is unknown", param="request_id", code="request_not_found")
+            raise HttpError(
+                404, f"request {request_id[:128]!r} is unknown", param="request_id", code="request_not_found"
+            )
         return JsonResponse({"request_id": name, "cancelled": True})
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
@@ -245,5 +251,3 @@ class _Endpoints:
             "parent": None,
             "max_model_len": model.max_model_len,
         }
-
-

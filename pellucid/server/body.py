@@ -164,10 +164,14 @@ def _check_media_type(request: Request) -> None:
     """Browsers send other types to any host without asking it first, so JSON must be called JSON."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise HttpError(415, f"content-type is {kind[:80]!r}; it must be application/json", code="unsupported_media_type")
+        raise HttpError(
+            415, f"content-type is {kind[:80]!r}; it must be application/json", code="unsupported_media_type"
+        )
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding != "identity":
-        raise HttpError(415, f"content-encoding is {coding[:80]!r}; bodies are not decompressed", code="unsupported_media_type")
+        raise HttpError(
+            415, f"content-encoding is {coding[:80]!r}; bodies are not decompressed", code="unsupported_media_type"
+        )
 
 
 def _json_name(value: Any) -> str:

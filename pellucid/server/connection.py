@@ -131,5 +131,3 @@ class GuardedConnection(HttpToolsProtocol):
 def guarded_connection(settings: ServerSettings) -> type[GuardedConnection]:
     """The connection class for these settings."""
     return type("Connection", (GuardedConnection,), {"settings": settings})
-
-

@@ -19,6 +19,7 @@ from pellucid.server.metrics import Metrics
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings
+from pellucid.server.tracing import Tracing
 
 
 @dataclass
@@ -33,16 +34,24 @@ class ServerContext:
     def __post_init__(self) -> None:
         self.names = self.settings.served_model_name or (self.engine.model.name,)
         self.metrics = Metrics(self.names[0])
+        self.tracing = Tracing(self.settings)
         self.generator = Generator(self.engine, self.metrics, self.settings.request_timeout)
         self.prompts = Prompts(self.engine.tokenizer)
         self.logprobs = LogprobFormat(self.engine.tokenizer)
         self.sampling_defaults = model_defaults(self.engine.model.default_sampling)
 
+    def close(self) -> None:
+        """Ends what the server itself runs; the engine is its owner's."""
+        self.prompts.close()
+        self.tracing.close()
+
     def check_model(self, name: str | None) -> None:
         """Raises HttpError 404 for a model that is not served; none named is the one that is."""
         if name is not None and name not in self.names:
             known = ", ".join(map(repr, self.names))
-            raise HttpError(404, f"model {name!r} is not served here; known: {known}", param="model", code="model_not_found")
+            raise HttpError(
+                404, f"model {name!r} is not served here; known: {known}", param="model", code="model_not_found"
+            )
 
     def check_not_draining(self) -> None:
         """Raises EngineDrainingError once the server is going down."""
@@ -73,7 +82,7 @@ class ServerContext:
             name = http.state.request_id if "x-request-id" not in http.headers else _unique(http.state.request_id)
         elif self.generator.is_running(name):
             raise InvalidRequestError(f"request_id {name!r} is in use", "request_id")
-        return Job(name, prompts, params, request.priority or 0, request.cache_salt)
+        return Job(name, prompts, params, request.priority or 0, request.cache_salt, bool(request.stream))
 
     def identity(self, prefix: str, request_id: str, model: str | None) -> Identity:
         """Of an answer."""

@@ -16,6 +16,7 @@ from pellucid.server.logs import log_access
 from pellucid.server.metrics import Metrics
 from pellucid.server.protocol_base import REQUEST_ID_PATTERN
 from pellucid.server.sse import ClientLeftError
+from pellucid.server.tracing import Tracing
 
 logger = logging.getLogger("pellucid.server")
 CLIENT_LEFT = 499  # nginx's status for the log; nobody is there to read it
@@ -25,8 +26,11 @@ _REQUEST_ID = re.compile(REQUEST_ID_PATTERN)
 class Gate:
     """Wraps the application. `X-Request-Id` is honoured when it is well-formed, and always returned."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics, log_requests: bool) -> None:
-        self._app, self._access, self._metrics, self._log_requests = app, access, metrics, log_requests
+    def __init__(
+        self, app: ASGIApp, access: Access, metrics: Metrics, tracing: Tracing, log_requests: bool = True
+    ) -> None:
+        self._app, self._access, self._metrics = app, access, metrics
+        self._tracing, self._log_requests = tracing, log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,29 +38,30 @@ class Gate:
             return
         answer = _Answer(send, _request_id(scope))
         scope.setdefault("state", {})["request_id"] = answer.request_id
-        began = time.perf_counter()
+        began, began_ns = time.perf_counter(), time.time_ns()
         try:
             self._access.check(scope["path"], scope["headers"])
             await self._app(scope, receive, answer.send)
         except Exception as error:
             await answer.fail(error)
         finally:
-            self._note(scope, answer, time.perf_counter() - began)
+            self._note(scope, answer, time.perf_counter() - began, began_ns)
 
-    def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+    def _note(self, scope: Scope, answer: _Answer, seconds: float, began_ns: int) -> None:
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.observe_answer(method, route, answer.status)
+        client = scope.get("client")
+        fields: dict[str, Any] = {
+            "method": method,
+            "path": scope.get("raw_path", b"").decode("latin-1")[:200],
+            "status": answer.status,
+            "seconds": seconds,
+            "request_id": answer.request_id,
+            "client": client[0] if client else "-",
+        }
+        self._tracing.note(fields, began_ns, began_ns + round(seconds * 1e9))
         if self._log_requests:
-            client = scope.get("client")
-            fields: dict[str, Any] = {
-                "method": method,
-                "path": scope.get("raw_path", b"").decode("latin-1")[:200],
-                "status": answer.status,
-                "seconds": seconds,
-                "request_id": answer.request_id,
-                "client": client[0] if client else "-",
-            }
             log_access(fields)
 
 

@@ -29,6 +29,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    stream: bool = True  # deltas are read; without it only the whole
     arrived: float = field(default_factory=time.perf_counter)
 
     @property
@@ -84,6 +85,7 @@ class Generator:
         """
         generation = Generation(self, job)
         self._running[job.request_id] = generation
+        self.metrics.observe_params(job.params)
         try:
             await generation.submit()
         except BaseException:
@@ -119,7 +121,7 @@ class Generation:
     def __init__(self, generator: Generator, job: Job) -> None:
         self.job = job
         self.outputs: list[RequestOutput] = []
-        self._generator, self._engine, self._metrics = generator, generator.engine, generator.metrics
+        self._generator, self._engine = generator, generator.engine
         self._submitted: list[str] = []
         self._num_tokens = 0
         self._closed = False
@@ -139,7 +141,12 @@ class Generation:
         job = self.job
         for engine_id, prompt in zip(job.engine_ids, job.prompts, strict=True):
             await self._engine.submit(
-                prompt, job.params, request_id=engine_id, priority=job.priority, cache_salt=job.cache_salt
+                prompt,
+                job.params,
+                request_id=engine_id,
+                priority=job.priority,
+                cache_salt=job.cache_salt,
+                stream=job.stream,
             )
             self._submitted.append(engine_id)
         timeout = self._generator.request_timeout
@@ -161,13 +168,8 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """News in the order in which they come; raises as `wait`."""
-        last: float | None = None
         async for delta in self._merged():
-            now = time.perf_counter()
-            if delta.token_ids:
-                self._num_tokens += len(delta.token_ids)
-                self._metrics.observe_tokens(len(delta.token_ids), None if last is None else now - last)
-                last = now
+            self._num_tokens += len(delta.token_ids)
             if delta.finish_reason == "error":
                 await self._finish()
             yield delta
@@ -196,7 +198,6 @@ class Generation:
             self._timer.cancel()
         if not self.outputs:
             await self._cancel()
-            self._metrics.observe_abandoned(self.job)
         for engine_id in self._submitted:
             with contextlib.suppress(PellucidError, KeyError):
                 await self._engine.release(engine_id)
@@ -212,7 +213,6 @@ class Generation:
     async def _finish(self) -> list[RequestOutput]:
         outputs = [await self._engine.wait(engine_id) for engine_id in self._submitted]
         self.outputs = outputs
-        self._metrics.observe_outputs(self.job, outputs, self._num_tokens)
         if self._ending is not None:
             raise RequestTimeoutError(f"the request took longer than {self._generator.request_timeout:g} seconds")
         errors = [choice.error for output in outputs for choice in output.outputs if choice.finish_reason == "error"]

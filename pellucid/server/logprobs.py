@@ -38,7 +38,8 @@ class LogprobFormat:
                 None if row is None else row[token].logprob for token, row in zip(token_ids, rows, strict=True)
             ],
             "top_logprobs": [
-                None if row is None else {self._text(token): entry.logprob for token, entry in row.items()} for row in rows
+                None if row is None else {self._text(token): entry.logprob for token, entry in row.items()}
+                for row in rows
             ],
             "text_offset": offsets,
         }

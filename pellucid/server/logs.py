@@ -36,7 +36,10 @@ def set_up_logging(settings: ServerSettings) -> None:
     """Sends the server's and uvicorn's lines to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_json else logging.Formatter(_FORMAT))
-    for name, threshold in (("pellucid", settings.log_threshold), ("uvicorn", max(settings.log_threshold, logging.WARNING))):
+    for name, threshold in (
+        ("pellucid", settings.log_threshold),
+        ("uvicorn", max(settings.log_threshold, logging.WARNING)),
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(threshold)

@@ -108,5 +108,7 @@ def _left_open(text: str, last: Mapping[str, Any]) -> str:
     content = (content or "").strip()
     at = text.rfind(content) if content else -1
     if at < 0:
-        raise InvalidRequestError("continue_final_message: the chat template does not show the last message", "messages")
+        raise InvalidRequestError(
+            "continue_final_message: the chat template does not show the last message", "messages"
+        )
     return text[: at + len(content)]

@@ -57,10 +57,14 @@ class SamplingFields(Strict):
     seed: Integer = sampling_field("seed", "Makes the draw repeatable; without it one is drawn and reported.")
     stop: Texts = sampling_field("stop", "Texts that end the answer: one, or a list of at most 32.")
     stop_token_ids: TokenIds = sampling_field("stop_token_ids", "Tokens that end the answer.")
-    include_stop_str_in_output: Flag = sampling_field("include_stop_str_in_output", "Keeps the stop text in the answer.")
+    include_stop_str_in_output: Flag = sampling_field(
+        "include_stop_str_in_output", "Keeps the stop text in the answer."
+    )
     ignore_eos: Flag = sampling_field("ignore_eos", "Goes on behind the end token.")
     min_tokens: Integer = sampling_field("min_tokens", "Fewest tokens before a stop.")
-    logit_bias: Biases = sampling_field("logit_bias", "Added to the logits of token ids, in [-100, 100]; at most 1,024.")
+    logit_bias: Biases = sampling_field(
+        "logit_bias", "Added to the logits of token ids, in [-100, 100]; at most 1,024."
+    )
     bad_words: Texts = sampling_field("bad_words", "Texts that are never made; at most 256.")
     allowed_token_ids: TokenIds = sampling_field("allowed_token_ids", "The only tokens that may be made.")
     prompt_logprobs: Integer = sampling_field(
@@ -116,7 +120,9 @@ class RequestFields(SamplingFields):
         if options is not None and not self.stream:
             raise InvalidRequestError("stream_options is given, but stream is not true", "stream_options")
         if options is not None and options.include_obfuscation:
-            raise InvalidRequestError("stream_options.include_obfuscation is true; chunks are not padded", "stream_options")
+            raise InvalidRequestError(
+                "stream_options.include_obfuscation is true; chunks are not padded", "stream_options"
+            )
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs cannot be streamed: leave out stream", "prompt_logprobs")
         return self

@@ -54,7 +54,9 @@ class Message(Strict):
     name: str | None = Field(None, max_length=256, description="Of the speaker, for templates that show it.")
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS, description="Calls that the assistant made.")
     tool_call_id: str | None = Field(None, max_length=256, description="The call that a tool's message answers.")
-    reasoning_content: str | None = Field(None, description="Thoughts of an assistant's turn, for templates that show them.")
+    reasoning_content: str | None = Field(
+        None, description="Thoughts of an assistant's turn, for templates that show them."
+    )
     reasoning: str | None = Field(None, description="As reasoning_content.")
     refusal: str | None = Field(None, description="An assistant's refusal, as its content.")
     audio: None = Field(None, description="Only null: there is no audio.")
@@ -88,7 +90,9 @@ class ChatCompletionRequest(RequestFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, description="The conversation.")
-    max_tokens: Integer = sampling_field("max_tokens", "Most tokens of a choice; by default what the model's length allows.")
+    max_tokens: Integer = sampling_field(
+        "max_tokens", "Most tokens of a choice; by default what the model's length allows."
+    )
     max_completion_tokens: Integer = sampling_field("max_tokens", "The same, and stronger.")
     logprobs: bool | None = Field(None, description="Reports the log-probability of each token.")
     top_logprobs: Integer = sampling_field("logprobs", "Most likely tokens reported beside it; needs logprobs.")
@@ -110,7 +114,9 @@ class ChatCompletionRequest(RequestFields):
     )
     safety_identifier: str | None = Field(None, max_length=512, description="As user.")
     prompt_cache_key: str | None = Field(
-        None, max_length=512, description="Names the machine that has a prefix cached; there is one: it changes nothing."
+        None,
+        max_length=512,
+        description="Names the machine that has a prefix cached; there is one: it changes nothing.",
     )
     store: bool | None = Field(None, description="Only false: nothing is stored.")
     service_tier: str | None = Field(None, description="Only auto or default.")
@@ -124,7 +130,7 @@ class ChatCompletionRequest(RequestFields):
     prompt_cache_retention: Any = Field(None, description="Only null: blocks stay until they are reused.")
     functions: Any = Field(None, description="Only null: use tools.")
     function_call: Any = Field(None, description="Only null: use tool_choice.")
-    response_format: Any = Field(None, description="Only {\"type\": \"text\"} or null.")
+    response_format: Any = Field(None, description='Only {"type": "text"} or null.')
     structured_outputs: Any = Field(None, description="Only null.")
     guided_json: Any = Field(None, description="Only null.")
     guided_regex: Any = Field(None, description="Only null.")
@@ -165,7 +171,8 @@ class ChatCompletionRequest(RequestFields):
     def _check_template(self) -> ChatCompletionRequest:
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt are both true; only one can be", "continue_final_message"
+                "continue_final_message and add_generation_prompt are both true; only one can be",
+                "continue_final_message",
             )
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
             raise InvalidRequestError("top_logprobs is given, but logprobs is not true", "top_logprobs")

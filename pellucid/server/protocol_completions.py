@@ -32,10 +32,12 @@ class CompletionRequest(RequestFields):
     )
     logprobs: Integer = sampling_field("logprobs", "Reports each token's log-probability and those of the likeliest.")
     echo: bool | None = Field(None, description="Each choice begins with the prompt. With stream: not with logprobs.")
-    add_special_tokens: bool | None = Field(None, description="Tokenises text with what the tokenizer puts around it; true by default.")
+    add_special_tokens: bool | None = Field(
+        None, description="Tokenises text with what the tokenizer puts around it; true by default."
+    )
     best_of: int | None = Field(None, description="Only n: choices are not ranked.")
     suffix: str | None = Field(None, description="Only null or empty: text is not filled in.")
-    response_format: Any = Field(None, description="Only {\"type\": \"text\"} or null.")
+    response_format: Any = Field(None, description='Only {"type": "text"} or null.')
     structured_outputs: Any = Field(None, description="Only null.")
     guided_json: Any = Field(None, description="Only null.")
     guided_regex: Any = Field(None, description="Only null.")
@@ -55,7 +57,9 @@ class CompletionRequest(RequestFields):
     @model_validator(mode="after")
     def _check_own(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
-            raise InvalidRequestError(f"best_of is {self.best_of}; it must equal n, for choices are not ranked", "best_of")
+            raise InvalidRequestError(
+                f"best_of is {self.best_of}; it must equal n, for choices are not ranked", "best_of"
+            )
         if self.stream and self.echo and self.logprobs is not None:
             raise InvalidRequestError("echo with logprobs cannot be streamed: leave out stream", "echo")
         return self
@@ -115,7 +119,8 @@ def check_ids(ids: Sequence[Any], where: str) -> list[int]:
     for index, token in enumerate(ids):
         if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
             raise InvalidRequestError(
-                f"{where}[{index}] is {shown(token)}; token ids are integers in [0, {MAX_TOKEN_ID:,}]", where.partition("[")[0]
+                f"{where}[{index}] is {shown(token)}; token ids are integers in [0, {MAX_TOKEN_ID:,}]",
+                where.partition("[")[0],
             )
     return list(ids)
 

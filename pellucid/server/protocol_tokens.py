@@ -31,7 +31,8 @@ class TokenizeRequest(Strict):
             raise InvalidRequestError("give prompt or messages, one of the two", "prompt")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt are both true; only one can be", "continue_final_message"
+                "continue_final_message and add_generation_prompt are both true; only one can be",
+                "continue_final_message",
             )
         return self
 

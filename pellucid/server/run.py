@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
         finally:
             for number in handled:
                 loop.remove_signal_handler(number)
-            self.context.prompts.close()
+            self.context.close()
 
     async def drain(self) -> None:
         """Takes no new requests, lets those that run end within the deadline, then leaves the loop."""

@@ -46,6 +46,7 @@ class ServerSettings:
     allowed_origins: tuple[str, ...] = _setting((), "Origins that browsers may call from (CORS), * for any.")
     ssl_certfile: str | None = _setting(None, "Certificate for TLS (PEM).")
     ssl_keyfile: str | None = _setting(None, "Its key (PEM).")
+    max_waiting: int = _setting(1024, "Most requests that wait for a place; more are answered with 429.")
     max_body_bytes: int = _setting(4 << 20, "Longest request body.")
     max_header_bytes: int = _setting(64 << 10, "Longest request line and headers together.")
     max_connections: int = _setting(1024, "Most connections at once; more are answered with 503.")
@@ -157,6 +158,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "allowed_origins": _texts,
     "ssl_certfile": _optional_text,
     "ssl_keyfile": _optional_text,
+    "max_waiting": _integer(0, 10**6),
     "max_body_bytes": _integer(1024, 1 << 30),
     "max_header_bytes": _integer(1024, 1 << 24),
     "max_connections": _integer(1, 1 << 20),

@@ -66,7 +66,9 @@ class EventStream(Response):
     def __init__(self, make: Callable[[], AsyncIterator[bytes]], headers: dict[str, str] | None = None) -> None:
         self._make = make
         self.status_code, self.background = 200, None
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **(headers or {})})
+        self.init_headers(
+            {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **(headers or {})}
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._send_all(send))

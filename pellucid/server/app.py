@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeVar
 
 import msgspec
@@ -225,8 +224,9 @@ class _Endpoints:
     ) -> Response:
         """Records of scheduler steps from number `since` on, the oldest first."""
         records = await self._engine.steps(since, limit)
-        shown = [msgspec.to_builtins(dataclasses.asdict(record)) for record in records]
-        return JsonResponse({"steps": shown, "next": records[-1].step + 1 if records else since})
+        following = records[-1].step + 1 if records else since
+        body = msgspec.json.encode({"steps": records, "next": following}, enc_hook=dict)  # reasons are lazy mappings
+        return Response(body, media_type="application/json")
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

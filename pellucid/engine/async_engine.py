@@ -537,9 +537,11 @@ def _value(answer: Done | Stats | Steps | Refused) -> Any:
 
 
 def _transport(start: Start, in_process: bool) -> Transport:
-    if in_process:
-        raise ConfigError("in_process is not there yet")
-    return ThreadTransport(start)
+    if not in_process:
+        return ThreadTransport(start)
+    from pellucid.engine.process import ProcessTransport  # brings the sockets
+
+    return ProcessTransport(start)
 
 
 def _check_options(request_id: str | None, priority: int, cache_salt: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
@@ -52,11 +53,12 @@ class EngineOwner:
     """Loads an engine and runs it until it is told to shut down, or fails.
 
     Between two steps it carries out the commands that have come; with nothing to compute it sleeps until one comes. Its last
-    event is `Died` or `LoadFailed`.
+    event is `Died` or `LoadFailed`. With `sends_tokenizer` the front end is sent one, because it cannot have the engine's.
     """
 
-    def __init__(self, start: Start, inbox: SimpleQueue[Command], emit: Emit) -> None:
+    def __init__(self, start: Start, inbox: SimpleQueue[Command], emit: Emit, *, sends_tokenizer: bool = False) -> None:
         self.engine: LLMEngine | None = None
+        self._sends_tokenizer = sends_tokenizer
         self._start, self._inbox, self._emit = start, inbox, emit
         self._is_open = True
         self._endings: deque[float] = deque(maxlen=_NUM_ENDINGS)
@@ -77,7 +79,7 @@ class EngineOwner:
         except BaseException as error:
             self._emit([LoadFailed(ErrorInfo.of(error))])
             return
-        self._emit([Loaded(model_info(self._start.config, self.engine))])
+        self._emit([self._loaded(self.engine)])
         last = Died(CLOSED)
         try:
             while self._is_open:
@@ -87,6 +89,12 @@ class EngineOwner:
             last = Died(ErrorInfo.of(error))
         self._emit([last])
         self._free(self.engine)
+
+    def _loaded(self, engine: LLMEngine) -> Loaded:
+        bundle = b""
+        if self._sends_tokenizer and engine.tokenizer is not None:
+            bundle = json.dumps(engine.tokenizer.to_bundle()).encode()
+        return Loaded(model_info(self._start.config, engine), bundle)
 
     def _turn(self, engine: LLMEngine) -> None:
         """Commands, then one step."""

@@ -1,0 +1,168 @@
+"""The front end's side of an engine process: spawned, spoken to over sockets in a private folder, buried when it is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from threading import Lock, Thread
+from typing import Any
+
+import zmq
+
+from pellucid.engine.core import HEADER
+from pellucid.engine.messages import Command, Died, ErrorInfo, Event, Loaded, LoadFailed, Shutdown, Start
+from pellucid.engine.transport import Deliver
+from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, decode_events, encode, receiver, sender
+from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.text.tokenizer import Tokenizer
+
+# Paths of sockets must fit into sockaddr_un.
+_MAX_FOLDER_BYTES = 80
+# How long a process that was told to end may go on with its step, and its last events may be under way, in seconds.
+_SHUTDOWN_SECONDS = 30.0
+_LAST_EVENTS_MS = 200
+
+
+class ProcessTransport:
+    """The owner as a process. It ends when this process does; this side is told at once when it ends by itself."""
+
+    def __init__(self, start: Start) -> None:
+        self.folder = _private_folder()
+        self._start = start
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._events = receiver(self._context, self.address("events"))
+        self._commands = sender(self._context, self.address("commands"), linger_ms=0)
+        self._sending = Lock()
+        self._is_loaded = self._is_closed = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self._lifeline = -1
+        self._receiving: Thread | None = None
+        self._at_exit = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def address(self, name: str) -> str:
+        """Of the socket `commands` or `events`."""
+        return f"ipc://{self.folder}/{name}"
+
+    def start(self, deliver: Deliver) -> None:
+        """Spawns the process; events come from now on."""
+        self._lifeline, theirs = os.pipe()
+        given = CoreStart(self._start, self.address("commands"), self.address("events"), theirs)
+        try:
+            self.process = subprocess.Popen(_command(), stdin=subprocess.PIPE, pass_fds=(theirs,))
+        finally:
+            os.close(theirs)
+        self._receiving = Thread(target=self._receive, args=(deliver,), name="pellucid-events", daemon=True)
+        self._receiving.start()
+        frame = encode(given)
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it is dead already: an event says so
+                self.process.stdin.write(HEADER.pack(len(frame)) + frame)
+                self.process.stdin.flush()
+
+    def send(self, command: Command) -> None:
+        """Hands a command over.
+
+        Raises:
+            InvalidRequestError: it is too large, or holds what cannot be sent.
+        """
+        try:
+            frame = encode(command)
+        except (UnicodeError, OverflowError, TypeError) as error:
+            raise InvalidRequestError(f"the request cannot be sent to the engine process: {error}") from None
+        if len(frame) > MAX_COMMAND_BYTES:
+            raise InvalidRequestError(f"the request has {len(frame):,} bytes; the limit is {MAX_COMMAND_BYTES:,}")
+        with self._sending:
+            if not self._is_closed:
+                self._commands.send(frame, zmq.NOBLOCK)
+
+    def tokenizer(self, loaded: Loaded) -> Tokenizer | None:
+        """Made from what the process sent."""
+        return Tokenizer.from_bundle(json.loads(loaded.tokenizer)) if loaded.tokenizer else None
+
+    def close(self) -> None:
+        """Ends the process, behind the step that it is in, or by force when that takes too long or nothing is loaded."""
+        with self._sending:
+            if self._is_closed:
+                return
+            self._commands.send(encode(Shutdown()), zmq.NOBLOCK)
+            self._is_closed = True
+        if self.process is not None:
+            self._end(self.process)
+        if self._receiving is not None:
+            self._receiving.join()
+        self._commands.close()
+        self._events.close()
+        self._context.term()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+        self._at_exit()
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(_SHUTDOWN_SECONDS if self._is_loaded else 0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """True while the process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    # ---- events ---------------------------------------------------------------------------------------------------
+
+    def _receive(self, deliver: Deliver) -> None:
+        poller = zmq.Poller()
+        poller.register(self._events, zmq.POLLIN)
+        poller.register(self._lifeline, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self._events in ready:
+                if self._deliver(deliver):
+                    return
+            elif self._lifeline in ready:
+                break
+        while self._events.poll(_LAST_EVENTS_MS):
+            if self._deliver(deliver):
+                return
+        deliver([Died(ErrorInfo(EngineDeadError.__name__, self._epitaph()))])
+
+    def _deliver(self, deliver: Deliver) -> bool:
+        """Delivers one frame of events; True when they were the last."""
+        events: list[Event] = list(decode_events(self._events.recv()))
+        if not events:
+            return False
+        self._is_loaded = self._is_loaded or any(isinstance(event, Loaded) for event in events)
+        deliver(events)
+        return isinstance(events[-1], (Died, LoadFailed))
+
+    def _epitaph(self) -> str:
+        if self.process is None:
+            return "the engine process was never started"
+        code = self.process.wait()
+        name = f" ({signal.Signals(-code).name})" if code < 0 and -code in set(signal.Signals) else ""
+        return f"the engine process ended with exit code {code}{name}"
+
+
+def _private_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="pellucid-")  # mode 0700
+    if len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES:
+        return folder
+    os.rmdir(folder)
+    return tempfile.mkdtemp(prefix="pellucid-", dir="/tmp")
+
+
+def _command() -> list[str]:
+    """The same interpreter, with this one's search path and nothing of the working folder."""
+    program = f"import sys; sys.path[:] = {sys.path!r}; from pellucid.engine.core import main; main()"
+    return [sys.executable, "-I", "-c", program]

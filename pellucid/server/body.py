@@ -18,7 +18,7 @@ from pellucid.server.protocol_base import Strict, as_invalid_request, path_of
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 400  # of a number; none that fits a field has more
 # A body that is refused for its length is read on for a while, so that the client gets to read why.
-DISCARD_FACTOR, DISCARD_SECONDS = 8, 5.0
+DISCARD_BYTES, DISCARD_SECONDS, DISCARD_PAUSE_SECONDS = 64 << 20, 10.0, 0.5
 OFF_LOOP_BYTES = 32 << 10  # bodies from here on are parsed by another thread
 
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % MAX_DIGITS)
@@ -50,7 +50,7 @@ async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
     """
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > max_bytes:
-        await _discard(request.receive, max_bytes)
+        await _discard(request.receive)
         raise _too_long(max_bytes)
     parts: list[bytes] = []
     size = 0
@@ -63,7 +63,7 @@ async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
             size += len(parts[-1])
             if size > max_bytes:
                 parts.clear()
-                await _discard(request.receive, max_bytes)
+                await _discard(request.receive)
                 raise _too_long(max_bytes)
             if not message.get("more_body", False):
                 return b"".join(parts)
@@ -145,14 +145,16 @@ def _check_surrogates(value: Any, path: tuple[int | str, ...]) -> None:
             _check_surrogates(item, (*path, key))
 
 
-async def _discard(receive: Receive, max_bytes: int) -> None:
-    left = max_bytes * DISCARD_FACTOR
+async def _discard(receive: Receive) -> None:
+    """Reads on until the client pauses, or has sent too much or for too long."""
+    left = DISCARD_BYTES
     with anyio.move_on_after(DISCARD_SECONDS):
         while left > 0:
-            message = await receive()
-            left -= len(message.get("body", b"")) + 1
-            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            with anyio.move_on_after(DISCARD_PAUSE_SECONDS) as pause:
+                message = await receive()
+            if pause.cancelled_caught or message["type"] == "http.disconnect" or not message.get("more_body", False):
                 return
+            left -= len(message["body"]) + 1
 
 
 def _too_long(max_bytes: int) -> HttpError:

@@ -115,8 +115,8 @@ class GuardedConnection(HttpToolsProtocol):
         self._refuse(431, f"request line and headers are longer than max_header_bytes, {limit:,}")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers outside any request and closes; a client in the middle of another answer is only cut off."""
-        if self.cycle is None or self.cycle.response_complete:
+        """Answers below the application and closes; a client in the middle of another answer is only cut off."""
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = HttpError(status, message).to_json()
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)

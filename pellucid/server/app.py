@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import pellucid
 from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.errors import InvalidRequestError
 from pellucid.server import metrics
 from pellucid.server.access import Access
 from pellucid.server.answers import stream_events
@@ -22,7 +24,7 @@ from pellucid.server.errors import HttpError, plain_error
 from pellucid.server.gate import Gate
 from pellucid.server.generation import Generation
 from pellucid.server.openapi import json_body, publish
-from pellucid.server.protocol_base import Strict
+from pellucid.server.protocol_base import Strict, shown
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
@@ -39,6 +41,7 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="Pellucid", version=pellucid.__version__, docs_url=None, redoc_url=None)
     app.state.context = context
     app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(RequestValidationError, _query_error)
     _Endpoints(context).add_to(app)
     app.add_middleware(
         Gate,
@@ -57,6 +60,15 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
         )
     publish(app)
     return app
+
+
+async def _query_error(_: Request, error: Exception) -> Response:
+    """A value of the query or the path, in our shape."""
+    found = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": "failed"}
+    name = str(found["loc"][-1])
+    raise InvalidRequestError(
+        f"{name} is {shown(found.get('input'))}: {found['msg'][:1].lower()}{found['msg'][1:]}", name
+    )
 
 
 async def _routing_error(_: Request, error: Exception) -> Response:

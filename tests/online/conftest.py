@@ -22,3 +22,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": _TEMPLATE}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 8,192 positions: an answer takes seconds, so that a client can leave in its midst."""
+    folder = tmp_path_factory.mktemp("long")
+    return build_tiny_checkpoint(folder, "llama", max_position_embeddings=8192)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,7 +43,8 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
     app.state.context = context
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(RequestValidationError, _query_error)
-    _Endpoints(context).add_to(app)
+    endpoints = _Endpoints(context)
+    endpoints.add_to(app)
     app.add_middleware(
         Gate,
         access=Access(settings),
@@ -58,17 +60,15 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
             allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    publish(app)
+    publish(app, [model for _, _, model in endpoints.bodies])
     return app
 
 
 async def _query_error(_: Request, error: Exception) -> Response:
     """A value of the query or the path, in our shape."""
-    found = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": "failed"}
-    name = str(found["loc"][-1])
-    raise InvalidRequestError(
-        f"{name} is {shown(found.get('input'))}: {found['msg'][:1].lower()}{found['msg'][1:]}", name
-    )
+    found: Any = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": "failed"}
+    name, text = str(found["loc"][-1]), str(found["msg"])
+    raise InvalidRequestError(f"{name} is {shown(found.get('input'))}: {text[:1].lower()}{text[1:]}", name)
 
 
 async def _routing_error(_: Request, error: Exception) -> Response:
@@ -84,15 +84,20 @@ class _Endpoints:
     def __init__(self, context: ServerContext) -> None:
         self._context, self._engine, self._settings = context, context.engine, context.settings
 
-    def add_to(self, app: FastAPI) -> None:
-        """Registers every path."""
-        for path, method, body in (
+    @property
+    def bodies(self) -> list[tuple[str, Callable[[Request], Awaitable[Response]], type[Strict]]]:
+        """(path, endpoint, model of its body)"""
+        return [
             ("/v1/chat/completions", self.chat_completions, ChatCompletionRequest),
             ("/v1/completions", self.completions, CompletionRequest),
             ("/tokenize", self.tokenize, TokenizeRequest),
             ("/detokenize", self.detokenize, DetokenizeRequest),
-        ):
-            app.post(path, openapi_extra=json_body(body))(method)
+        ]
+
+    def add_to(self, app: FastAPI) -> None:
+        """Registers every path."""
+        for path, endpoint, model in self.bodies:
+            app.post(path, openapi_extra=json_body(model))(endpoint)
         app.post("/v1/requests/{request_id}/cancel")(self.cancel)
         for path, answer in (
             ("/v1/models", self.models),

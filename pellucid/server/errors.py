@@ -52,7 +52,7 @@ class HttpError(PellucidError):
 
 
 # (error, status, type, code), the most special first.
-_TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
+TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (InvalidRequestError, 400, "invalid_request_error", None),
     (TokenizerError, 400, "invalid_request_error", None),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
@@ -68,7 +68,7 @@ def as_http_error(error: BaseException) -> HttpError | None:
     """The answer to an error that is known; None for a bug."""
     if isinstance(error, HttpError):
         return error
-    for kind, status, type_, code in _TABLE:
+    for kind, status, type_, code in TABLE:
         if isinstance(error, kind):
             headers = {"retry-after": str(_retry_after(error))} if status in (429, 503) else {}
             return HttpError(status, sanitised(str(error)), type_, getattr(error, "param", None), code, headers)

@@ -5,7 +5,7 @@ The engine counts for itself (`engine/metrics.py`); its figures are read when Pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -32,6 +32,36 @@ _HISTOGRAMS = {
     "request_generation_tokens": "Tokens made for a request.",
     "iteration_tokens_total": "Tokens computed in a step.",
 }
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "num_requests_running": ("Requests in the batch.", lambda stats: stats.num_running),
+    "num_requests_waiting": ("Requests that wait.", lambda stats: stats.num_waiting),
+    "kv_cache_usage_perc": ("Blocks in use; 1 is all.", lambda stats: stats.kv_cache.get("usage", 0.0)),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "num_preemptions": ("Requests that had to give their blocks back.", lambda stats: stats.num_preemptions),
+    "prompt_tokens": ("Prompt tokens of admitted requests.", lambda stats: stats.prompt_tokens),
+    "generation_tokens": ("Tokens made.", lambda stats: stats.generation_tokens),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_queries),
+    "prefix_cache_hits": ("Those that were found.", lambda stats: stats.prefix_hits),
+    "engine_steps": ("Scheduler steps.", lambda stats: stats.num_steps),
+}
+_BY_REASON = ("num_requests_waiting_by_reason", "Requests that wait, by label `reason`.")
+_ENDED = ("request_success", "Choices that ended, by label `finished_reason`.")
+_ANSWERS = ("http_requests", "HTTP answers, by labels `method`, `path` and `status`.")
+_N = ("request_params_n", "n of requests.")
+_MAX_TOKENS = ("request_params_max_tokens", "max_tokens of requests.")
+
+# (name, kind, meaning) of all, for the docs
+METRICS = sorted(
+    [
+        *((f"`{_PREFIX}{name}`", "gauge", text) for name, (text, _) in _GAUGES.items()),
+        *((f"`{_PREFIX}{name}_total`", "counter", text) for name, (text, _) in _COUNTERS.items()),
+        *((f"`{_PREFIX}{name}`", "histogram", text) for name, text in _HISTOGRAMS.items()),
+        *((f"`{_PREFIX}{name}`", "histogram", text) for name, text in (_N, _MAX_TOKENS)),
+        *((f"`{_PREFIX}{name}_total`", "counter", text) for name, text in (_ENDED, _ANSWERS)),
+        (f"`{_PREFIX}{_BY_REASON[0]}`", "gauge", _BY_REASON[1]),
+    ]
+)
 
 
 class Metrics:
@@ -40,13 +70,10 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self._model, self._registry = model_name, CollectorRegistry()
         self._answers = Counter(
-            _PREFIX + "http_requests",
-            "HTTP answers.",
-            ["model_name", "method", "path", "status"],
-            registry=self._registry,
+            _PREFIX + _ANSWERS[0], _ANSWERS[1], ["model_name", "method", "path", "status"], registry=self._registry
         )
-        self._observe_n = self._histogram("request_params_n", "n of requests.", _CHOICES)
-        self._observe_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of requests.", _COUNTS)
+        self._observe_n = self._histogram(*_N, _CHOICES)
+        self._observe_max_tokens = self._histogram(*_MAX_TOKENS, _COUNTS)
 
     def observe_params(self, params: SamplingParams) -> None:
         """A request that was queued."""
@@ -86,35 +113,20 @@ class _EngineCollector(Collector):
                 yield self._histogram(name, text, self._stats.histograms[name])
 
     def _gauges(self) -> Iterator[Metric]:
-        stats = self._stats
-        for name, text, value in (
-            ("num_requests_running", "Requests in the batch.", stats.num_running),
-            ("num_requests_waiting", "Requests that wait.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Blocks in use; 1 is all.", stats.kv_cache.get("usage", 0.0)),
-        ):
-            yield self._labelled(GaugeMetricFamily(_PREFIX + name, text, labels=["model_name"]), {"": value})
-        reasons = GaugeMetricFamily(
-            _PREFIX + "num_requests_waiting_by_reason",
-            "Requests that wait, by reason.",
-            labels=["model_name", "reason"],
-        )
-        yield self._labelled(reasons, stats.waiting_by_reason)
+        for name, (text, read) in _GAUGES.items():
+            family = GaugeMetricFamily(_PREFIX + name, text, labels=["model_name"])
+            yield self._labelled(family, {"": read(self._stats)})
+        name, text = _BY_REASON
+        reasons = GaugeMetricFamily(_PREFIX + name, text, labels=["model_name", "reason"])
+        yield self._labelled(reasons, self._stats.waiting_by_reason)
 
     def _counters(self) -> Iterator[Metric]:
-        stats = self._stats
-        for name, text, value in (
-            ("num_preemptions", "Requests that had to give their blocks back.", stats.num_preemptions),
-            ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
-            ("generation_tokens", "Tokens made.", stats.generation_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
-            ("prefix_cache_hits", "Those that were found.", stats.prefix_hits),
-            ("engine_steps", "Scheduler steps.", stats.num_steps),
-        ):
-            yield self._labelled(CounterMetricFamily(_PREFIX + name, text, labels=["model_name"]), {"": value})
-        ended = CounterMetricFamily(
-            _PREFIX + "request_success", "Choices that ended.", labels=["model_name", "finished_reason"]
-        )
-        yield self._labelled(ended, stats.finished)
+        for name, (text, read) in _COUNTERS.items():
+            family = CounterMetricFamily(_PREFIX + name, text, labels=["model_name"])
+            yield self._labelled(family, {"": read(self._stats)})
+        name, text = _ENDED
+        ended = CounterMetricFamily(_PREFIX + name, text, labels=["model_name", "finished_reason"])
+        yield self._labelled(ended, self._stats.finished)
 
     def _histogram(self, name: str, text: str, found: HistogramStats) -> Metric:
         family = HistogramMetricFamily(_PREFIX + name, text, labels=["model_name"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,41 +26,31 @@ _ERROR = {
         }
     },
 }
+_ERROR_ANSWER = {
+    "description": "OpenAI's error object",
+    "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
+}
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
     """The `openapi_extra` of a path whose body is a `model`."""
     schema = {"$ref": _REF.format(model=model.__name__)}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "x-body-model": model,
-    }
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def publish(app: FastAPI) -> None:
-    """Makes `app.openapi()`, and so /openapi.json, complete."""
+def publish(app: FastAPI, models: Sequence[type[BaseModel]]) -> None:
+    """Makes `app.openapi()`, and so /openapi.json, complete: the schemas of `models`, and errors in our shape."""
     make = app.openapi
 
     def complete() -> dict[str, Any]:
         document = make()
-        models = {
-            operation.pop("x-body-model")
-            for path in document["paths"].values()
-            for operation in path.values()
-            if "x-body-model" in operation
-        }
-        ordered = sorted(models, key=lambda model: model.__name__)
-        _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
+        _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
         known = document.setdefault("components", {}).setdefault("schemas", {})
         known.update(schemas.get("$defs", {}), Error=_ERROR)
         for path in document["paths"].values():
             for operation in path.values():
-                answers = operation["responses"]
-                answers.pop("422", None)
-                answers["default"] = {
-                    "description": "OpenAI's error object",
-                    "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
-                }
+                operation["responses"].pop("422", None)
+                operation["responses"]["default"] = _ERROR_ANSWER
         return document
 
     app.openapi = complete  # type: ignore[method-assign]

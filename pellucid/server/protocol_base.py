@@ -27,7 +27,7 @@ def sampling_field(name: str, text: str) -> Any:
     limits = range_of(name)
     if limits is None:
         return Field(None, description=text)
-    low, high, words = limits
+    low, high, words = limits[0], limits[1], limits[2].removesuffix(", or None")
     return Field(
         None, description=f"{text} {words[0].upper()}{words[1:]}.", json_schema_extra={"minimum": low, "maximum": high}
     )

@@ -188,6 +188,20 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
             _refuse(name, f"{name} names token {outside[0]}; the vocabulary has {vocab_size:,} tokens")
 
 
+def check_well_formed(name: str, text: str) -> None:
+    """Check that a text has no lone surrogates, which no encoding can carry.
+
+    Raises:
+        InvalidRequestError: naming the field and the place.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+            raise InvalidRequestError(f"{name} holds {found}; it must be well-formed Unicode", name) from None
+
+
 def _check_names(values: Mapping[str, Any]) -> None:
     unknown = [name for name in values if name not in _NAMES]
     if unknown:
@@ -247,6 +261,7 @@ def _strings(name: str, value: object, limit: int) -> tuple[str, ...]:
             _refuse(name, f"{name}[{index}] is empty; it must have at least one character")
         if len(item) > MAX_STOP_CHARACTERS:
             _refuse(name, f"{name}[{index}] has {len(item):,} characters; the limit is {MAX_STOP_CHARACTERS:,}")
+        check_well_formed(name, item)
     return tuple(items)
 
 

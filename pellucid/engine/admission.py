@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pellucid.errors import InvalidRequestError
-from pellucid.params import SamplingParams, check_vocabulary
+from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+
+MAX_REQUEST_ID_CHARACTERS = 512
+MAX_CACHE_SALT_CHARACTERS = 512
+_PRIORITIES = range(-(2**31), 2**31)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class RequestChecker:
             if self.tokenizer is None:
                 raise InvalidRequestError("prompt is text, but the model has no tokenizer: give token ids", "prompt")
             return prompt, self.tokenizer.encode(prompt)
+        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
+            raise InvalidRequestError(
+                f"prompt is a {type(prompt).__name__}; it must be a text or a list of token ids", "prompt"
+            )
         token_ids = list(prompt)
         if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             self._refuse_ids(token_ids)
@@ -51,6 +59,8 @@ class RequestChecker:
         Raises:
             InvalidRequestError: naming the field, the value and the limit.
         """
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"params is a {type(params).__name__}; it must be SamplingParams", "params")
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
         if len(token_ids) + 1 > self.max_model_len:
@@ -64,3 +74,24 @@ class RequestChecker:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
         if params.bad_words and self.tokenizer is None:
             raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+
+
+def check_options(request_id: str | None, priority: int, cache_salt: str | None) -> None:
+    """Checks what a request says beside its prompt and its parameters.
+
+    Raises:
+        InvalidRequestError: naming the field, the value and the limit.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
+        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer of 32 bits", "priority")
+    if request_id is not None:
+        _check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
+    if cache_salt is not None:
+        _check_name("cache_salt", cache_salt, MAX_CACHE_SALT_CHARACTERS)
+
+
+def _check_name(name: str, value: object, limit: int) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= limit:
+        shown = f"has {len(value):,} characters" if isinstance(value, str) else f"is a {type(value).__name__}"
+        raise InvalidRequestError(f"{name} {shown}; it must be a text of 1 to {limit} characters", name)
+    check_well_formed(name, value)

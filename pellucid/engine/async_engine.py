@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from pellucid.config import EngineConfig
-from pellucid.engine.admission import Prompt, RequestChecker
+from pellucid.engine.admission import Prompt, RequestChecker, check_options
 from pellucid.engine.client import MAX_UNCOLLECTED
 from pellucid.engine.messages import (
     CLOSED,
@@ -47,12 +47,10 @@ from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_WAITING = 1024
-MAX_REQUEST_ID_CHARACTERS = 512
 MAX_STEP_RECORDS = 4096
 # Outputs that nobody collected are dropped after this many seconds, and sooner when there are MAX_UNCOLLECTED younger ones.
 MAX_UNCOLLECTED_SECONDS = 600.0
 _NUM_TOKENISERS = 2
-_PRIORITIES = range(-(2**31), 2**31)
 
 Progress = Callable[[int, int], None]
 
@@ -293,7 +291,7 @@ class AsyncLLMEngine:
         is_stream: bool,
     ) -> RequestStream:
         params = SamplingParams() if params is None else params
-        _check_options(request_id, priority, cache_salt)
+        check_options(request_id, priority, cache_salt)
         self._refuse_when_closed()
         text, token_ids = await self._tokenised(prompt, params)
         stream = self._open_stream(request_id, params.n)
@@ -542,16 +540,3 @@ def _transport(start: Start, in_process: bool) -> Transport:
     from pellucid.engine.process import ProcessTransport  # brings the sockets
 
     return ProcessTransport(start)
-
-
-def _check_options(request_id: str | None, priority: int, cache_salt: str | None) -> None:
-    if request_id is not None and not (
-        isinstance(request_id, str) and 0 < len(request_id) <= MAX_REQUEST_ID_CHARACTERS
-    ):
-        raise InvalidRequestError(
-            f"request_id must be a text of 1 to {MAX_REQUEST_ID_CHARACTERS} characters", "request_id"
-        )
-    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
-        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer of 32 bits", "priority")
-    if cache_salt is not None and not isinstance(cache_salt, str):
-        raise InvalidRequestError(f"cache_salt is {cache_salt!r}; it must be a text", "cache_salt")

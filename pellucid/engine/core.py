@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -16,7 +17,16 @@ import zmq
 
 from pellucid.engine.messages import Command, Event
 from pellucid.engine.owner import EngineOwner
-from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, decode_command, decode_start, encode, receiver, sender
+from pellucid.engine.wire import (
+    MAX_COMMAND_BYTES,
+    CoreStart,
+    address,
+    decode_command,
+    decode_start,
+    encode,
+    receiver,
+    sender,
+)
 
 HEADER = struct.Struct("<I")  # bytes of the `CoreStart` that follows
 # How long the last events may take to leave.
@@ -28,8 +38,8 @@ class EngineCoreProc:
 
     def __init__(self, given: CoreStart) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._commands = receiver(self._context, given.commands, MAX_COMMAND_BYTES)
-        self._events = sender(self._context, given.events, _LINGER_MS)
+        self._commands = receiver(self._context, address(given.folder, "commands"), MAX_COMMAND_BYTES)
+        self._events = sender(self._context, address(given.folder, "events"), _LINGER_MS)
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._owner = EngineOwner(given.start, self._inbox, self._emit, sends_tokenizer=True)
 
@@ -57,7 +67,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s engine process: %(message)s")
     given = read_start(sys.stdin.buffer)
     os.set_inheritable(given.lifeline, False)
-    Thread(target=_end_with_parent, name="pellucid-parent", daemon=True).start()
+    Thread(target=_end_with_parent, args=(given.folder,), name="pellucid-parent", daemon=True).start()
     EngineCoreProc(given).run()
 
 
@@ -67,7 +77,8 @@ def read_start(source: BinaryIO) -> CoreStart:
     return decode_start(source.read(size))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
     while os.read(sys.stdin.fileno(), 1):  # the descriptor: a lock on the file would be held when the process ends
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pellucid.config import EngineConfig
-from pellucid.engine.admission import Prompt, RequestChecker
+from pellucid.engine.admission import Prompt, RequestChecker, check_options
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
@@ -131,6 +131,7 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         number = next(self._numbers)
         request_id = f"req-{number}" if request_id is None else request_id
+        check_options(request_id, priority, cache_salt)
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)

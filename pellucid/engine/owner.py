@@ -168,7 +168,7 @@ class EngineOwner:
 
     def _cancel(self, engine: LLMEngine, command: Cancel) -> Iterable[Event]:
         is_known = engine.cancel(command.request_id)
-        return [*self._news(engine, engine.take_ended()), Done(command.call, is_known)]
+        return [*self._news(engine, engine.take_ended()), Done(command.call, int(is_known))]
 
     def _abort_all(self, engine: LLMEngine, command: AbortAll) -> Iterable[Event]:
         ids = list(engine.output.requests)
@@ -178,7 +178,7 @@ class EngineOwner:
 
     @staticmethod
     def _reset_prefix_cache(engine: LLMEngine, command: ResetPrefixCache) -> Iterable[Event]:
-        return [Done(command.call, engine.block_manager.reset_prefix_cache())]
+        return [Done(command.call, int(engine.block_manager.reset_prefix_cache()))]
 
     def _shutdown(self, engine: LLMEngine, command: Shutdown) -> Iterable[Event]:
         self._is_open = False

@@ -19,7 +19,7 @@ import zmq
 from pellucid.engine.core import HEADER
 from pellucid.engine.messages import Command, Died, ErrorInfo, Event, Loaded, LoadFailed, Shutdown, Start
 from pellucid.engine.transport import Deliver
-from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, decode_events, encode, receiver, sender
+from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
 from pellucid.errors import EngineDeadError, InvalidRequestError
 from pellucid.text.tokenizer import Tokenizer
 
@@ -37,8 +37,8 @@ class ProcessTransport:
         self.folder = _private_folder()
         self._start = start
         self._context: zmq.Context[Any] = zmq.Context()
-        self._events = receiver(self._context, self.address("events"))
-        self._commands = sender(self._context, self.address("commands"), linger_ms=0)
+        self._events = receiver(self._context, address(self.folder, "events"))
+        self._commands = sender(self._context, address(self.folder, "commands"), linger_ms=0)
         self._sending = Lock()
         self._is_loaded = self._is_closed = False
         self.process: subprocess.Popen[bytes] | None = None
@@ -46,14 +46,10 @@ class ProcessTransport:
         self._receiving: Thread | None = None
         self._at_exit = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
-    def address(self, name: str) -> str:
-        """Of the socket `commands` or `events`."""
-        return f"ipc://{self.folder}/{name}"
-
     def start(self, deliver: Deliver) -> None:
         """Spawns the process; events come from now on."""
         self._lifeline, theirs = os.pipe()
-        given = CoreStart(self._start, self.address("commands"), self.address("events"), theirs)
+        given = CoreStart(self._start, self.folder, theirs)
         try:
             self.process = subprocess.Popen(_command(), stdin=subprocess.PIPE, pass_fds=(theirs,))
         finally:

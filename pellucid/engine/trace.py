@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ from typing import TextIO
 
 from pellucid.errors import ConfigError
 from pellucid.plan import StepKind
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,17 @@ class Trace:
         """Add a step. After `close()` it is kept in memory alone."""
         self._records.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(vars(record), separators=(",", ":"), default=dict) + "\n")
+            try:
+                self._file.write(json.dumps(vars(record), separators=(",", ":"), default=dict) + "\n")
+            except OSError as error:  # a full disk is no reason to stop serving
+                _log.error("the trace ends at step %d: %s cannot be written: %s", record.step, self._file.name, error)
+                self.close()
 
     def close(self) -> None:
         """Close the file; harmless when called again."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what was not written before cannot be written now
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> Trace:

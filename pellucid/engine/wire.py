@@ -18,11 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 class CoreStart(msgspec.Struct, frozen=True):
-    """What an engine process is told first: what to load, where to listen and speak, and the pipe that ends with it."""
+    """What an engine process is told first: what to load, the folder of the sockets, and the pipe that ends with it."""
 
     start: Start
-    commands: str
-    events: str
+    folder: str
     lifeline: int
 
 
@@ -59,6 +58,11 @@ def decode_events(frame: bytes) -> Sequence[Event]:
     except Exception as error:
         _log.warning("dropped %s bytes that are no events: %s", f"{len(frame):,}", error)
         return []
+
+
+def address(folder: str, name: str) -> str:
+    """Of the socket `commands`, where the owner listens, or `events`, where the front end does."""
+    return f"ipc://{folder}/{name}"
 
 
 def receiver(context: zmq.Context[Any], address: str, max_bytes: int = -1) -> zmq.Socket[bytes]:

@@ -18,6 +18,7 @@ from pellucid.commands.options import (
     engine_kwargs,
     engine_parameters,
     sampling_parameters,
+    server_parameters,
     with_options,
 )
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
@@ -117,6 +118,22 @@ def run(
     if failed:
         print(f"{failed} lines were refused or failed: their results say why", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+@with_options(server_parameters(), engine_parameters())
+def serve(
+    model: Annotated[str | None, typer.Argument(help="As for generate; a small model by default.")] = None,
+    **options: Any,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API, at http://127.0.0.1:8000/v1 unless told otherwise.
+
+    SIGTERM and Ctrl-C let running requests end; a second one does not.
+    """
+    from pellucid.commands.serve import run_server
+    from pellucid.config import DEFAULT_MODEL
+
+    raise typer.Exit(run_server(model or DEFAULT_MODEL, options))
 
 
 @app.command()

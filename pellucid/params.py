@@ -159,6 +159,23 @@ class SamplingParams:
 _NAMES = frozenset(entry.name for entry in fields(SamplingParams))
 
 
+# What a model's generation_config.json may set for requests that do not.
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a generation_config.json sets; none when it says that the model does not sample."""
+    if generation_config.get("do_sample") is False:
+        return {}
+    return {name: generation_config[name] for name in _MODEL_DEFAULTS if generation_config.get(name) is not None}
+
+
+def range_of(name: str) -> tuple[float, float, str] | None:
+    """(lowest, highest, the range in words) of a number of `SamplingParams`; None for a field that is no number."""
+    limits = _FLOAT_RANGES.get(name) or _INTEGER_RANGES.get(name)
+    return None if limits is None else (limits.low, limits.high, limits.text)
+
+
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     """Check that every token id which `params` names is in [0, vocab_size).
 

@@ -10,7 +10,7 @@ from typing import Any
 from pellucid.commands.options import engine_kwargs, sampling_kwargs
 from pellucid.config import DEFAULT_MODEL
 from pellucid.entrypoints.llm import LLM
-from pellucid.params import SamplingParams
+from pellucid.params import SamplingParams, model_defaults
 
 
 @contextmanager
@@ -55,11 +55,7 @@ def packing_progress() -> Iterator[Callable[[int, int], None] | None]:
 def sampling_defaults(llm: LLM, options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """What was asked on the command line, over the model's generation config, over `defaults`."""
     config = llm.engine.executor.model.generation_config
-    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    own = {name: config[name] for name in known if config.get(name) is not None}
-    if config.get("do_sample") is False:
-        own = {}
-    return {**defaults, **own, **sampling_kwargs(options)}
+    return {**defaults, **model_defaults(config), **sampling_kwargs(options)}
 
 
 def sampling_of(llm: LLM, options: dict[str, Any], **defaults: Any) -> SamplingParams:

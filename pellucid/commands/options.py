@@ -11,8 +11,9 @@ import typer
 
 from pellucid.config import EngineConfig
 from pellucid.params import SamplingParams
+from pellucid.server.settings import ServerSettings
 
-_ENGINE_PANEL, _SAMPLING_PANEL = "Engine", "Sampling"
+_ENGINE_PANEL, _SAMPLING_PANEL, _SERVER_PANEL = "Engine", "Sampling", "Server"
 # Sampling fields that make sense as one word on a command line.
 _SAMPLING_FIELDS = {
     "max_tokens": "Most tokens to generate.",
@@ -45,16 +46,26 @@ def _parameter(name: str, hint: Any, default: Any, text: str, panel: str) -> ins
 
 def engine_parameters() -> list[inspect.Parameter]:
     """An option for each field of `EngineConfig`; what is not given keeps its default."""
-    hints = get_type_hints(EngineConfig)
+    # the model is an argument of its own, the seed that of the requests
+    return _dataclass_parameters(EngineConfig, _ENGINE_PANEL, without=("model", "seed"))
+
+
+def server_parameters() -> list[inspect.Parameter]:
+    """An option for each field of `ServerSettings`; a field of several values may be given more than once."""
+    return _dataclass_parameters(ServerSettings, _SERVER_PANEL)
+
+
+def _dataclass_parameters(kind: Any, panel: str, without: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind)
     made = []
-    for field in dataclasses.fields(EngineConfig):
-        hint = hints[field.name] | None
-        if field.name in ("model", "seed"):  # an argument of its own; the requests' seed
+    for field in dataclasses.fields(kind):
+        if field.name in without:
             continue
-        default = "" if field.default is None else f" [{field.default}]"
-        hint = bool if hints[field.name] is bool else hint
+        default = "" if field.default in (None, ()) else f" [{field.default}]"
+        hint: Any = list[str] if hints[field.name] == tuple[str, ...] else hints[field.name]
+        hint = bool if hint is bool else hint | None
         value = field.default if hint is bool else None
-        made.append(_parameter(field.name, hint, value, field.metadata["help"] + default, _ENGINE_PANEL))
+        made.append(_parameter(field.name, hint, value, field.metadata["help"] + default, panel))
     return made
 
 

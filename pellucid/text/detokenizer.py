@@ -70,6 +70,16 @@ class IncrementalDetokenizer:
         return self._parts[0] if self._parts else ""
 
 
+def bytes_of_token(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes that a token stands for by itself, special tokens too; b"" for an id without a token."""
+    if tokenizer.decoding is Decoding.BYTE_LEVEL:
+        return tokenizer.cached(_BytePieces, False)[token_id]
+    if tokenizer.decoding is Decoding.OTHER:
+        return b"" if tokenizer.raw_token(token_id) is None else tokenizer.raw_decode([token_id], False).encode()
+    piece = tokenizer.cached(_FallbackPieces, False)[token_id]
+    return piece.encode() if isinstance(piece, str) else piece or b""
+
+
 class _Stream(Protocol):
     def prime(self, prompt_token_ids: Sequence[int]) -> None: ...
 

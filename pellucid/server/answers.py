@@ -1,0 +1,89 @@
+"""What the answers of chat and completions share: identity, finish reasons, and the course of a stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pellucid.outputs import FinishReason
+from pellucid.server.errors import as_http_error, internal_error
+from pellucid.server.generation import Delta, Generation, Usage
+from pellucid.server.protocol_base import RequestFields
+from pellucid.server.sse import DONE, event
+
+logger = logging.getLogger("pellucid.server")
+
+# OpenAI's reasons are a closed set. An aborted answer was cut short, so it says "length", and `stop_reason` tells the truth;
+# an error is never a finish reason: it is an error object.
+_FINISH_REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "abort": "length"}
+
+
+def finish_fields(reason: FinishReason | None, stop_reason: int | str | None) -> dict[str, Any]:
+    """`finish_reason` and `stop_reason` of a choice."""
+    if reason is None:
+        return {"finish_reason": None, "stop_reason": None}
+    return {
+        "finish_reason": _FINISH_REASONS.get(reason, "stop"),
+        "stop_reason": "abort" if reason == "abort" else stop_reason,
+    }
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What every object of one answer carries."""
+
+    prefix: str  # of the id: chatcmpl, cmpl
+    request_id: str
+    model: str
+    created: int
+    fingerprint: str
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """The first keys of an object of this kind."""
+        return {
+            "id": f"{self.prefix}-{self.request_id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "request_id": self.request_id,
+        }
+
+
+class Answer(Protocol):
+    """How one API spells a stream."""
+
+    def opening(self) -> Iterable[dict[str, Any]]:
+        """Chunks before the first token."""
+
+    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
+        """Chunks of a delta; none when it has nothing to show."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The last chunk, when it was asked for."""
+
+
+async def stream_events(generation: Generation, answer: Answer, request: RequestFields) -> AsyncIterator[bytes]:
+    """The encoded events of a stream, to [DONE]. An error becomes an event. Closing it cancels the generation."""
+    options = request.stream_options
+    usage = options is not None and bool(options.include_usage)
+    running_usage = options is not None and bool(options.continuous_usage_stats)
+    async with generation:
+        try:
+            yield b"".join([event(chunk) for chunk in answer.opening()])
+            async for delta in generation.deltas():
+                for chunk in answer.chunks(delta):
+                    if usage or running_usage:
+                        chunk["usage"] = generation.usage.to_dict() if running_usage else None
+                    yield event(chunk)
+            if usage:
+                yield event(answer.usage_chunk(generation.usage))
+        except Exception as error:
+            known = as_http_error(error)
+            if known is None:
+                logger.exception("request %s failed", generation.job.request_id)
+                known = internal_error(generation.job.request_id)
+            yield event(known.to_dict())
+        yield DONE

@@ -1,0 +1,270 @@
+"""The application: which path is answered by what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+import pellucid
+from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.errors import InvalidRequestError
+from pellucid.server import metrics
+from pellucid.server.access import Access
+from pellucid.server.answers import stream_events
+from pellucid.server.body import read_json
+from pellucid.server.chat import ChatAnswer
+from pellucid.server.completions import CompletionAnswer
+from pellucid.server.context import ServerContext
+from pellucid.server.errors import HttpError, plain_error
+from pellucid.server.gate import Gate
+from pellucid.server.generation import Generation
+from pellucid.server.openapi import json_body, publish
+from pellucid.server.protocol_base import Strict, shown
+from pellucid.server.protocol_chat import ChatCompletionRequest
+from pellucid.server.protocol_completions import CompletionRequest, check_ids
+from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
+from pellucid.server.settings import ServerSettings
+from pellucid.server.sse import EventStream, JsonResponse, unless_gone
+
+MAX_STEPS = 4096
+_Model = TypeVar("_Model", bound=Strict)
+
+
+def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
+    """The application over a running engine. `app.state.context` is its `ServerContext`."""
+    context = ServerContext(engine, settings)
+    app = FastAPI(title="Pellucid", version=pellucid.__version__, docs_url=None, redoc_url=None)
+    app.state.context = context
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(RequestValidationError, _query_error)
+    endpoints = _Endpoints(context)
+    endpoints.add_to(app)
+    app.add_middleware(
+        Gate,
+        access=Access(settings),
+        metrics=context.metrics,
+        tracing=context.tracing,
+        log_requests=settings.log_requests,
+    )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    publish(app, [model for _, _, model in endpoints.bodies])
+    return app
+
+
+async def _query_error(_: Request, error: Exception) -> Response:
+    """A value of the query or the path, in our shape."""
+    found: Any = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": "failed"}
+    name, text = str(found["loc"][-1]), str(found["msg"])
+    raise InvalidRequestError(f"{name} is {shown(found.get('input'))}: {text[:1].lower()}{text[1:]}", name)
+
+
+async def _routing_error(_: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in our shape: the gate writes it."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else "failed"
+    raise plain_error(status, f"{detail}: see /openapi.json for the paths that there are")
+
+
+class _Endpoints:
+    """One method a path."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context, self._engine, self._settings = context, context.engine, context.settings
+
+    @property
+    def bodies(self) -> list[tuple[str, Callable[[Request], Awaitable[Response]], type[Strict]]]:
+        """(path, endpoint, model of its body)"""
+        return [
+            ("/v1/chat/completions", self.chat_completions, ChatCompletionRequest),
+            ("/v1/completions", self.completions, CompletionRequest),
+            ("/tokenize", self.tokenize, TokenizeRequest),
+            ("/detokenize", self.detokenize, DetokenizeRequest),
+        ]
+
+    def add_to(self, app: FastAPI) -> None:
+        """Registers every path."""
+        for path, endpoint, model in self.bodies:
+            app.post(path, openapi_extra=json_body(model))(endpoint)
+        app.post("/v1/requests/{request_id}/cancel")(self.cancel)
+        for path, answer in (
+            ("/v1/models", self.models),
+            ("/v1/models/{name:path}", self.model),
+            ("/health", self.health),
+            ("/version", self.version),
+            ("/metrics", self.metrics),
+            ("/debug/kv_cache_stats", self.kv_cache_stats),
+            ("/debug/steps", self.steps),
+        ):
+            app.get(path)(answer)
+
+    # ---- generating -------------------------------------------------------------------------------------------------
+
+    async def chat_completions(self, http: Request) -> Response:
+        """Answers a conversation."""
+        context = self._context
+        request = await self._read(http, ChatCompletionRequest)
+        params = context.sampling_params(request)
+        prompt = await context.prompts.encode_chat(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            template_kwargs=request.chat_template_kwargs,
+        )
+        job = context.job(http, request, [prompt], params)
+        identity = context.identity("chatcmpl", job.request_id, request.model)
+        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs)
+        generation = await context.generator.submit(job)
+        if request.stream:
+            return EventStream(lambda: stream_events(generation, answer, request))
+        return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
+
+    async def completions(self, http: Request) -> Response:
+        """Continues one prompt or several."""
+        context = self._context
+        request = await self._read(http, CompletionRequest)
+        params = context.sampling_params(request)
+        prompts, texts = await self._prompts(request)
+        job = context.job(http, request, prompts, params)
+        identity = context.identity("cmpl", job.request_id, request.model)
+        answer = CompletionAnswer(request, identity, prompts, params.n, context.logprobs, texts)
+        generation = await context.generator.submit(job)
+        if request.stream:
+            return EventStream(lambda: stream_events(generation, answer, request))
+        return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
+
+    async def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        """(ids of each prompt, its text where it is echoed)"""
+        prompts, ids, texts = self._context.prompts, list[list[int]](), list[str]()
+        special = True if request.add_special_tokens is None else request.add_special_tokens
+        skip = True if request.skip_special_tokens is None else request.skip_special_tokens
+        for prompt in request.prompts():
+            if isinstance(prompt, str):
+                ids.append(await prompts.encode(prompt, add_special_tokens=special))
+                texts.append(prompt)
+                continue
+            ids.append(prompt)
+            texts.append(await prompts.decode(prompt, skip_special_tokens=skip) if request.echo else "")
+        return ids, texts
+
+    async def cancel(self, request_id: str) -> Response:
+        """Ends a request; whoever reads it gets what there is. The id is the answer's, with or without its prefix."""
+        name = request_id
+        for prefix in ("chatcmpl-", "cmpl-"):
+            name = name.removeprefix(prefix)
+        if not await self._context.generator.cancel(name):
+            raise HttpError(
+                404, f"request {request_id[:128]!r} is unknown", param="request_id", code="request_not_found"
+            )
+        return JsonResponse({"request_id": name, "cancelled": True})
+
+    # ---- tokens -----------------------------------------------------------------------------------------------------
+
+    async def tokenize(self, http: Request) -> Response:
+        """The ids of a text or of a conversation."""
+        request = await self._read(http, TokenizeRequest)
+        prompts = self._context.prompts
+        if request.prompt is not None:
+            special = True if request.add_special_tokens is None else request.add_special_tokens
+            ids = await prompts.encode(request.prompt, add_special_tokens=special)
+        else:
+            ids = await prompts.encode_chat(
+                request.messages or [],
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                add_special_tokens=request.add_special_tokens,
+                template_kwargs=request.chat_template_kwargs,
+            )
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._engine.model.max_model_len, "tokens": ids}
+        if request.return_token_strs:
+            answer["token_strs"] = [prompts.tokenizer.raw_token(token) or "" for token in ids]
+        return JsonResponse(answer)
+
+    async def detokenize(self, http: Request) -> Response:
+        """The text of ids."""
+        request = await self._read(http, DetokenizeRequest)
+        tokens = check_ids(request.tokens, "tokens") if isinstance(request.tokens, list) else None
+        if tokens is None:
+            raise HttpError(400, "tokens must be a list of token ids", param="tokens")
+        text = await self._context.prompts.decode(tokens, skip_special_tokens=bool(request.skip_special_tokens))
+        return JsonResponse({"prompt": text})
+
+    # ---- about the server -------------------------------------------------------------------------------------------
+
+    async def models(self) -> Response:
+        """The model, under each of its names."""
+        return JsonResponse({"object": "list", "data": [self._model_card(name) for name in self._context.names]})
+
+    async def model(self, name: str) -> Response:
+        """One model."""
+        self._context.check_model(name)
+        return JsonResponse(self._model_card(name))
+
+    async def health(self) -> Response:
+        """200 while requests are taken; else 503 and why."""
+        error = self._engine.error
+        if not self._engine.is_alive:
+            reason = "the engine is dead" if error is None else f"the engine is dead: {type(error).__name__}"
+            return JsonResponse({"status": "dead", "reason": reason}, 503)
+        if self._context.draining:
+            return JsonResponse({"status": "draining", "reason": "the server is shutting down"}, 503)
+        return JsonResponse({"status": "ok"})
+
+    async def version(self) -> Response:
+        """Of Pellucid."""
+        return JsonResponse({"version": pellucid.__version__})
+
+    async def metrics(self) -> Response:
+        """In Prometheus' text format."""
+        stats = await self._engine.stats() if self._engine.is_alive else None
+        return Response(self._context.metrics.render(stats), media_type=metrics.CONTENT_TYPE)
+
+    async def kv_cache_stats(self) -> Response:
+        """Blocks in use and free, and what the prefix cache saved."""
+        return JsonResponse((await self._engine.stats()).kv_cache)
+
+    async def steps(
+        self, since: int = Query(0, ge=0, le=2**62), limit: int = Query(256, ge=1, le=MAX_STEPS)
+    ) -> Response:
+        """Records of scheduler steps from number `since` on, the oldest first."""
+        records = await self._engine.steps(since, limit)
+        following = records[-1].step + 1 if records else since
+        body = msgspec.json.encode({"steps": records, "next": following}, enc_hook=dict)  # reasons are lazy mappings
+        return Response(body, media_type="application/json")
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    async def _read(self, http: Request, model: type[_Model]) -> _Model:
+        self._context.check_not_draining()
+        request = await read_json(http, model, self._settings.max_body_bytes, self._settings.body_timeout)
+        self._context.check_model(getattr(request, "model", None))
+        return request
+
+    async def _whole(self, http: Request, generation: Generation) -> list[Any]:
+        async with generation:
+            return await unless_gone(http.receive, generation.wait())
+
+    def _model_card(self, name: str) -> dict[str, Any]:
+        model = self._engine.model
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "pellucid",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": model.max_model_len,
+        }

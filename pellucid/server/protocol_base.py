@@ -1,0 +1,157 @@
+"""What request models share: strict types, and fields that are documented, honoured or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
+
+from pellucid.errors import InvalidRequestError
+from pellucid.params import SamplingParams, range_of
+
+MAX_NAME_CHARACTERS = 256
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
+_SAMPLING_NAMES = frozenset(entry.name for entry in fields(SamplingParams))
+
+
+class Strict(BaseModel):
+    """No conversions, no unknown keys, finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+def sampling_field(name: str, text: str) -> Any:
+    """A field that `SamplingParams` checks: type, range and what it is called there are told in one place."""
+    limits = range_of(name)
+    if limits is None:
+        return Field(None, description=text)
+    low, high, words = limits[0], limits[1], limits[2].removesuffix(", or None")
+    return Field(
+        None, description=f"{text} {words[0].upper()}{words[1:]}.", json_schema_extra={"minimum": low, "maximum": high}
+    )
+
+
+# Checked by `SamplingParams`, whose messages name field, value and limit; the annotation is what the OpenAPI says.
+Number = Annotated[float | None, SkipValidation]
+Integer = Annotated[int | None, SkipValidation]
+Flag = Annotated[bool | None, SkipValidation]
+Texts = Annotated[str | list[str] | None, SkipValidation]
+TokenIds = Annotated[list[int] | None, SkipValidation]
+Biases = Annotated[dict[str, float] | None, SkipValidation]
+
+
+class SamplingFields(Strict):
+    """The sampling parameters that chat and completions share. null is the same as absent: then the model's
+    generation_config.json decides, else the neutral value."""
+
+    n: Integer = sampling_field("n", "Choices for each prompt.")
+    temperature: Number = sampling_field("temperature", "0 is greedy.")
+    top_p: Number = sampling_field("top_p", "Keeps the shortest prefix of likely tokens whose mass reaches this.")
+    top_k: Integer = sampling_field("top_k", "Keeps the k most likely tokens; 0 and -1 keep all.")
+    min_p: Number = sampling_field("min_p", "Keeps tokens at least this fraction as likely as the likeliest.")
+    presence_penalty: Number = sampling_field("presence_penalty", "Subtracted once from tokens that occurred.")
+    frequency_penalty: Number = sampling_field("frequency_penalty", "Subtracted for every occurrence.")
+    repetition_penalty: Number = sampling_field("repetition_penalty", "Divides the logits of tokens that occurred.")
+    seed: Integer = sampling_field("seed", "Makes the draw repeatable; without it one is drawn and reported.")
+    stop: Texts = sampling_field("stop", "Texts that end the answer: one, or a list of at most 32.")
+    stop_token_ids: TokenIds = sampling_field("stop_token_ids", "Tokens that end the answer.")
+    include_stop_str_in_output: Flag = sampling_field(
+        "include_stop_str_in_output", "Keeps the stop text in the answer."
+    )
+    ignore_eos: Flag = sampling_field("ignore_eos", "Goes on behind the end token.")
+    min_tokens: Integer = sampling_field("min_tokens", "Fewest tokens before a stop.")
+    logit_bias: Biases = sampling_field(
+        "logit_bias", "Added to the logits of token ids, in [-100, 100]; at most 1,024."
+    )
+    bad_words: Texts = sampling_field("bad_words", "Texts that are never made; at most 256.")
+    allowed_token_ids: TokenIds = sampling_field("allowed_token_ids", "The only tokens that may be made.")
+    prompt_logprobs: Integer = sampling_field(
+        "prompt_logprobs", "Most likely tokens reported at each prompt position; not while streaming."
+    )
+    skip_special_tokens: Flag = sampling_field("skip_special_tokens", "Leaves special tokens out of the text.")
+
+    def sampling_values(self) -> dict[str, Any]:
+        """What was given of the fields that carry the names of `SamplingParams`."""
+        return {name: getattr(self, name) for name in SamplingFields.model_fields if name in _SAMPLING_NAMES}
+
+
+class StreamOptions(Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = Field(None, description="A last chunk with token counts, before [DONE].")
+    continuous_usage_stats: bool | None = Field(None, description="Token counts so far in every chunk.")
+    include_obfuscation: bool | None = Field(None, description="Only false or null: chunks are not padded.")
+
+
+class RequestFields(SamplingFields):
+    """What chat and completions share besides sampling."""
+
+    model: str | None = Field(
+        None, max_length=MAX_NAME_CHARACTERS, description="A name of /v1/models; by default the one served."
+    )
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    request_id: str | None = Field(
+        None, pattern=REQUEST_ID_PATTERN, description="Name of the request for cancelling; not one that runs."
+    )
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Lower is served first; 0 by default.")
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=256, description="Prompt blocks are shared only with requests of the same salt."
+    )
+    return_token_ids: bool | None = Field(None, description="Adds prompt_token_ids and each choice's token_ids.")
+    user: str | None = Field(None, max_length=512, description="The caller's own label; it changes nothing.")
+
+    # Fields that are known and of which only these values can be honoured: (values, why no others).
+    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    @model_validator(mode="after")
+    def _check_refused(self) -> RequestFields:
+        for name, (allowed, why) in self.REFUSED.items():
+            value = getattr(self, name)
+            if not any(value == one and type(value) is type(one) for one in allowed):
+                raise InvalidRequestError(f"{name} is {shown(value)}; {why}", name)
+        return self
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> RequestFields:
+        options = self.stream_options
+        if options is not None and not self.stream:
+            raise InvalidRequestError("stream_options is given, but stream is not true", "stream_options")
+        if options is not None and options.include_obfuscation:
+            raise InvalidRequestError(
+                "stream_options.include_obfuscation is true; chunks are not padded", "stream_options"
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs cannot be streamed: leave out stream", "prompt_logprobs")
+        return self
+
+
+def shown(value: object) -> str:
+    """`value` as an error quotes it, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def path_of(location: Sequence[int | str]) -> str:
+    """`messages[0].content` for ("messages", 0, "content")."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).removeprefix(".")
+
+
+def as_invalid_request(error: ValidationError) -> InvalidRequestError:
+    """The first thing that pydantic found, in the manner of our own errors."""
+    found = error.errors(include_url=False)[0]
+    own = found.get("ctx", {}).get("error")
+    if isinstance(own, InvalidRequestError):
+        return own
+    location = found["loc"]
+    path = path_of(location)
+    param = str(location[0]) if location else None
+    if found["type"] == "extra_forbidden":
+        return InvalidRequestError(f"unknown field {path!r}", param)
+    if found["type"] == "missing":
+        return InvalidRequestError(f"{path} is required", param)
+    text = found["msg"][0].lower() + found["msg"][1:]
+    return InvalidRequestError(f"{path or 'the body'} is {shown(found['input'])}: {text}", param)

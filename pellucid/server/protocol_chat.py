@@ -1,0 +1,186 @@
+"""The request of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pellucid.errors import InvalidRequestError
+from pellucid.server.protocol_base import Integer, RequestFields, Strict, sampling_field
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TOOLS = 128
+MAX_METADATA = 16
+
+
+class TextPart(Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text", "input_text", "refusal"] = Field(description="Only text is understood.")
+    text: str | None = Field(None, description="The text.")
+    refusal: str | None = Field(None, description="The text of a refusal.")
+
+    @model_validator(mode="after")
+    def _has_its_text(self) -> TextPart:
+        if (self.refusal if self.type == "refusal" else self.text) is None:
+            raise InvalidRequestError(f"a part of type {self.type!r} lacks its text", "messages")
+        return self
+
+
+class FunctionCall(Strict):
+    """A call that the model made."""
+
+    name: str = Field(max_length=256, description="The function.")
+    arguments: str = Field(description="Its arguments, as JSON.")
+
+
+class ToolCall(Strict):
+    """A tool call in an assistant's message."""
+
+    id: str | None = Field(None, max_length=256, description="Ties the tool's answer to the call.")
+    type: Literal["function"] = Field("function", description="Only functions.")
+    function: FunctionCall = Field(description="What was called.")
+    index: int | None = Field(None, description="As streamed; not read.")
+
+
+class Message(Strict):
+    """One message of a conversation. Keys that clients echo from an answer may be null."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    content: str | list[TextPart] | None = Field(None, description="Text, or parts of type text.")
+    name: str | None = Field(None, max_length=256, description="Of the speaker, for templates that show it.")
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS, description="Calls that the assistant made.")
+    tool_call_id: str | None = Field(None, max_length=256, description="The call that a tool's message answers.")
+    reasoning_content: str | None = Field(
+        None, description="Thoughts of an assistant's turn, for templates that show them."
+    )
+    reasoning: str | None = Field(None, description="As reasoning_content.")
+    refusal: str | None = Field(None, description="An assistant's refusal, as its content.")
+    audio: None = Field(None, description="Only null: there is no audio.")
+    function_call: None = Field(None, description="Only null: use tool_calls.")
+    annotations: list[Any] | None = Field(None, max_length=0, description="Only null or empty.")
+
+    def to_template(self) -> dict[str, Any]:
+        """What a chat template gets: only what was given."""
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("role", "name", "tool_call_id") if getattr(self, name) is not None
+        }
+        given["content"] = self._text()
+        if self.tool_calls is not None:
+            given["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls]
+        thoughts = self.reasoning_content if self.reasoning_content is not None else self.reasoning
+        return given if thoughts is None else {**given, "reasoning_content": thoughts}
+
+    def _text(self) -> Any:
+        if self.content is None:
+            return self.refusal
+        if isinstance(self.content, str):
+            return self.content
+        return [{"type": "text", "text": part.text if part.text is not None else part.refusal} for part in self.content]
+
+
+_NO_TOOLS = "tool calling is not available"
+_NO_STRUCTURE = "structured output is not available"
+
+
+class ChatCompletionRequest(RequestFields):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, description="The conversation.")
+    max_tokens: Integer = sampling_field(
+        "max_tokens", "Most tokens of a choice; by default what the model's length allows."
+    )
+    max_completion_tokens: Integer = sampling_field("max_tokens", "The same, and stronger.")
+    logprobs: bool | None = Field(None, description="Reports the log-probability of each token.")
+    top_logprobs: Integer = sampling_field("logprobs", "Most likely tokens reported beside it; needs logprobs.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Opens the assistant's turn; true unless continue_final_message."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="The last message is left open and goes on. Not together with add_generation_prompt."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Adds the tokenizer's own, over those that the template writes; false by default."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, max_length=64, description="Further variables of the chat template."
+    )
+    echo: bool | None = Field(None, description="The answer begins with the last message, if that is the assistant's.")
+    metadata: dict[str, str] | None = Field(
+        None, max_length=MAX_METADATA, description="The caller's own labels; they change nothing."
+    )
+    safety_identifier: str | None = Field(None, max_length=512, description="As user.")
+    prompt_cache_key: str | None = Field(
+        None,
+        max_length=512,
+        description="Names the machine that has a prefix cached; there is one: it changes nothing.",
+    )
+    store: bool | None = Field(None, description="Only false: nothing is stored.")
+    service_tier: str | None = Field(None, description="Only auto or default.")
+    modalities: list[str] | None = Field(None, description="Only text.")
+    verbosity: str | None = Field(None, description="Only medium: the model has no such switch.")
+    audio: Any = Field(None, description="Only null.")
+    prediction: Any = Field(None, description="Only null; see speculative_method of the engine.")
+    moderation: Any = Field(None, description="Only null.")
+    web_search_options: Any = Field(None, description="Only null.")
+    prompt_cache_options: Any = Field(None, description="Only null: whole blocks are always cached.")
+    prompt_cache_retention: Any = Field(None, description="Only null: blocks stay until they are reused.")
+    functions: Any = Field(None, description="Only null: use tools.")
+    function_call: Any = Field(None, description="Only null: use tool_choice.")
+    response_format: Any = Field(None, description='Only {"type": "text"} or null.')
+    structured_outputs: Any = Field(None, description="Only null.")
+    guided_json: Any = Field(None, description="Only null.")
+    guided_regex: Any = Field(None, description="Only null.")
+    guided_choice: Any = Field(None, description="Only null.")
+    guided_grammar: Any = Field(None, description="Only null.")
+    tools: Any = Field(None, description="Only null or empty.")
+    tool_choice: Any = Field(None, description="Only none, auto or null.")
+    parallel_tool_calls: bool | None = Field(None, description="No tools, so it changes nothing.")
+    reasoning_effort: Any = Field(None, description="Only null.")
+    include_reasoning: bool | None = Field(None, description="Only null.")
+
+    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        "store": ((None, False), "nothing is stored: it must be false"),
+        "service_tier": ((None, "auto", "default"), "there are no tiers: it must be auto or default"),
+        "modalities": ((None, ["text"]), "only text is made: it must be ['text']"),
+        "verbosity": ((None, "medium"), "not available: it must be medium or absent"),
+        "audio": ((None,), "audio is not available"),
+        "prediction": ((None,), "predicted output is not available"),
+        "moderation": ((None,), "moderation is not available"),
+        "web_search_options": ((None,), "web search is not available"),
+        "prompt_cache_options": ((None,), "not available: whole blocks of a prompt are always cached"),
+        "prompt_cache_retention": ((None,), "not available: cached blocks stay until they are reused"),
+        "functions": ((None,), "not available: use tools"),
+        "function_call": ((None,), "not available: use tool_choice"),
+        "response_format": ((None, {"type": "text"}), _NO_STRUCTURE),
+        "structured_outputs": ((None,), _NO_STRUCTURE),
+        "guided_json": ((None,), _NO_STRUCTURE),
+        "guided_regex": ((None,), _NO_STRUCTURE),
+        "guided_choice": ((None,), _NO_STRUCTURE),
+        "guided_grammar": ((None,), _NO_STRUCTURE),
+        "tools": ((None, []), _NO_TOOLS),
+        "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
+        "reasoning_effort": ((None,), "reasoning is not available"),
+        "include_reasoning": ((None,), "reasoning is not available"),
+    }
+
+    @model_validator(mode="after")
+    def _check_template(self) -> ChatCompletionRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt are both true; only one can be",
+                "continue_final_message",
+            )
+        if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is given, but logprobs is not true", "top_logprobs")
+        return self
+
+    def sampling_values(self) -> dict[str, Any]:
+        """As names of `SamplingParams`. `max_tokens` null or absent is "as many as the model's length allows"."""
+        values = super().sampling_values()
+        asked = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        logprobs = (0 if self.top_logprobs is None else self.top_logprobs) if self.logprobs else None
+        return {**values, "max_tokens": asked, "logprobs": logprobs}

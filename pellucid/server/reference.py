@@ -1,0 +1,125 @@
+"""The tables of docs/http_api.md, made from the code: what is not in the code cannot be in the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from types import NoneType
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pellucid.server.errors import TABLE as ERROR_TABLE
+from pellucid.server.metrics import METRICS
+from pellucid.server.protocol_base import StreamOptions
+from pellucid.server.protocol_chat import ChatCompletionRequest, Message
+from pellucid.server.protocol_completions import CompletionRequest
+from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
+from pellucid.server.settings import ServerSettings
+
+BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"
+_BODIES: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("POST /v1/chat/completions", ChatCompletionRequest),
+    ("A message", Message),
+    ("POST /v1/completions", CompletionRequest),
+    ("stream_options", StreamOptions),
+    ("POST /tokenize", TokenizeRequest),
+    ("POST /detokenize", DetokenizeRequest),
+)
+
+
+def reference() -> str:
+    """All tables, in Markdown."""
+    parts = [_section(title, model) for title, model in _BODIES]
+    return "\n\n".join([*parts, _errors(), _settings(), _metrics()])
+
+
+def updated(document: str) -> str:
+    """`document` with its generated part made anew.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the document lacks {BEGIN} or {END}")
+    return f"{head}{BEGIN}\n\n{reference()}\n\n{END}{tail}"
+
+
+def _section(title: str, model: type[BaseModel]) -> str:
+    refused: dict[str, tuple[tuple[Any, ...], str]] = getattr(model, "REFUSED", {})
+    rows = [
+        (f"`{name}`", _type_name(field), "refused" if name in refused else "honoured", field.description or "")
+        for name, field in _ordered(model)
+    ]
+    return f"### {title}\n\n{_table(('field', 'type', 'other values', 'behaviour'), rows)}"
+
+
+def _ordered(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Required fields first, then those of the model itself, then those that it shares."""
+    own = list(model.__annotations__)
+    yield from sorted(
+        model.model_fields.items(),
+        key=lambda item: (not item[1].is_required(), item[0] not in own),
+    )
+
+
+def _type_name(field: FieldInfo) -> str:
+    name = _spelled(field.annotation)
+    return f"{name}, required" if field.is_required() else name
+
+
+def _spelled(hint: Any) -> str:
+    arguments = [argument for argument in typing.get_args(hint) if argument is not NoneType]
+    origin = typing.get_origin(hint)
+    if origin is list:
+        return f"list of {_spelled(arguments[0])}"
+    if origin is dict:
+        return f"object of {_spelled(arguments[1])}"
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if arguments:
+        return " or ".join(dict.fromkeys(map(_spelled, arguments)))
+    names = {str: "text", int: "integer", float: "number", bool: "boolean", Any: "any", NoneType: "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _errors() -> str:
+    rows = [(str(status), f"`{type_}`", f"`{code}`", kind.__name__) for kind, status, type_, code in ERROR_TABLE]
+    own = (
+        ("401", "`authentication_error`", "`invalid_api_key`", "a key is missing or wrong"),
+        ("403", "`permission_error`", "`forbidden`", "/debug without an admin_key of the server"),
+        (
+            "404",
+            "`invalid_request_error`",
+            "`model_not_found`, `request_not_found`, `not_found`",
+            "unknown name or path",
+        ),
+        ("405", "`invalid_request_error`", "`method_not_allowed`", "the path has another method"),
+        ("408", "`timeout_error`", "`body_timeout`", "a body, or headers, that do not come"),
+        ("413", "`invalid_request_error`", "`body_too_long`", "max_body_bytes"),
+        ("415", "`invalid_request_error`", "`unsupported_media_type`", "the body is not called JSON, or is packed"),
+        ("431", "`invalid_request_error`", "", "max_header_bytes"),
+        ("500", "`server_error`", "`internal_error`", "a bug: the log has it under the request's id"),
+    )
+    return f"### Errors\n\n{_table(('status', 'type', 'code', 'when'), sorted([*rows, *own]))}"
+
+
+def _settings() -> str:
+    rows = []
+    for entry in dataclasses.fields(ServerSettings):
+        default = "" if entry.default in (None, ()) else f"`{entry.default}`"
+        rows.append((f"`--{entry.name.replace('_', '-')}`", default, entry.metadata["help"]))
+    return f"### Options of `pellucid serve`\n\nBeside those of the engine.\n\n{_table(('option', 'default', 'meaning'), rows)}"
+
+
+def _metrics() -> str:
+    return f"### Metrics\n\n{_table(('name', 'kind', 'meaning'), METRICS)}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

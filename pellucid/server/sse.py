@@ -1,0 +1,84 @@
+"""Server-sent events, and work that ends when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+_Result = TypeVar("_Result")
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection; nobody reads an answer."""
+
+
+def event(value: Any) -> bytes:
+    """One event of an OpenAI stream."""
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
+    """The result of `work`, which is cancelled, and waited for, when the client leaves.
+
+    Raises:
+        ClientLeftError: it left first.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeftError
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class JsonResponse(Response):
+    """A JSON answer, encoded by msgspec."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return _encode(content)
+
+
+class EventStream(Response):
+    """An answer of server-sent events. `make` gives the encoded events; it is closed when the client leaves.
+
+    Errors of `make` are its own business: it must turn them into events.
+    """
+
+    def __init__(self, make: Callable[[], AsyncIterator[bytes]], headers: dict[str, str] | None = None) -> None:
+        self._make = make
+        self.status_code, self.background = 200, None
+        self.init_headers(
+            {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **(headers or {})}
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        events = self._make()
+        try:
+            async for one in events:
+                await send({"type": "http.response.body", "body": one, "more_body": True})
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
+
+if TYPE_CHECKING:
+    from pellucid.sampling.grammar import CompiledGrammar
 
 StepKind = Literal["prefill", "decode", "mixed", "none"]
 
@@ -28,6 +31,7 @@ class NewRequest:
     block_ids: tuple[int, ...]  # all blocks held before this step's `new_block_ids`
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    grammar: CompiledGrammar | None = None
 
 
 class PlanEntry(NamedTuple):

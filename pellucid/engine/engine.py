@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pellucid.config import EngineConfig
 from pellucid.engine.block_manager import BlockManager
@@ -23,6 +24,9 @@ from pellucid.params import SamplingParams, check_vocabulary
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pellucid.sampling.grammar import CompiledGrammar
 
 Prompt = str | Sequence[int]
 
@@ -339,7 +343,7 @@ class LLMEngine:
     ) -> list[EngineCoreRequest]:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        now, many, bad_words = self._clock(), params.n > 1, self._bad_words(params)
+        now, many, bad_words, grammar = self._clock(), params.n > 1, self._bad_words(params), self._grammar(params)
         return [
             EngineCoreRequest(
                 request_id=f"{request_id}/{index}" if many else request_id,
@@ -354,9 +358,24 @@ class LLMEngine:
                 arrival_time=now,
                 eos_token_ids=self.eos_token_ids,
                 bad_words_token_ids=bad_words,
+                grammar=grammar,
             )
             for index in range(params.n)
         ]
+
+    def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        """The structure that was asked for, compiled; a server has had that done before, on another thread, and it is kept."""
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidRequestError(
+                "structured_outputs need a tokenizer, and the model has none", "structured_outputs"
+            )
+        from pellucid.sampling.grammar import compile_grammar
+
+        return compile_grammar(
+            params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
+        )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each bad word as it is tokenised at the start of a text and behind a space."""

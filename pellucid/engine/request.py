@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from pellucid.errors import InvariantError
 from pellucid.outputs import FinishReason
 from pellucid.params import SamplingParams
 from pellucid.sampling.speculative import PromptLookup
+
+if TYPE_CHECKING:
+    from pellucid.sampling.grammar import CompiledGrammar
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class EngineCoreRequest:
     eos_token_ids: tuple[int, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     adapter: str | None = None
+    grammar: CompiledGrammar | None = None
 
 
 class RequestStatus(str, Enum):

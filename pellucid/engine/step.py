@@ -212,6 +212,7 @@ class Step:
                 block_ids=tuple(request.block_table[:num_shared]),
                 bad_words_token_ids=request.core.bad_words_token_ids,
                 eos_token_ids=request.core.eos_token_ids,
+                grammar=request.core.grammar,
             )
         )
         self._scheduler.admit(request)

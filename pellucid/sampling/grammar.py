@@ -159,7 +159,7 @@ def compile_grammar(
     if not eos:
         raise InvalidRequestError(f"{FIELD} needs a model with an end token, and this one has none", FIELD)
     vocabulary = (tokenizer.fingerprint, vocab_size, eos)
-    made = _grammars.get((spec, vocabulary), lambda: _compile(spec, _tokenizer(tokenizer, vocab_size, eos), vocab_size))
+    made = _grammars.get((spec, vocabulary), lambda: _compile(spec, tokenizer, vocab_size, eos))
     if isinstance(made, str):
         raise InvalidRequestError(made, f"{FIELD}.{spec.kind}")
     return made
@@ -174,15 +174,19 @@ def _tokenizer(tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> L
     )
 
 
-def _compile(spec: StructuredOutputsParams, tokenizer: LLTokenizer, vocab_size: int) -> CompiledGrammar | str:
+def _compile(
+    spec: StructuredOutputsParams, tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]
+) -> CompiledGrammar | str:
     """The grammar, or why there is none: that is kept too."""
     from llguidance import LLMatcher, LLParserLimits
 
     from pellucid.text.grammar_source import grammar_source
 
-    problem = None if spec.kind in _NEEDS_NO_TRIAL else _TRIAL.run(spec)
+    vocabulary = _tokenizer(tokenizer, vocab_size, eos)
+    special = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_token_ids}
+    problem = None if spec.kind in _NEEDS_NO_TRIAL else _TRIAL.run(spec, vocab_size, special)
     if problem is None:
-        matcher = LLMatcher(tokenizer, grammar_source(spec), log_level=0, limits=LLParserLimits(**LIMITS))
+        matcher = LLMatcher(vocabulary, grammar_source(spec), log_level=0, limits=LLParserLimits(**LIMITS))
         first = GrammarMatcher(matcher, vocab_size)
         first.fill()
         problem = first.error or (None if first.mask.any() else "no text satisfies it")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -36,16 +37,13 @@ class GrammarTrial:
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, spec: StructuredOutputsParams) -> str | None:
-        """Why this structure cannot be compiled; None when it can.
-
-        Raises:
-            OSError: the process cannot be started.
-        """
+    def run(self, spec: StructuredOutputsParams, vocab_size: int, special: Mapping[str, int]) -> str | None:
+        """Why this structure cannot be compiled; None when it can. `special` are the tokens that a grammar may name."""
+        question = {"spec": asdict(spec), "vocab_size": vocab_size, "special": _named_in(spec, special)}
         with self._lock:
             process = self._process if self._process is not None and self._process.poll() is None else _start()
             self._process = process
-            answer = _ask(process, json.dumps(asdict(spec)))
+            answer = _ask(process, json.dumps(question))
             if answer is not None:
                 error: str | None = json.loads(answer)["error"]
                 return error
@@ -61,6 +59,10 @@ class GrammarTrial:
                 self._process.kill()
                 self._process.communicate()
                 self._process = None
+
+
+def _named_in(spec: StructuredOutputsParams, special: Mapping[str, int]) -> dict[str, int]:
+    return {token: token_id for token, token_id in special.items() if spec.grammar and token in spec.grammar}
 
 
 def _start() -> subprocess.Popen[str]:
@@ -89,8 +91,8 @@ def _ask(process: subprocess.Popen[str], line: str) -> str | None:
     return None
 
 
-def error_of(spec: StructuredOutputsParams) -> str | None:
-    """Compiles on a vocabulary of single bytes and makes the first mask; why that fails, if it does."""
+def error_of(spec: StructuredOutputsParams, vocab_size: int, special: Mapping[str, int]) -> str | None:
+    """Compiles on a vocabulary of single bytes and `special` and makes the first mask; why that fails, if it does."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     from pellucid.text.grammar_source import grammar_source
@@ -99,10 +101,10 @@ def error_of(spec: StructuredOutputsParams) -> str | None:
         source = grammar_source(spec)
     except ValueError as error:
         return str(error)
-    matcher = LLMatcher(LLTokenizer(_Bytes()), source, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
+    matcher = LLMatcher(LLTokenizer(_Bytes(vocab_size, special)), source, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
     if not matcher.is_error():
         mask = matcher.compute_bitmask()
-        if not matcher.is_error() and (any(mask[:32]) or matcher.is_accepting()):
+        if not matcher.is_error() and any(mask):
             return None
     return first_line(matcher.get_error())
 
@@ -118,13 +120,19 @@ def first_line(error: str) -> str:
 
 
 class _Bytes:
-    """The 256 bytes and an end."""
+    """The 256 bytes, an end, the special tokens at their ids, and nothing at the other ids."""
 
-    tokens = (*(bytes([value]) for value in range(256)), b"<end>")
-    special_token_ids = (256,)
-    eos_token_id = 256
     bos_token_id = None
     is_tokenizer_wrapper = True
+
+    def __init__(self, vocab_size: int, special: Mapping[str, int]) -> None:
+        by_id = {token_id: token.encode() for token, token_id in special.items()}
+        free = (token_id for token_id in range(vocab_size + 257) if token_id not in by_id)
+        own = dict(zip(free, (*(bytes([value]) for value in range(256)), b"<end>"), strict=False))
+        self.eos_token_id = max(own)
+        self.special_token_ids = (*by_id, self.eos_token_id)
+        count = max(vocab_size, *by_id, *own) + 1
+        self.tokens = [own.get(token_id, by_id.get(token_id, b"")) for token_id in range(count)]
 
     def __call__(self, text: str) -> list[int]:
         return list(text.encode())
@@ -143,7 +151,9 @@ def _main() -> None:
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + CPU_SECONDS, hard))
         try:
-            error = error_of(StructuredOutputsParams.of(json.loads(line)))
+            question = json.loads(line)
+            spec = StructuredOutputsParams.of(question["spec"])
+            error = error_of(spec, question["vocab_size"], question["special"])
         except Exception as problem:
             error = str(problem)
         print(json.dumps({"error": error}), flush=True)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pellucid.models.registry import ModelRegistry as ModelRegistry
     from pellucid.outputs import RequestOutput as RequestOutput
     from pellucid.params import SamplingParams as SamplingParams
+    from pellucid.structured import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -19,8 +20,9 @@ _LAZY = {
     "ModelRegistry": "pellucid.models.registry",
     "RequestOutput": "pellucid.outputs",
     "SamplingParams": "pellucid.params",
+    "StructuredOutputsParams": "pellucid.structured",
 }
-__all__ = ["LLM", "ModelRegistry", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "ModelRegistry", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> Any:

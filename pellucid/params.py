@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pellucid.errors import InvalidRequestError
+from pellucid.structured import StructuredOutputsParams
 
 MAX_N = 128
 MAX_STOPS = 32
@@ -67,7 +68,8 @@ class SamplingParams:
     Greedy when `temperature` is 0 or `top_k` is 1. `top_k` 0 or -1 means all. `logprobs` is the number of most likely
     tokens reported beside the chosen one (0: the chosen one alone; None: nothing). `max_tokens` None means as many as
     the model length allows. `logit_bias` maps token ids to values in [-100, 100]. `seed` None: the engine draws one and
-    reports it. Sequences are kept as tuples, numbers as plain `int` and `float`.
+    reports it. Sequences are kept as tuples, numbers as plain `int` and `float`. `structured_outputs` (or a mapping with its
+    names) says what the text must be; when the text is complete the output ends, before `min_tokens` if it must.
 
     Raises:
         InvalidRequestError: naming the field, the value and the limit.
@@ -94,6 +96,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name, limits in _FLOAT_RANGES.items():
@@ -116,6 +119,8 @@ class SamplingParams:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_TOKEN_ID))
             if not self.allowed_token_ids:
                 _refuse("allowed_token_ids", "allowed_token_ids is empty; it must name at least one token, or be None")
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

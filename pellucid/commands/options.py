@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 
 from pellucid.config import EngineConfig
+from pellucid.errors import InvalidRequestError
 from pellucid.params import SamplingParams
 from pellucid.server.settings import ServerSettings
 
@@ -28,6 +30,12 @@ _SAMPLING_FIELDS = {
     "seed": "Makes the draw repeatable.",
     "stop": "Text that ends the answer; may be given more than once.",
     "ignore_eos": "Go on behind the end token.",
+}
+
+# What the text must be: an option each, which becomes `structured_outputs`.
+_STRUCTURE_FIELDS = {
+    "json_schema": "File with a JSON schema that the text must satisfy.",
+    "regex": "Regular expression that the whole text must match.",
 }
 
 
@@ -76,6 +84,8 @@ def sampling_parameters() -> list[inspect.Parameter]:
     for name, text in _SAMPLING_FIELDS.items():
         hint = _option_type(hints[name], name)
         made.append(_parameter(name, hint, False if hint is bool else None, text, _SAMPLING_PANEL))
+    for name, text in _STRUCTURE_FIELDS.items():
+        made.append(_parameter(name, str | None, None, text, _SAMPLING_PANEL))
     return made
 
 
@@ -100,6 +110,24 @@ def engine_kwargs(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampling_kwargs(options: dict[str, Any]) -> dict[str, Any]:
-    """The sampling options that were given."""
+    """The sampling options that were given.
+
+    Raises:
+        InvalidRequestError: the file of a schema cannot be read.
+    """
     given = {name: options.get(name) for name in _SAMPLING_FIELDS}
+    given["structured_outputs"] = _structure(options)
     return {name: value for name, value in given.items() if value is not None and value is not False and value != []}
+
+
+def _structure(options: dict[str, Any]) -> dict[str, str] | None:
+    schema, regex = options.get("json_schema"), options.get("regex")
+    structure = {"json": None if schema is None else _read(schema), "regex": regex}
+    return {name: value for name, value in structure.items() if value is not None} or None
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pellucid.errors import InvalidRequestError
 from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
 from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pellucid.sampling.grammar import CompiledGrammar
 
 Prompt = str | Sequence[int]
 
@@ -24,6 +28,7 @@ class RequestChecker:
     tokenizer: Tokenizer | None
     vocab_size: int
     max_model_len: int
+    eos_token_ids: tuple[int, ...]
     hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
 
     def tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -91,6 +96,24 @@ class RequestChecker:
         if hidden_states is not None:
             hidden_states.check(num_prompt, max_tokens, self.hidden_states)
         return () if capture is None else capture.resolve(num_prompt, max_tokens, self.hidden_states)
+
+    def grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        """The structure that is asked for, compiled; the last ones are kept, so that a server does it before its engine asks.
+
+        Raises:
+            InvalidRequestError: it cannot be compiled, or the model has no tokenizer.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidRequestError(
+                "structured_outputs need a tokenizer, and the model has none", "structured_outputs"
+            )
+        from pellucid.sampling.grammar import compile_grammar
+
+        return compile_grammar(
+            params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
+        )
 
     def max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens a prompt can bring at most."""

@@ -67,7 +67,11 @@ class AsyncLLMEngine:
         self.tokenizer: Tokenizer | None = transport.tokenizer(loaded)
         self._transport = transport
         self._checker = RequestChecker(
-            self.tokenizer, self.model.vocab_size, self.model.max_model_len, self.model.hidden_states
+            self.tokenizer,
+            self.model.vocab_size,
+            self.model.max_model_len,
+            self.model.eos_token_ids,
+            self.model.hidden_states,
         )
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")
         self._lock = Lock()  # guards all that follows
@@ -331,6 +335,7 @@ class AsyncLLMEngine:
     ) -> tuple[str | None, list[int]]:
         text, token_ids = self._checker.tokenise(prompt)
         self._checker.check(token_ids, params, hidden_states)
+        self._checker.grammar(params)
         return text, token_ids
 
     def _open_stream(self, request_id: str | None, num_choices: int) -> RequestStream:

@@ -79,7 +79,9 @@ class LLMEngine:
         self.max_model_len: int = model.max_model_len
         self.vocab_size: int = model.config.vocab_size
         self.eos_token_ids: tuple[int, ...] = model.eos_token_ids
-        self.checker = RequestChecker(tokenizer, self.vocab_size, self.max_model_len, _hidden_limits(config, executor))
+        self.checker = RequestChecker(
+            tokenizer, self.vocab_size, self.max_model_len, self.eos_token_ids, _hidden_limits(config, executor)
+        )
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
             executor.kv_cache.block_size,
@@ -381,7 +383,12 @@ class LLMEngine:
         capture: tuple[str, ...],
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
-        now, many, bad_words = self._clock(), params.n > 1, self._bad_words(params)
+        now, many, bad_words, grammar = (
+            self._clock(),
+            params.n > 1,
+            self._bad_words(params),
+            self.checker.grammar(params),
+        )
         return [
             EngineCoreRequest(
                 request_id=f"{request_id}/{index}" if many else request_id,
@@ -398,6 +405,7 @@ class LLMEngine:
                 bad_words_token_ids=bad_words,
                 hidden_states=hidden_states,
                 capture=capture,
+                grammar=grammar,
             )
             for index in range(params.n)
         ]

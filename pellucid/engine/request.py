@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from pellucid.errors import InvariantError
 from pellucid.hidden import HiddenStatesParams, WantedRows
 from pellucid.outputs import FinishReason
 from pellucid.params import SamplingParams
 from pellucid.sampling.speculative import PromptLookup
+
+if TYPE_CHECKING:
+    from pellucid.sampling.grammar import CompiledGrammar
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class EngineCoreRequest:
     adapter: str | None = None
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations, resolved
+    grammar: CompiledGrammar | None = None
 
 
 def first_wanted_row(core: EngineCoreRequest) -> int | None:

@@ -328,11 +328,11 @@ class RequestScheduler:
     def _stop_of_token(
         request: Request, token_id: int, stop_check: StopCheck | None
     ) -> tuple[RequestStatus | None, int | str | None]:
-        """eos, then stop ids, then stop strings; none of them within `min_tokens`."""
+        """eos, then stop ids, then stop strings; none of them within `min_tokens`, but the eos of a structure that is complete."""
         core = request.core
         params = core.sampling_params
         may_stop = len(request.output_token_ids) > params.min_tokens
-        if may_stop and not params.ignore_eos and token_id in core.eos_token_ids:
+        if (may_stop or core.grammar) and not params.ignore_eos and token_id in core.eos_token_ids:
             return RequestStatus.FINISHED_STOPPED, None
         if may_stop and token_id in params.stop_token_ids:
             return RequestStatus.FINISHED_STOPPED, token_id

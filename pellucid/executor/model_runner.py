@@ -104,6 +104,7 @@ class ModelRunner:
             list(new.output_token_ids),
             new.bad_words_token_ids,
             new.eos_token_ids,
+            None if new.grammar is None else new.grammar.matcher(new.output_token_ids),
         )
 
     def _sample(
@@ -177,7 +178,10 @@ class _Pending:
         if token.error is not None:
             found.errors[request_id] = token.error
             return False
-        self.request.row.output_token_ids.append(token.token_id)
+        problem = self.request.row.advance(token.token_id)
+        if problem is not None:
+            found.errors[request_id] = problem
+            return False
         if self.num_accepted < len(drafts) and drafts[self.num_accepted] == token.token_id:
             self.num_accepted += 1
             found.accepted_drafts.setdefault(request_id, []).append(AcceptedDraft(token.token_id, token.logprobs))

@@ -97,6 +97,12 @@ def keep_tokens(logits_V: FloatArray, allowed_ids_S: IdArray) -> None:
     logits_V[allowed_ids_S] = allowed
 
 
+def keep_masked(logits_V: FloatArray, mask: npt.NDArray[np.uint32]) -> None:
+    """Set all logits to minus infinity but those of tokens i with bit i % 32 of word i / 32 of `mask` set, in place."""
+    bits = np.unpackbits(mask.astype("<u4").view(np.uint8), count=logits_V.size, bitorder="little")
+    logits_V[bits == 0] = -np.inf
+
+
 # -- narrowing and drawing ---------------------------------------------------------------------------------------------
 
 

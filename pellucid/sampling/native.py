@@ -46,7 +46,9 @@ class NativeRow:
         if params.allowed_token_ids is not None:
             self._point("allowed_ids", np.array(params.allowed_token_ids, dtype=np.int32), "n_allowed")
         self._point("stop_ids", np.array(row.stop_ids, dtype=np.int32), "n_stops")
-        self._changes = row.repeats or row.counts_matter or bool(row.bad_words_token_ids)
+        if row.matcher is not None:
+            self._point("mask", row.matcher.mask)
+        self._changes = row.repeats or row.counts_matter or bool(row.bad_words_token_ids) or row.matcher is not None
 
     def _point(self, name: str, array: npt.NDArray[Any], count: str | None = None) -> None:
         self._kept[name] = array
@@ -73,6 +75,9 @@ class NativeRow:
         if row.bad_words_token_ids:
             banned = chain.banned_by_bad_words(row.bad_words_token_ids, row.output_token_ids)
             self._point("banned_ids", np.array(banned, dtype=np.int32), "n_banned")
+        if row.matcher is not None:
+            row.matcher.fill()
+            self.struct.min_tokens = row.min_tokens
 
 
 class NativeSampler:
@@ -104,12 +109,7 @@ class NativeSampler:
         if status == _NOT_FINITE:
             return SampledToken(-1, None, f"the logits are not finite: max is {results['max'][index]}")
         if status == _NONE_LEFT:
-            return SampledToken(
-                -1,
-                None,
-                f"no token can be sampled: all {self.vocab_size:,} are excluded"
-                " by allowed_token_ids, bad_words or min_tokens",
-            )
+            return SampledToken(-1, None, row.nothing_left(self.vocab_size))
         top_n = row.sampling_params.logprobs
         if top_n is None:
             return SampledToken(token)

@@ -39,7 +39,10 @@ def edit(row: SamplingRow, logits_V: FloatArray) -> None:
         chain.mask_tokens(logits_V, banned)
     if row.allowed_ids is not None:
         chain.keep_tokens(logits_V, row.allowed_ids)
-    if row.stop_ids and row.position < params.min_tokens:
+    if row.matcher is not None:
+        row.matcher.fill()
+        chain.keep_masked(logits_V, row.matcher.mask)
+    if row.stop_ids and row.position < row.min_tokens:
         chain.mask_tokens(logits_V, row.stop_ids)
 
 
@@ -80,10 +83,7 @@ class Sampler:
             return _failed(f"the logits are not finite: max is {greatest}, log-sum-exp is {log_sum_exp}")
         token_id = self._choose(logits_V, int(stats.argmax[index]), greatest, row)
         if token_id is None:
-            return _failed(
-                f"no token can be sampled: all {self.vocab_size:,} are excluded"
-                " by allowed_token_ids, bad_words or min_tokens"
-            )
+            return _failed(row.nothing_left(self.vocab_size))
         top_n = row.sampling_params.logprobs
         logprobs = None if top_n is None else token_logprobs(logits_V, stats, index, token_id, top_n)
         return SampledToken(token_id, logprobs)

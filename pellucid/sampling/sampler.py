@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray, IdArray
+
+if TYPE_CHECKING:
+    from pellucid.sampling.grammar import GrammarMatcher
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class SamplingRow:
     output_token_ids: list[int] = field(default_factory=list)
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    matcher: GrammarMatcher | None = None
 
     def __post_init__(self) -> None:
         params = self.sampling_params
@@ -93,6 +97,7 @@ class SamplingRow:
             or params.logit_bias
             or self.bad_words_token_ids
             or self.allowed_ids is not None
+            or self.matcher is not None
         )
         self.truncate(len(self.output_token_ids))
 
@@ -107,6 +112,26 @@ class SamplingRow:
     def position(self) -> int:
         """The index in the output of the token that is sampled next."""
         return len(self.output_token_ids)
+
+    @property
+    def min_tokens(self) -> int:
+        """The least number of tokens that holds now: a structure that is complete ends before it."""
+        is_complete = self.matcher is not None and self.matcher.is_complete
+        return 0 if is_complete else self.sampling_params.min_tokens
+
+    def advance(self, token_id: int) -> str | None:
+        """Takes a sampled token; why it cannot be taken, if so."""
+        self.output_token_ids.append(token_id)
+        if self.matcher is not None and not self.matcher.accept(token_id):
+            return self.matcher.error
+        return None
+
+    def nothing_left(self, vocab_size: int) -> str:
+        """Why no token can be sampled, when all are excluded."""
+        if self.matcher is not None and self.matcher.error is not None:
+            return self.matcher.error
+        edits = ("allowed_token_ids", "bad_words", *(("structured_outputs",) if self.matcher is not None else ()))
+        return f"no token can be sampled: all {vocab_size:,} are excluded by {', '.join(edits)} or min_tokens"
 
     def count(self) -> None:
         """Count the tokens that came since the last call; on the first call, those of the prompt too."""

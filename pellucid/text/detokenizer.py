@@ -151,6 +151,27 @@ class _FallbackPieces(dict[int, "str | bytes | None"]):
         return piece
 
 
+def token_bytes_of(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+    """The bytes that each id below `vocab_size` adds to a text; b"" where the vocabulary has a hole.
+
+    Raises:
+        InvalidRequestError: the text of a token depends on its neighbours in ways that are not known here.
+    """
+    if tokenizer.decoding is Decoding.OTHER:
+        raise InvalidRequestError(
+            "structured_outputs need a tokenizer of bytes; this model has another", "structured_outputs"
+        )
+    if tokenizer.decoding is Decoding.BYTE_LEVEL:
+        whole = tokenizer.cached(_BytePieces, False)
+        return [whole[token_id] for token_id in range(vocab_size)]
+    pieces = tokenizer.cached(_FallbackPieces, False)
+    return [_encoded(pieces[token_id]) for token_id in range(vocab_size)]
+
+
+def _encoded(piece: str | bytes | None) -> bytes:
+    return piece.encode() if isinstance(piece, str) else piece or b""
+
+
 class _ByteFallbackStream:
     """SentencePiece vocabularies: text pieces with runs of byte tokens between; one leading space may be cut."""
 

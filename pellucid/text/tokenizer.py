@@ -7,6 +7,7 @@ cache). The work is done by the `tokenizers` library, which is imported on first
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class Tokenizer:
             if token_id is not None and not 0 <= token_id < _ID_LIMIT:
                 raise TokenizerError(f"{name} is {token_id}; it must lie in 0..{_ID_LIMIT - 1}")
         self._cache: dict[tuple[object, bool], Any] = {}
+        self._fingerprint: str | None = None
         self.decoding = _decoding_kind(backend.decoder)
 
     # --- sources -----------------------------------------------------------------------------------------
@@ -264,6 +266,13 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the default template."""
         return self._special.chat_templates.get("default")
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the vocabulary: equal ones have equal names, whatever file they came from."""
+        if self._fingerprint is None:
+            self._fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return self._fingerprint
 
     @property
     def special_token_ids(self) -> frozenset[int]:

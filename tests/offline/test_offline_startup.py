@@ -37,10 +37,11 @@ def test_packed_model_when_started_again_then_imports_no_torch_and_no_model_code
     imported_modules(checkpoint)
     modules, from_cache = imported_modules(checkpoint)
     assert from_cache == "True"
-    heavy = {"torch", "transformers", "safetensors", "huggingface_hub", "rich", "typer", "matplotlib"}
+    heavy = {"torch", "transformers", "safetensors", "huggingface_hub", "rich", "typer", "matplotlib", "llguidance"}
     assert not modules & heavy
     assert not any(module.startswith(("pellucid.layers", "pellucid.models.llama")) for module in modules)
     assert "pellucid.program.runner" in modules
+    assert "pellucid.sampling.grammar" not in modules
 
 
 def test_package_when_imported_alone_then_brings_nothing_with_it() -> None:

@@ -1,0 +1,193 @@
+"""Grammars that outputs must follow: compiled once, then a matcher for each output, which says what token may come next.
+
+The work is done by llguidance (https://github.com/guidance-ai/llguidance), which is imported when the first structure is asked
+for. A mask is a function of the grammar and the output's tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pellucid.errors import InvalidRequestError
+from pellucid.structured import FIELD, StructuredOutputsParams
+from pellucid.text.grammar_trial import LIMITS, GrammarTrial, first_line
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from pellucid.text.tokenizer import Tokenizer
+
+MAX_CACHED_GRAMMARS = 128
+# Made from lists of texts within narrow caps: nothing in them can explode.
+_NEEDS_NO_TRIAL = ("choice", "json_object")
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class CompiledGrammar:
+    """A grammar over one vocabulary. Immutable to its users; safe to share between threads."""
+
+    spec: StructuredOutputsParams
+    vocab_size: int
+    _pristine: LLMatcher = field(repr=False, compare=False)
+    _lock: Lock = field(repr=False, compare=False, default_factory=Lock)
+
+    def matcher(self, output_token_ids: Sequence[int] = ()) -> GrammarMatcher:
+        """A matcher for one output, which has these tokens already."""
+        with self._lock:
+            copy = self._pristine.deep_copy()
+        made = GrammarMatcher(copy, self.vocab_size)
+        for token_id in output_token_ids:
+            made.accept(token_id)
+        return made
+
+
+class GrammarMatcher:
+    """Follows one output. For one thread at a time.
+
+    `mask` [ceil(V / 32)] has bit i % 32 of word i / 32 set where token i may come next, as of the last `fill`. When the
+    grammar is complete and nothing can follow, `is_complete` holds and the mask has the tokens that end an output. An error
+    stays: the mask is then empty and `error` says why.
+    """
+
+    __slots__ = ("_address", "_matcher", "_num_bytes", "error", "is_complete", "mask")
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self.mask: npt.NDArray[np.uint32] = np.zeros((vocab_size + 31) // 32, np.uint32)
+        self._address, self._num_bytes = self.mask.ctypes.data, self.mask.nbytes
+        self.is_complete = False
+        self.error: str | None = None
+
+    def fill(self) -> None:
+        """Brings `mask` and `is_complete` to where the output stands."""
+        if self.error is None:
+            self._try(lambda: self._matcher.unsafe_compute_mask_ptr(self._address, self._num_bytes))
+            self.is_complete = self.error is None and bool(self._matcher.is_stopped())
+        if self.error is not None:
+            self.mask[:] = 0
+
+    def accept(self, token_id: int) -> bool:
+        """Takes the output's next token. False when it does not fit; what follows the end of the output is passed over."""
+        if self.error is None and not self.is_complete:
+            self._try(lambda: self._matcher.consume_token(token_id))
+            self.is_complete = self.error is None and bool(self._matcher.is_stopped())
+        return self.error is None
+
+    def _try(self, call: Callable[[], object]) -> None:
+        """An error of the library is this output's alone."""
+        try:
+            call()
+            problem = first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic in the library is not an Exception
+            problem = str(error)[:300]
+        if problem is not None:
+            self.error = f"{FIELD} cannot go on: {problem}"
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer: the bytes of each token, byte by byte as the detokeniser gives them."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        from pellucid.text.detokenizer import token_bytes_of
+
+        special = tokenizer.special_token_ids | set(eos_token_ids)
+        self.tokens = token_bytes_of(tokenizer, vocab_size)
+        self.special_token_ids = sorted(token_id for token_id in special if token_id < vocab_size)
+        self.eos_token_id = eos_token_ids[0]
+
+    def __call__(self, text: str) -> list[int]:
+        raise InvalidRequestError(f"a grammar asks for the tokens of {text!r}, which {FIELD} does not do", FIELD)
+
+
+class _Cache:
+    """Results by key, the least recently used dropped first; each is made once, however many ask at once."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, Lock()
+        self._made: OrderedDict[object, tuple[Lock, list[Any]]] = OrderedDict()
+
+    def get(self, key: object, make: Callable[[], Made]) -> Made:
+        with self._lock:
+            lock, made = self._made.setdefault(key, (Lock(), []))
+            self._made.move_to_end(key)
+            while len(self._made) > self._most:
+                self._made.popitem(last=False)
+        with lock:
+            if not made:
+                made.append(make())
+            result: Made = made[0]
+            return result
+
+
+_TRIAL = GrammarTrial()
+_grammars = _Cache(MAX_CACHED_GRAMMARS)
+_vocabularies = _Cache(4)
+
+
+def compile_grammar(
+    spec: StructuredOutputsParams,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+) -> CompiledGrammar:
+    """The grammar of a structure over a model's vocabulary; compiled once and kept. May be called from any thread.
+
+    `vocab_size` is the width of the model's logits, `eos_token_ids` what ends its outputs; both are the tokenizer's by default.
+    Takes some milliseconds, the first one of a vocabulary about a second.
+
+    Raises:
+        InvalidRequestError: the structure is malformed, not supported, cannot be satisfied, or too costly to compile; or the
+            model has no end token, or a tokenizer whose tokens are not bytes. `param` names the field.
+    """
+    vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+    eos = tuple(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    if not eos:
+        raise InvalidRequestError(f"{FIELD} needs a model with an end token, and this one has none", FIELD)
+    vocabulary = (tokenizer.fingerprint, vocab_size, eos)
+    made = _grammars.get((spec, vocabulary), lambda: _compile(spec, tokenizer, vocab_size, eos))
+    if isinstance(made, str):
+        raise InvalidRequestError(made, f"{FIELD}.{spec.kind}")
+    return made
+
+
+def _tokenizer(tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    return _vocabularies.get(
+        (tokenizer.fingerprint, vocab_size, eos),
+        lambda: LLTokenizer(_Vocabulary(tokenizer, vocab_size, eos), eos_token=list(eos)),  # type: ignore[arg-type]
+    )
+
+
+def _compile(
+    spec: StructuredOutputsParams, tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]
+) -> CompiledGrammar | str:
+    """The grammar, or why there is none: that is kept too."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    from pellucid.text.grammar_source import grammar_source
+
+    vocabulary = _tokenizer(tokenizer, vocab_size, eos)
+    special = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_token_ids}
+    problem = None if spec.kind in _NEEDS_NO_TRIAL else _TRIAL.run(spec, vocab_size, special)
+    if problem is None:
+        matcher = LLMatcher(vocabulary, grammar_source(spec), log_level=0, limits=LLParserLimits(**LIMITS))
+        first = GrammarMatcher(matcher, vocab_size)
+        first.fill()
+        problem = first.error or (None if first.mask.any() else "no text satisfies it")
+    return CompiledGrammar(spec, vocab_size, matcher) if problem is None else f"{FIELD}.{spec.kind}: {problem}"

@@ -1,0 +1,210 @@
+"""`StructuredOutputsParams`: the structure that an output must have. Plain data, checked when it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from pellucid.errors import InvalidRequestError
+
+FIELD = "structured_outputs"
+MAX_SCHEMA_BYTES = 256 << 10
+MAX_SCHEMA_DEPTH = 100  # of lists and objects; the schema compiler reads 128
+MAX_SCHEMA_VALUES = 50_000
+MAX_REGEX_CHARACTERS = 8192
+MAX_GRAMMAR_BYTES = 512 << 10
+MAX_GRAMMAR_DEPTH = 100  # of brackets
+MAX_CHOICES = 1024
+MAX_CHOICE_CHARACTERS = 1024
+MAX_CHOICES_CHARACTERS = 128 << 10
+MAX_WHITESPACE_CHARACTERS = 128
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What a text must be: exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`, with vLLM's names.
+
+    `json`: a JSON schema, as an object or as its text; kept as text. `regex`: the whole text matches it (no look-around, no
+    back-references). `choice`: the text is one of these. `grammar`: a grammar in Lark's syntax as llguidance reads it, or in
+    GBNF. `json_object`: any JSON object. Whitespace between JSON's parts is at most one space, or one or two line ends and
+    an indent, unless `whitespace_pattern` says otherwise or `disable_any_whitespace` leaves none.
+
+    Raises:
+        InvalidRequestError: naming the field, the value and the limit.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, f"is {_shown(getattr(self, name))}; it must be true or false")
+        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise InvalidRequestError(
+                f"{FIELD} has {', '.join(given) or 'nothing'}; it must have exactly one of {', '.join(_KINDS)}", FIELD
+            )
+        if self.json is not None:
+            self._set("json", _schema_text(self.json))
+        if self.choice is not None:
+            self._set("choice", _choices(self.choice))
+        if self.regex is not None:
+            _text("regex", self.regex, MAX_REGEX_CHARACTERS)
+        if self.grammar is not None:
+            _check_grammar(self.grammar)
+        self._check_whitespace(given[0])
+
+    def _check_whitespace(self, kind: str) -> None:
+        if self.whitespace_pattern is not None:
+            _text("whitespace_pattern", self.whitespace_pattern, MAX_WHITESPACE_CHARACTERS)
+            if self.disable_any_whitespace:
+                _refuse("whitespace_pattern", "is given beside disable_any_whitespace; only one of them can hold")
+        for name in ("whitespace_pattern", "disable_any_whitespace"):
+            if getattr(self, name) and kind not in ("json", "json_object"):
+                _refuse(name, f"is given beside {kind}; it is about json and json_object")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def kind(self) -> str:
+        """The one of the five that was given."""
+        return next(name for name in _KINDS if getattr(self, name) not in (None, False))
+
+    @classmethod
+    def of(cls, value: object) -> StructuredOutputsParams:
+        """From the parameters themselves or a mapping with their names; None counts as not given.
+
+        Raises:
+            InvalidRequestError: it is neither, a name is unknown, or as the constructor does.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise InvalidRequestError(f"{FIELD} is {_shown(value)}; it must be an object", FIELD)
+        unknown = [name for name in value if name not in _NAMES]
+        if unknown:
+            raise InvalidRequestError(
+                f"{FIELD} has the unknown key {_shown(unknown[0])}; known are {', '.join(sorted(_NAMES))}", FIELD
+            )
+        return cls(**{name: one for name, one in value.items() if one is not None})
+
+
+_NAMES = frozenset(entry.name for entry in fields(StructuredOutputsParams))
+
+
+def _refuse(name: str, problem: str) -> NoReturn:
+    raise InvalidRequestError(f"{FIELD}.{name} {problem}", f"{FIELD}.{name}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _text(name: str, value: object, limit: int) -> str:
+    if not isinstance(value, str):
+        _refuse(name, f"is {_shown(value)}; it must be a string")
+    if not value:
+        _refuse(name, "is empty; it must have at least one character")
+    if len(value) > limit:
+        _refuse(name, f"has {len(value):,} characters; the limit is {limit:,}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        _refuse(name, f"holds the lone surrogate U+{ord(value[error.start]):04X} at position {error.start}")
+    return value
+
+
+def _choices(value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        _refuse("choice", f"is {_shown(value)}; it must be a list of strings")
+    if not 1 <= len(value) <= MAX_CHOICES:
+        _refuse("choice", f"has {len(value):,} entries; it must have 1 to {MAX_CHOICES:,}")
+    choices = tuple(_text(f"choice[{index}]", one, MAX_CHOICE_CHARACTERS) for index, one in enumerate(value))
+    if sum(map(len, choices)) > MAX_CHOICES_CHARACTERS:
+        _refuse("choice", f"has {sum(map(len, choices)):,} characters; the limit is {MAX_CHOICES_CHARACTERS:,}")
+    return choices
+
+
+def _check_grammar(value: object) -> None:
+    text = _text("grammar", value, MAX_GRAMMAR_BYTES)
+    if len(text.encode()) > MAX_GRAMMAR_BYTES:
+        _refuse("grammar", f"has {len(text.encode()):,} bytes; the limit is {MAX_GRAMMAR_BYTES:,}")
+    if bracket_depth(text) > MAX_GRAMMAR_DEPTH:
+        _refuse("grammar", f"nests {bracket_depth(text):,} brackets; the limit is {MAX_GRAMMAR_DEPTH}")
+
+
+def bracket_depth(text: str) -> int:
+    """The greatest number of brackets that are open at once, wherever they stand."""
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+    return deepest
+
+
+def _schema_text(value: object) -> str:
+    """The schema as compact JSON; the order of its properties is kept, for it is the order of the output's."""
+    schema = _parse_schema(value) if isinstance(value, str) else value
+    if not isinstance(schema, Mapping):
+        _refuse("json", f"is {_shown(schema)}; it must be a JSON schema: an object")
+    if "x-guidance" in schema:
+        _refuse("json", "has the key 'x-guidance'; use whitespace_pattern or disable_any_whitespace")
+    _check_values(schema)
+    try:
+        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_no_json)
+    except (TypeError, ValueError, RecursionError) as error:
+        _refuse("json", f"is no JSON: {error}")
+    if len(text) > MAX_SCHEMA_BYTES or len(text.encode(errors="replace")) > MAX_SCHEMA_BYTES:
+        _refuse("json", f"has {len(text.encode(errors='replace')):,} bytes; the limit is {MAX_SCHEMA_BYTES:,}")
+    return _text("json", text, MAX_SCHEMA_BYTES)
+
+
+def _no_json(value: object) -> NoReturn:
+    raise TypeError(f"{_shown(value)} is no JSON value")
+
+
+def _parse_schema(text: str) -> Any:
+    if len(text) > MAX_SCHEMA_BYTES:
+        _refuse("json", f"has {len(text):,} characters; the limit is {MAX_SCHEMA_BYTES:,}")
+    try:
+        return json.loads(text, parse_constant=_no_json)
+    except RecursionError:
+        _refuse("json", f"nests too deeply; the limit is {MAX_SCHEMA_DEPTH}")
+    except (TypeError, ValueError) as error:
+        _refuse("json", f"is no JSON: {error}")
+
+
+def _check_values(schema: Mapping[str, Any]) -> None:
+    """Depth and number of values, without recursion: what is nested too deeply would break whoever recurses."""
+    pending: list[tuple[Any, int]] = [(schema, 1)]
+    count = 0
+    while pending:
+        value, depth = pending.pop()
+        count += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            _refuse("json", f"nests more than {depth - 1} lists and objects; the limit is {MAX_SCHEMA_DEPTH}")
+        if count > MAX_SCHEMA_VALUES:
+            _refuse("json", f"has more than {MAX_SCHEMA_VALUES:,} values; that is the limit")
+        pending.extend((one, depth + 1) for one in _containers(value))
+
+
+def _containers(value: object) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from (one for one in value.values() if isinstance(one, (Mapping, list, tuple)))
+    elif isinstance(value, (list, tuple)):
+        yield from (one for one in value if isinstance(one, (Mapping, list, tuple)))

@@ -1,0 +1,60 @@
+"""From what a caller asks for to the text of a grammar for llguidance. Pure text: nothing is compiled here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pellucid.structured import StructuredOutputsParams
+
+# Between JSON's parts. Bounded: a model that likes line ends would else write nothing but them.
+WHITESPACE = r"( |\n{1,2}[ \t]{0,20})"
+# Every token that fits is allowed, however the tokenizer itself would have cut the text.
+_START = '%llguidance {"no_forcing": true}\nstart: @body\n'
+
+
+def grammar_source(spec: StructuredOutputsParams) -> str:
+    """The grammar in llguidance's own form: JSON with two grammars, of which the first has the settings.
+
+    Raises:
+        ValueError: a GBNF grammar that cannot be read.
+    """
+    body = _BODIES[spec.kind](spec)
+    return json.dumps({"grammars": [{"lark_grammar": _START}, {"name": "body", **body}]})
+
+
+def _json(spec: StructuredOutputsParams) -> dict[str, Any]:
+    schema = {"type": "object"} if spec.json_object else json.loads(str(spec.json))
+    if spec.disable_any_whitespace:
+        schema["x-guidance"] = {"whitespace_flexible": False}
+    else:
+        schema["x-guidance"] = {"whitespace_pattern": spec.whitespace_pattern or WHITESPACE}
+    return {"json_schema": schema}
+
+
+def _regex(spec: StructuredOutputsParams) -> dict[str, Any]:
+    from llguidance import LLMatcher
+
+    made = json.loads(LLMatcher.grammar_from_regex(str(spec.regex)))
+    return {"lark_grammar": made["grammars"][0]["lark_grammar"]}
+
+
+def _choice(spec: StructuredOutputsParams) -> dict[str, Any]:
+    return {"lark_grammar": "start: " + " | ".join(json.dumps(choice) for choice in spec.choice or ())}
+
+
+def _grammar(spec: StructuredOutputsParams) -> dict[str, Any]:
+    text = str(spec.grammar)
+    if "::=" not in text:
+        return {"lark_grammar": text}
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return {"lark_grammar": any_to_lark(text)}
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except Exception as error:  # the library has no type of its own for a grammar without root
+        raise ValueError(str(error)) from None
+
+
+_BODIES = {"json": _json, "json_object": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}

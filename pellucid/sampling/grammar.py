@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,30 +23,40 @@ if TYPE_CHECKING:
 
     from pellucid.text.tokenizer import Tokenizer
 
-MAX_CACHED_GRAMMARS = 128
+MAX_CACHED_GRAMMARS = 64
 # Made from lists of texts within narrow caps: nothing in them can explode.
 _NEEDS_NO_TRIAL = ("choice", "json_object")
 
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
 class CompiledGrammar:
-    """A grammar over one vocabulary. Immutable to its users; safe to share between threads."""
+    """A grammar over one vocabulary. Immutable to its users; safe to share between threads.
 
-    spec: StructuredOutputsParams
-    vocab_size: int
-    _pristine: LLMatcher = field(repr=False, compare=False)
-    _lock: Lock = field(repr=False, compare=False, default_factory=Lock)
+    Copies of llguidance's matcher share the states of its lexer, of which there may only be so many. When they are used up the
+    grammar is built anew, so that no output depends on what others have used up.
+    """
+
+    def __init__(self, spec: StructuredOutputsParams, vocab_size: int, build: Callable[[], LLMatcher]) -> None:
+        self.spec, self.vocab_size = spec, vocab_size
+        self._build, self._pristine = build, build()
+        self._lock = Lock()
+        self._generation = 0
 
     def matcher(self, output_token_ids: Sequence[int] = ()) -> GrammarMatcher:
         """A matcher for one output, which has these tokens already."""
-        with self._lock:
-            copy = self._pristine.deep_copy()
-        made = GrammarMatcher(copy, self.vocab_size)
+        made = GrammarMatcher(self)
         for token_id in output_token_ids:
             made.accept(token_id)
         return made
+
+    def copy(self, *, unlike: int | None = None) -> tuple[LLMatcher, int]:
+        """llguidance's matcher at the beginning, and the number of its generation: another one than `unlike`."""
+        with self._lock:
+            if self._generation == unlike:
+                self._pristine = self._build()
+                self._generation += 1
+            return self._pristine.deep_copy(), self._generation
 
 
 class GrammarMatcher:
@@ -58,41 +67,50 @@ class GrammarMatcher:
     stays: the mask is then empty and `error` says why.
     """
 
-    __slots__ = ("_address", "_matcher", "_num_bytes", "error", "is_complete", "mask")
+    __slots__ = ("_accepted", "_address", "_generation", "_grammar", "_matcher", "error", "is_complete", "mask")
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
-        self.mask: npt.NDArray[np.uint32] = np.zeros((vocab_size + 31) // 32, np.uint32)
-        self._address, self._num_bytes = self.mask.ctypes.data, self.mask.nbytes
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        self._grammar = grammar
+        self._matcher, self._generation = grammar.copy()
+        self._accepted: list[int] = []
+        self.mask: npt.NDArray[np.uint32] = np.zeros((grammar.vocab_size + 31) // 32, np.uint32)
+        self._address = self.mask.ctypes.data
         self.is_complete = False
         self.error: str | None = None
 
     def fill(self) -> None:
         """Brings `mask` and `is_complete` to where the output stands."""
         if self.error is None:
-            self._try(lambda: self._matcher.unsafe_compute_mask_ptr(self._address, self._num_bytes))
-            self.is_complete = self.error is None and bool(self._matcher.is_stopped())
+            self._do(lambda: self._matcher.unsafe_compute_mask_ptr(self._address, self.mask.nbytes))
         if self.error is not None:
             self.mask[:] = 0
 
     def accept(self, token_id: int) -> bool:
         """Takes the output's next token. False when it does not fit; what follows the end of the output is passed over."""
         if self.error is None and not self.is_complete:
-            self._try(lambda: self._matcher.consume_token(token_id))
-            self.is_complete = self.error is None and bool(self._matcher.is_stopped())
+            self._do(lambda: self._matcher.consume_token(token_id))
+            self._accepted.append(token_id)
         return self.error is None
 
-    def _try(self, call: Callable[[], object]) -> None:
-        """An error of the library is this output's alone."""
+    def _do(self, call: Callable[[], object]) -> None:
+        """An error is this output's alone, once it has come on a lexer of its own too."""
+        problem = self._problem_of(call)
+        if problem is not None:
+            self._matcher, self._generation = self._grammar.copy(unlike=self._generation)
+            self._problem_of(lambda: self._matcher.consume_tokens(self._accepted))
+            problem = self._problem_of(call)
+        if problem is not None:
+            self.error = f"{FIELD} cannot go on: {problem}"
+        self.is_complete = problem is None and bool(self._matcher.is_stopped())
+
+    def _problem_of(self, call: Callable[[], object]) -> str | None:
         try:
             call()
-            problem = first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+            return first_line(self._matcher.get_error()) if self._matcher.is_error() else None
         except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
             raise
         except BaseException as error:  # a panic in the library is not an Exception
-            problem = str(error)[:300]
-        if problem is not None:
-            self.error = f"{FIELD} cannot go on: {problem}"
+            return str(error)[:300]
 
 
 class _Vocabulary:
@@ -185,9 +203,11 @@ def _compile(
     vocabulary = _tokenizer(tokenizer, vocab_size, eos)
     special = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_token_ids}
     problem = None if spec.kind in _NEEDS_NO_TRIAL else _TRIAL.run(spec, vocab_size, special)
-    if problem is None:
-        matcher = LLMatcher(vocabulary, grammar_source(spec), log_level=0, limits=LLParserLimits(**LIMITS))
-        first = GrammarMatcher(matcher, vocab_size)
-        first.fill()
-        problem = first.error or (None if first.mask.any() else "no text satisfies it")
-    return CompiledGrammar(spec, vocab_size, matcher) if problem is None else f"{FIELD}.{spec.kind}: {problem}"
+    if problem is not None:
+        return f"{FIELD}.{spec.kind}: {problem}"
+    source, limits = grammar_source(spec), LLParserLimits(**LIMITS)
+    grammar = CompiledGrammar(spec, vocab_size, lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits))
+    first = grammar.matcher()
+    first.fill()
+    problem = first.error or (None if first.mask.any() else "no text satisfies it")
+    return grammar if problem is None else f"{FIELD}.{spec.kind}: {problem}"

@@ -266,7 +266,7 @@ def test_matcher_when_it_fails_midway_then_its_request_alone_ends_with_error(
         victims.append(self) if not victims else None
         calls[id(self)] = calls.get(id(self), 0) + 1
         if self is victims[0] and calls[id(self)] == 5:
-            self._try(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+            self._do(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
         return real(self, *given)
 
     monkeypatch.setattr(GrammarMatcher, where, failing)

@@ -259,6 +259,25 @@ def test_matcher_when_given_a_token_that_does_not_fit_then_error_that_stays_and_
     assert whole.is_complete
 
 
+def test_matcher_when_others_have_used_up_the_lexer_then_its_masks_are_those_of_a_fresh_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = byte_level()
+    monkeypatch.setitem(grammar_module.LIMITS, "max_lexer_states", 600)
+    a, b = (tokens_of(tokenizer, letter)[0] for letter in "ab")
+    compiled = compile_grammar(structure(regex="[ab]*a[ab]{9}c"), tokenizer)
+    draw = np.random.default_rng(1)
+    for _ in range(30):
+        matcher, plain = compiled.matcher(), []
+        for bit in draw.integers(0, 2, 60):
+            matcher.fill()
+            assert matcher.error is None
+            assert set(bits_of(compiled, plain)) >= {a, b}
+            plain.append(int((a, b)[bit]))
+            assert matcher.accept(plain[-1])
+    assert compiled._generation > 0
+
+
 def test_matcher_when_the_text_is_complete_then_only_ends_and_they_may_repeat() -> None:
     tokenizer = byte_level()
     matcher = compile_grammar(structure(choice=["ab"]), tokenizer).matcher(tokens_of(tokenizer, "ab"))

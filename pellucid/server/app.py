@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 import pellucid
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError
-from pellucid.server import metrics
+from pellucid.server import embeddings, metrics
 from pellucid.server.access import Access
 from pellucid.server.answers import stream_events
 from pellucid.server.body import read_json
@@ -24,10 +24,12 @@ from pellucid.server.context import ServerContext
 from pellucid.server.errors import HttpError, plain_error
 from pellucid.server.gate import Gate
 from pellucid.server.generation import Generation
+from pellucid.server.job import Job
 from pellucid.server.openapi import json_body, publish
 from pellucid.server.protocol_base import Strict, shown
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
+from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.settings import ServerSettings
 from pellucid.server.sse import EventStream, JsonResponse, unless_gone
@@ -90,6 +92,7 @@ class _Endpoints:
         return [
             ("/v1/chat/completions", self.chat_completions, ChatCompletionRequest),
             ("/v1/completions", self.completions, CompletionRequest),
+            ("/v1/embeddings", self.embeddings, EmbeddingRequest),
             ("/tokenize", self.tokenize, TokenizeRequest),
             ("/detokenize", self.detokenize, DetokenizeRequest),
         ]
@@ -145,6 +148,22 @@ class _Endpoints:
         if request.stream:
             return EventStream(lambda: stream_events(generation, answer, request))
         return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
+
+    async def embeddings(self, http: Request) -> Response:
+        """A vector for each input."""
+        context = self._context
+        request = await self._read(http, EmbeddingRequest)
+        special = True if request.add_special_tokens is None else request.add_special_tokens
+        prompts = [
+            prompt if isinstance(prompt, list) else await context.prompts.encode(prompt, add_special_tokens=special)
+            for prompt in request.prompts()
+        ]
+        wanted = embeddings.wanted_rows(request, prompts, self._engine.model.hidden_size)
+        name = context.job_name(http, request.request_id)
+        job = Job(name, prompts, embeddings.ONE_TOKEN, request.priority or 0, None, False, tuple(wanted))
+        generation = await context.generator.submit(job)
+        outputs = await self._whole(http, generation)
+        return JsonResponse(embeddings.answer(request, request.model or context.names[0], outputs, generation.usage))
 
     async def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """(ids of each prompt, its text where it is echoed)"""

@@ -10,6 +10,7 @@ from pellucid.server.answers import Identity, finish_fields
 from pellucid.server.generation import Delta, Usage
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.protocol_chat import ChatCompletionRequest
+from pellucid.server.states import state_fields
 
 CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
 
@@ -59,13 +60,13 @@ class ChatAnswer:
         """What is new in a choice."""
         choice: dict[str, Any] = {
             "index": delta.index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": {**({"content": delta.text} if delta.text else {}), **state_fields(delta, self._request)},
             "logprobs": None if delta.logprobs is None else self._chat_logprobs(delta.token_ids, delta.logprobs),
             **finish_fields(delta.finish_reason, delta.stop_reason),
         }
         if self._request.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        elif not delta.text and delta.logprobs is None and delta.finish_reason is None:
+        elif not delta.text and delta.logprobs is None and delta.finish_reason is None and delta.hidden_states is None:
             return
         yield {**self._head, "choices": [choice]}
 
@@ -76,7 +77,12 @@ class ChatAnswer:
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": output.index,
-            "message": {"role": "assistant", "content": self._prefix + output.text, "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": self._prefix + output.text,
+                "refusal": None,
+                **state_fields(output, self._request),
+            },
             "logprobs": None if output.logprobs is None else self._chat_logprobs(output.token_ids, output.logprobs),
             **finish_fields(output.finish_reason, output.stop_reason),
         }

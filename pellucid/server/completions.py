@@ -10,6 +10,7 @@ from pellucid.server.answers import Identity, finish_fields
 from pellucid.server.generation import Delta, Usage
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.protocol_completions import CompletionRequest
+from pellucid.server.states import state_fields
 
 KIND = "text_completion"
 
@@ -53,13 +54,15 @@ class CompletionAnswer:
         """What is new in a choice."""
         alone = self._request.echoes_alone
         text = "" if alone else delta.text
-        if not text and delta.logprobs is None and delta.finish_reason is None and not self._request.return_token_ids:
+        is_empty = not text and delta.logprobs is None and delta.finish_reason is None and delta.hidden_states is None
+        if is_empty and not self._request.return_token_ids:
             return
         choice: dict[str, Any] = {
             "index": delta.index,
             "text": text,
             "logprobs": None if delta.logprobs is None else self._chunk_logprobs(delta),
             **finish_fields(delta.finish_reason, delta.stop_reason),
+            **state_fields(delta, self._request),
         }
         if self._request.return_token_ids:
             choice["token_ids"] = [] if alone else delta.token_ids
@@ -78,6 +81,7 @@ class CompletionAnswer:
             "text": self._echo(number) + ("" if alone else choice.text),
             "logprobs": None if choice.logprobs is None else self._choice_logprobs(output, choice),
             **finish_fields("length" if alone else choice.finish_reason, None if alone else choice.stop_reason),
+            **state_fields(choice, self._request),
         }
         if self._request.prompt_logprobs is not None:
             shown["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)

@@ -20,6 +20,7 @@ from pellucid.server.metrics import Metrics
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings
+from pellucid.server.states import wanted_states
 from pellucid.server.tracing import Tracing
 
 MAX_CHOICES = 1024  # of one HTTP request
@@ -85,12 +86,29 @@ class ServerContext:
                 f"{len(prompts):,} prompts of n {params.n} are {len(prompts) * params.n:,} choices; the limit is {MAX_CHOICES:,}",
                 "n",
             )
-        name = request.request_id
-        if name is None:
-            name = http.state.request_id if "x-request-id" not in http.headers else _unique(http.state.request_id)
-        elif self.generator.is_running(name):
-            raise InvalidRequestError(f"request_id {name!r} is in use", "request_id")
-        return Job(name, prompts, params, request.priority or 0, request.cache_salt, bool(request.stream))
+        name = self.job_name(http, request.request_id)
+        wanted = wanted_states(request)
+        return Job(
+            name,
+            prompts,
+            params,
+            request.priority or 0,
+            request.cache_salt,
+            bool(request.stream),
+            () if wanted is None else (wanted,) * len(prompts),
+        )
+
+    def job_name(self, http: Request, asked: str | None) -> str:
+        """The name that was asked for, else one that carries the HTTP request's id.
+
+        Raises:
+            InvalidRequestError: a job of this name runs.
+        """
+        if asked is None:
+            return http.state.request_id if "x-request-id" not in http.headers else _unique(http.state.request_id)
+        if self.generator.is_running(asked):
+            raise InvalidRequestError(f"request_id {asked!r} is in use", "request_id")
+        return asked
 
     def identity(self, prefix: str, request_id: str, model: str | None) -> Identity:
         """Of an answer."""

@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
+
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import PellucidError
 from pellucid.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
@@ -31,6 +34,8 @@ class Delta:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    hidden_states: npt.NDArray[np.float32] | None = None
+    hidden_states_positions: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ class Generation:
     async def submit(self) -> None:
         """Queues every prompt."""
         job = self.job
-        for engine_id, prompt in zip(job.engine_ids, job.prompts, strict=True):
+        wanted = job.hidden_states or (None,) * len(job.prompts)
+        for engine_id, prompt, hidden_states in zip(job.engine_ids, job.prompts, wanted, strict=True):
             await self._engine.submit(
                 prompt,
                 job.params,
@@ -128,6 +134,7 @@ class Generation:
                 priority=job.priority,
                 cache_salt=job.cache_salt,
                 stream=job.stream,
+                hidden_states=hidden_states,
             )
             self._submitted.append(engine_id)
         timeout = self._generator.request_timeout
@@ -235,5 +242,12 @@ class Generation:
 
 def _delta(chunk: StreamChunk, first_index: int) -> Delta:
     return Delta(
-        first_index + chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason, chunk.stop_reason
+        first_index + chunk.index,
+        chunk.text,
+        chunk.token_ids,
+        chunk.logprobs,
+        chunk.finish_reason,
+        chunk.stop_reason,
+        chunk.hidden_states,
+        chunk.hidden_states_positions,
     )

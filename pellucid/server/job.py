@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from pellucid.hidden import HiddenStatesParams
 from pellucid.params import SamplingParams
 
 
@@ -18,6 +19,7 @@ class Job:
     priority: int = 0
     cache_salt: str | None = None
     stream: bool = True  # deltas are read; without it only the whole
+    hidden_states: tuple[HiddenStatesParams, ...] = ()  # of each prompt; none: nobody wants any
     arrived: float = field(default_factory=time.perf_counter)
 
     @property

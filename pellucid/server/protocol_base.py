@@ -39,6 +39,7 @@ Integer = Annotated[int | None, SkipValidation]
 Flag = Annotated[bool | None, SkipValidation]
 Texts = Annotated[str | list[str] | None, SkipValidation]
 TokenIds = Annotated[list[int] | None, SkipValidation]
+Positions = Annotated[list[int] | None, SkipValidation]
 Biases = Annotated[dict[str, float] | None, SkipValidation]
 
 
@@ -102,16 +103,28 @@ class RequestFields(SamplingFields):
     )
     return_token_ids: bool | None = Field(None, description="Adds prompt_token_ids and each choice's token_ids.")
     user: str | None = Field(None, max_length=512, description="The caller's own label; it changes nothing.")
+    return_hidden_states: Flag = Field(
+        None, description="Adds hidden_states: what the head read to choose the last token, float32."
+    )
+    hidden_states_for_tokens: Positions = Field(
+        None, description="Rows by position in prompt + output; negative ones count from the last row. Rows, then."
+    )
+    hidden_states_layers: Positions = Field(
+        None, description="0: the embedding's output, i: behind block i, -1: what the head reads. Rows x layers, then."
+    )
+    hidden_states_format: Annotated[str | None, SkipValidation] = Field(
+        None, description="float (the default) or base64: little-endian, with hidden_states_shape and _dtype beside it."
+    )
+    hidden_states_stream: Flag = Field(
+        None, description="While streaming, each chunk has a row for each of its tokens."
+    )
 
     # Fields that are known and of which only these values can be honoured: (values, why no others).
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
     @model_validator(mode="after")
     def _check_refused(self) -> RequestFields:
-        for name, (allowed, why) in self.REFUSED.items():
-            value = getattr(self, name)
-            if not any(value == one and type(value) is type(one) for one in allowed):
-                raise InvalidRequestError(f"{name} is {shown(value)}; {why}", name)
+        check_refused(self, self.REFUSED)
         return self
 
     @model_validator(mode="after")
@@ -126,6 +139,14 @@ class RequestFields(SamplingFields):
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs cannot be streamed: leave out stream", "prompt_logprobs")
         return self
+
+
+def check_refused(request: Strict, refused: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Raises InvalidRequestError for a field with another value than those that can be honoured."""
+    for name, (allowed, why) in refused.items():
+        value = getattr(request, name)
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            raise InvalidRequestError(f"{name} is {shown(value)}; {why}", name)
 
 
 def shown(value: object) -> str:

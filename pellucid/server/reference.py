@@ -16,6 +16,7 @@ from pellucid.server.metrics import METRICS
 from pellucid.server.protocol_base import StreamOptions
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
+from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.settings import ServerSettings
 
@@ -24,6 +25,7 @@ _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("POST /v1/chat/completions", ChatCompletionRequest),
     ("A message", Message),
     ("POST /v1/completions", CompletionRequest),
+    ("POST /v1/embeddings", EmbeddingRequest),
     ("stream_options", StreamOptions),
     ("POST /tokenize", TokenizeRequest),
     ("POST /detokenize", DetokenizeRequest),

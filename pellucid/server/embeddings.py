@@ -1,0 +1,60 @@
+"""/v1/embeddings: inputs to vectors, pooled from the rows that the head would read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pellucid.errors import InvalidRequestError
+from pellucid.hidden import HiddenStatesParams
+from pellucid.outputs import RequestOutput
+from pellucid.params import SamplingParams
+from pellucid.server.generation import Usage
+from pellucid.server.protocol_embeddings import EmbeddingRequest
+from pellucid.server.states import to_base64
+
+F32 = npt.NDArray[np.float32]
+# The one token that ends a request behind its prompt; it is not looked at.
+ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1)
+
+
+def wanted_rows(
+    request: EmbeddingRequest, prompts: Sequence[Sequence[int]], hidden_size: int
+) -> list[HiddenStatesParams]:
+    """The rows that each input's embedding is pooled from.
+
+    Raises:
+        InvalidRequestError: `dimensions` is not the model's width.
+    """
+    if request.dimensions is not None and request.dimensions != hidden_size:
+        raise InvalidRequestError(
+            f"dimensions is {request.dimensions:,}; embeddings are not cut: it must be {hidden_size:,}", "dimensions"
+        )
+    if request.pooling == "last":
+        return [HiddenStatesParams((-1,)) for _ in prompts]
+    return [HiddenStatesParams(tuple(range(len(prompt)))) for prompt in prompts]
+
+
+def pooled(rows_RD: F32, normalize: bool) -> F32:
+    """The mean of the rows, in float64 so that its rounding is the last; scaled to length 1 where that is wanted."""
+    mean_D = rows_RD.astype(np.float64).mean(axis=0)
+    length = float(np.linalg.norm(mean_D))
+    return (mean_D / length if normalize and length > 0 else mean_D).astype(np.float32)
+
+
+def answer(request: EmbeddingRequest, model: str, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
+    """OpenAI's list of embeddings, in the order of the inputs."""
+    normalize = True if request.normalize is None else request.normalize
+    data = []
+    for index, output in enumerate(outputs):
+        states = output.outputs[0].hidden_states
+        if states is None:
+            raise RuntimeError(f"input {index} has no rows")
+        vector = pooled(states, normalize)
+        shown = to_base64(vector) if request.encoding_format == "base64" else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": shown})
+    tokens = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": tokens}

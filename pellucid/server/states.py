@@ -1,0 +1,67 @@
+"""Hidden states in a request and in an answer."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pellucid.errors import InvalidRequestError
+from pellucid.hidden import HiddenStatesParams
+from pellucid.outputs import CompletionOutput
+from pellucid.server.generation import Delta
+from pellucid.server.protocol_base import RequestFields, shown
+
+F32 = npt.NDArray[np.float32]
+Format = Literal["float", "base64"]
+FORMATS: tuple[Format, ...] = ("float", "base64")
+
+
+def wanted_states(request: RequestFields) -> HiddenStatesParams | None:
+    """What the fields of a request ask for.
+
+    Raises:
+        InvalidRequestError: naming the field.
+    """
+    flag = False if request.return_hidden_states is None else request.return_hidden_states
+    streamed = False if request.hidden_states_stream is None else request.hidden_states_stream
+    if request.hidden_states_format is not None and request.hidden_states_format not in FORMATS:
+        raise InvalidRequestError(
+            f"hidden_states_format is {shown(request.hidden_states_format)}; it must be one of: {', '.join(FORMATS)}",
+            "hidden_states_format",
+        )
+    found = HiddenStatesParams.from_request(
+        flag, request.hidden_states_for_tokens, request.hidden_states_layers, streamed
+    )
+    if found is not None and found.stream and not request.stream:
+        raise InvalidRequestError("hidden_states_stream is true, but stream is not", "hidden_states_stream")
+    return found
+
+
+def state_fields(source: CompletionOutput | Delta, request: RequestFields) -> dict[str, Any]:
+    """`hidden_states` and what stands beside it; nothing where there are none."""
+    if source.hidden_states is None:
+        return {}
+    states = np.asarray(source.hidden_states, np.float32)
+    fields = encoded(states, "base64" if request.hidden_states_format == "base64" else "float")
+    if source.hidden_states_positions is not None:
+        fields["hidden_states_positions"] = source.hidden_states_positions
+    return fields
+
+
+def encoded(states: F32, form: Format) -> dict[str, Any]:
+    """Lists of numbers that read back to the same bits, or little-endian float32 with shape and dtype beside it."""
+    if form == "float":
+        return {"hidden_states": states.tolist()}
+    return {
+        "hidden_states": to_base64(states),
+        "hidden_states_shape": list(states.shape),
+        "hidden_states_dtype": "float32",
+    }
+
+
+def to_base64(values: F32) -> str:
+    """The bytes of little-endian float32."""
+    return base64.b64encode(values.astype("<f4", copy=False).tobytes()).decode()

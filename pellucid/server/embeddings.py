@@ -42,7 +42,8 @@ def pooled(rows_RD: F32, normalize: bool) -> F32:
     """The mean of the rows, in float64 so that its rounding is the last; scaled to length 1 where that is wanted."""
     mean_D = rows_RD.astype(np.float64).mean(axis=0)
     length = float(np.linalg.norm(mean_D))
-    return (mean_D / length if normalize and length > 0 else mean_D).astype(np.float32)
+    scaled_D: F32 = (mean_D / length if normalize and length > 0 else mean_D).astype(np.float32)
+    return scaled_D
 
 
 def answer(request: EmbeddingRequest, model: str, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:

@@ -121,6 +121,51 @@ def run(
 
 
 @app.command()
+@with_options(sampling_parameters(), engine_parameters())
+def capture(
+    file: Annotated[str, typer.Argument(help="JSON lines with prompt or messages each; - for standard input.")],
+    names: Annotated[
+        list[str],
+        typer.Option("--capture", "-c", help="An activation, with * between dots; may be given more than once."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the shards; a run that was stopped goes on.")
+    ],
+    model: Model = None,
+    capture_dtype: Annotated[str, typer.Option("--capture-dtype", help="float32 or float16.")] = "float32",
+    shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="A shard is written at so many megabytes.")] = 256,
+    **options: Any,
+) -> None:
+    """Keep activations of a file of prompts: safetensors shards with a row for each token, at full batches.
+
+    Rows of prompts alone unless --max-tokens says more than 1. `pellucid info MODEL --activations` lists the names.
+    """
+    from pellucid.commands.capture import capture_jsonl
+    from pellucid.commands.jsonl import line_progress
+    from pellucid.commands.load import loaded, sampling_defaults
+
+    with _opened(file) as source, loaded(model, options) as llm:
+        defaults = {**sampling_defaults(llm, options), "max_tokens": options.get("max_tokens") or 1}
+        advance, done = line_progress(file)
+        try:
+            failed = capture_jsonl(
+                llm,
+                source,
+                output,
+                names,
+                defaults,
+                dtype=capture_dtype,
+                shard_bytes=shard_mb * 1_000_000,
+                advance=advance,
+            )
+        finally:
+            done()
+    if failed:
+        print(f"{failed} lines were refused or failed: errors.jsonl says why", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 @with_options(server_parameters(), engine_parameters())
 def serve(
     model: Annotated[str | None, typer.Argument(help="As for generate; a small model by default.")] = None,

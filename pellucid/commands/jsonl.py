@@ -37,7 +37,7 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
     """
     client, failed = llm.client, 0
     pending: deque[Line] = deque()
-    lines = _submitted(llm, source, defaults)
+    lines = submitted(llm, source, defaults)
     capacity = LOOKAHEAD + 2 * llm.config.max_num_seqs
     exhausted = False
     while not exhausted or pending:
@@ -48,7 +48,7 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
                 pending.append(line)
         if client.has_unfinished:
             client.step()
-        while pending and _is_done(client, pending[0]):
+        while pending and is_done(client, pending[0]):
             result = _result(client, pending.popleft())
             failed += "error" in result
             # Other encodings may lack a character; JSON can spell all of them.
@@ -59,20 +59,23 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
     return failed
 
 
-def _submitted(llm: LLM, source: BinaryIO, defaults: dict[str, Any]) -> Iterator[Line]:
+def submitted(
+    llm: LLM, source: BinaryIO, defaults: dict[str, Any], *, first_line: int = 1, **options: Any
+) -> Iterator[Line]:
+    """Lines from `first_line` on, each submitted when it is asked for, with `options` of `EngineClient.submit`."""
     for number, raw in enumerate(source, start=1):
-        if not raw.strip():
+        if not raw.strip() or number < first_line:
             continue
         try:
             request = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            yield Line(number, request_id=_submit(llm, request, defaults))
+            yield Line(number, request_id=_submit(llm, request, defaults, options))
         except RecursionError:
             yield Line(number, error="the line is nested too deeply")
         except (PellucidError, ValueError, TypeError) as error:
             yield Line(number, error=str(error))
 
 
-def _submit(llm: LLM, request: Any, defaults: dict[str, Any]) -> str:
+def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: dict[str, Any]) -> str:
     if not isinstance(request, dict):
         raise TypeError(f"a line must be a JSON object; it is a {type(request).__name__}")
     given = [key for key in _OWN_KEYS if key in request]
@@ -85,10 +88,11 @@ def _submit(llm: LLM, request: Any, defaults: dict[str, Any]) -> str:
         prompt = llm.get_tokenizer().encode_chat(request["messages"])
     elif not isinstance(prompt, (str, list)):
         raise TypeError(f"prompt is {prompt!r}; it must be a text or a list of token ids")
-    return llm.client.submit(prompt, params)
+    return llm.client.submit(prompt, params, **options)
 
 
-def _is_done(client: EngineClient, line: Line) -> bool:
+def is_done(client: EngineClient, line: Line) -> bool:
+    """True when the line's request has ended, or never began."""
     return line.request_id is None or client.is_finished(line.request_id)
 
 

@@ -6,6 +6,8 @@ which the tensors cover without gap or overlap (https://huggingface.co/docs/safe
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,46 @@ def open_safetensors(path: str | Path) -> dict[str, TensorView]:
         spans.append((begin, end, name))
     check_spans(path, spans, contiguous_to=data.size)
     return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The notes in a file's header; empty when it has none. Raises as `open_safetensors`."""
+    path = Path(path)
+    buffer = map_file(path)
+    length = int.from_bytes(buffer[:8].tobytes(), "little")
+    if buffer.size < 8 or length > min(MAX_HEADER_BYTES, buffer.size - 8):
+        raise format_error(path, "header length", length, f"the file has {buffer.size} bytes")
+    notes = parse_json(path, buffer[8 : 8 + length].tobytes()).get("__metadata__", {})
+    return {str(name): str(value) for name, value in notes.items()} if isinstance(notes, dict) else {}
+
+
+_WRITTEN_DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64"}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Writes a file whole or not at all: under a temporary name beside it, then renamed.
+
+    Raises:
+        KeyError: a tensor has another dtype than float32, float16, int32 or int64.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _WRITTEN_DTYPES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    draft = path.with_name(f".{path.name}.draft")
+    with open(draft, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).data)
+    draft.replace(path)
 
 
 def _shard_names(path: Path) -> dict[str, str]:

@@ -1,0 +1,167 @@
+"""`pellucid capture`: activations for a file of prompts, as safetensors shards: what probes, sparse autoencoders and drafts are made from.
+
+A shard has a tensor [rows, width] for each activation, `token_ids` [rows] (the input token of each row), `offsets` [prompts + 1] (where the
+rows of each prompt begin) and `lines` [prompts] (its line in the input, from 1). Lines stand in order; a line that failed is in
+`errors.jsonl`. Of several choices the first is kept. A run that was stopped goes on behind its last whole shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+import pellucid
+from pellucid.commands.jsonl import LOOKAHEAD, Line, is_done, submitted
+from pellucid.entrypoints.llm import LLM
+from pellucid.errors import ConfigError, InvalidRequestError
+from pellucid.hidden import CaptureParams
+from pellucid.outputs import RequestOutput
+from pellucid.weights.safetensors import open_safetensors, read_metadata, write_safetensors
+
+ERRORS = "errors.jsonl"
+DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
+_SHARD = "shard-{:05d}.safetensors"
+
+
+class ShardWriter:
+    """Shards of one run. `first_line` is where it begins: behind what a run before has written.
+
+    Raises:
+        ConfigError: the folder holds shards of another model, or of other activations or parameters.
+    """
+
+    def __init__(self, folder: Path, metadata: dict[str, str], dtype: str, shard_bytes: int) -> None:
+        self._folder, self._metadata = folder, {**metadata, "dtype": dtype}
+        self._dtype, self._shard_bytes = DTYPES[dtype], shard_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.first_line, self._number = self._resume()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._values: dict[str, list[npt.NDArray[Any]]] = {}
+        self._token_ids: list[int] = []
+        self._offsets, self._lines, self._bytes = [0], list[int](), 0
+
+    def _resume(self) -> tuple[int, int]:
+        number, line = 0, 0
+        while (path := self._folder / _SHARD.format(number)).exists():
+            found = read_metadata(path)
+            for name, value in self._metadata.items():
+                if found.get(name) != value:
+                    raise ConfigError(
+                        f"{path} has {name} {found.get(name)!r}; this run has {value!r}: choose another folder"
+                    )
+            lines = open_safetensors(path)["lines"].data.view(np.int64)
+            number, line = number + 1, int(lines[-1])
+        return line + 1, number
+
+    def add(self, line: int, output: RequestOutput) -> None:
+        """Takes the rows of a line; writes a shard when it is full."""
+        choice = output.outputs[0]
+        for name, rows in (choice.captured or {}).items():
+            values = np.asarray(rows).astype(self._dtype, copy=False)
+            self._values.setdefault(name, []).append(values)
+            self._bytes += values.nbytes
+        self._token_ids += [*output.prompt_token_ids, *choice.token_ids][:-1]
+        self._offsets.append(len(self._token_ids))
+        self._lines.append(line)
+        if self._bytes >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has been taken, if anything."""
+        if not self._lines:
+            return
+        tensors: dict[str, npt.NDArray[Any]] = {name: np.concatenate(rows) for name, rows in self._values.items()}
+        tensors["token_ids"] = np.array(self._token_ids, np.int32)
+        tensors["offsets"] = np.array(self._offsets, np.int64)
+        tensors["lines"] = np.array(self._lines, np.int64)
+        write_safetensors(self._folder / _SHARD.format(self._number), tensors, self._metadata)
+        self._number += 1
+        self._begin()
+
+
+def capture_jsonl(
+    llm: LLM,
+    source: BinaryIO,
+    folder: Path,
+    names: list[str],
+    defaults: dict[str, Any],
+    *,
+    dtype: str,
+    shard_bytes: int,
+    advance: Callable[[], None],
+) -> int:
+    """Captures `names` for every line; gives the number of lines that were refused or failed.
+
+    Raises:
+        ConfigError: as `ShardWriter`, or a dtype that is unknown.
+        InvalidRequestError: a name stands for no activation.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"capture dtype is {dtype!r}; it must be one of: {', '.join(DTYPES)}")
+    wanted = CaptureParams.from_request(names)
+    limits = llm.engine.checker.hidden_states
+    if wanted is None or limits is None:
+        raise InvalidRequestError("capture needs names, and an engine that hands out hidden states", "capture")
+    resolved = wanted.resolve(1, 1, limits)
+    metadata = {
+        "pellucid": pellucid.__version__,
+        "model": llm.config.model,
+        "fingerprint": llm.engine.executor.model.fingerprint,
+        "activations": json.dumps(resolved),
+        "sampling": json.dumps(defaults, sort_keys=True, default=str),
+    }
+    writer = ShardWriter(folder, metadata, dtype, shard_bytes)
+    with open(folder / ERRORS, "a", encoding="utf-8") as errors:
+        return _capture(llm, source, CaptureParams(resolved), defaults, writer, errors.write, advance)
+
+
+def _capture(
+    llm: LLM,
+    source: BinaryIO,
+    wanted: CaptureParams,
+    defaults: dict[str, Any],
+    writer: ShardWriter,
+    write_error: Callable[[str], object],
+    advance: Callable[[], None],
+) -> int:
+    client, failed = llm.client, 0
+    lines = submitted(llm, source, defaults, first_line=writer.first_line, stream=False, capture=wanted)
+    pending: deque[Line] = deque()
+    capacity, exhausted = LOOKAHEAD + 2 * llm.config.max_num_seqs, False
+    while not exhausted or pending:
+        while not exhausted and len(pending) < capacity:
+            line = next(lines, None)
+            exhausted = line is None
+            if line is not None:
+                pending.append(line)
+        if client.has_unfinished:
+            client.step()
+        while pending and is_done(client, pending[0]):
+            problem = _take(llm, pending[0], writer)
+            if problem is not None:
+                failed += 1
+                write_error(json.dumps({"line": pending[0].number, "error": problem}) + "\n")
+            pending.popleft()
+            advance()
+    writer.flush()
+    return failed
+
+
+def _take(llm: LLM, line: Line, writer: ShardWriter) -> str | None:
+    """Hands a line's rows on; what went wrong, if anything."""
+    if line.request_id is None:
+        return line.error or "the line could not be read"
+    output = llm.client.collect(line.request_id)
+    llm.client.release(line.request_id)
+    if output is None or output.outputs[0].captured is None:
+        return (output and output.outputs[0].error) or "the request has no rows"
+    writer.add(line.number, output)
+    return None

@@ -36,7 +36,7 @@ from pellucid.engine.streams import RequestStream
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
 from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -114,6 +114,7 @@ class AsyncLLMEngine:
         cache_salt: str | None = None,
         stream: bool = True,
         hidden_states: HiddenStatesParams | None = None,
+        capture: CaptureParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` its watchers get it whole, when it has ended: that is cheaper.
 
@@ -122,7 +123,9 @@ class AsyncLLMEngine:
             QueueFullError: as many wait as may; `retry_after` says when to try again.
             EngineDrainingError, EngineDeadError: nothing more is taken.
         """
-        return (await self._submit(prompt, params, request_id, priority, cache_salt, stream, hidden_states)).request_id
+        return (
+            await self._submit(prompt, params, request_id, priority, cache_salt, stream, hidden_states, capture)
+        ).request_id
 
     async def stream(
         self,
@@ -133,9 +136,10 @@ class AsyncLLMEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         hidden_states: HiddenStatesParams | None = None,
+        capture: CaptureParams | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
-        stream = await self._submit(prompt, params, request_id, priority, cache_salt, True, hidden_states)
+        stream = await self._submit(prompt, params, request_id, priority, cache_salt, True, hidden_states, capture)
         try:
             async with aclosing(self._watch(stream)) as chunks:
                 async for chunk in chunks:
@@ -152,9 +156,10 @@ class AsyncLLMEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         hidden_states: HiddenStatesParams | None = None,
+        capture: CaptureParams | None = None,
     ) -> RequestOutput:
         """The output of one request, of which nothing is kept. A caller who is cancelled cancels it. Raises as `submit`."""
-        stream = await self._submit(prompt, params, request_id, priority, cache_salt, False, hidden_states)
+        stream = await self._submit(prompt, params, request_id, priority, cache_salt, False, hidden_states, capture)
         try:
             return await self._wait(stream)
         finally:
@@ -284,16 +289,19 @@ class AsyncLLMEngine:
         cache_salt: str | None,
         is_stream: bool,
         hidden_states: HiddenStatesParams | None,
+        capture: CaptureParams | None,
     ) -> RequestStream:
         params = SamplingParams() if params is None else params
         check_options(request_id, priority, cache_salt)
         self._book.refuse_when_closed()
-        text, token_ids = await self._tokenised(prompt, params, hidden_states)
+        text, token_ids = await self._tokenised(prompt, params, hidden_states, capture)
         stream = self._book.open(request_id, params.n)
         name = stream.request_id
         try:
             await self._call(
-                lambda call: Submit(call, name, token_ids, params, text, priority, cache_salt, is_stream, hidden_states)
+                lambda call: Submit(
+                    call, name, token_ids, params, text, priority, cache_salt, is_stream, hidden_states, capture
+                )
             )
         except BaseException:
             self._abandon(stream)
@@ -301,21 +309,29 @@ class AsyncLLMEngine:
         return stream
 
     async def _tokenised(
-        self, prompt: Prompt, params: SamplingParams, hidden_states: HiddenStatesParams | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        hidden_states: HiddenStatesParams | None,
+        capture: CaptureParams | None,
     ) -> tuple[str | None, list[int]]:
         """Checks and tokenises on a thread that neither the loop nor the owner waits for."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._tokenisers, self._prepare, prompt, params, hidden_states)
+            return await loop.run_in_executor(self._tokenisers, self._prepare, prompt, params, hidden_states, capture)
         except (asyncio.CancelledError, RuntimeError):  # closing cancels what stands in the pool's queue
             self._book.refuse_when_dead()
             raise
 
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams, hidden_states: HiddenStatesParams | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        hidden_states: HiddenStatesParams | None,
+        capture: CaptureParams | None,
     ) -> tuple[str | None, list[int]]:
         text, token_ids = self._checker.tokenise(prompt)
-        self._checker.check(token_ids, params, hidden_states)
+        self._checker.check(token_ids, params, hidden_states, capture)
         self._checker.grammar(params)
         return text, token_ids
 

@@ -15,7 +15,7 @@ from pellucid.config import EngineConfig
 from pellucid.engine.metrics import EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
-from pellucid.hidden import HiddenStatesLimits, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 
@@ -91,6 +91,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     cache_salt: str | None = None
     stream: bool = True
     hidden_states: HiddenStatesParams | None = None
+    capture: CaptureParams | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -142,6 +142,7 @@ class EngineOwner:
                 stream=command.stream,
                 prompt_text=command.prompt,
                 hidden_states=command.hidden_states,
+                capture=command.capture,
             )
         except Exception as error:
             if not isinstance(error, PellucidError):  # a bug, but nothing was queued: no reason to end all others

@@ -107,6 +107,7 @@ class RequestStream:
                         choice.error,
                         choice.hidden_states,
                         choice.hidden_states_positions,
+                        choice.captured,
                     )
                 )
         self.compact()
@@ -148,6 +149,7 @@ def join_chunks(chunks: Sequence[StreamChunk]) -> StreamChunk:
         last.error,
         _joined_states(chunks),
         last.hidden_states_positions,
+        last.captured,
     )
 
 

@@ -20,7 +20,7 @@ from pellucid.server.metrics import Metrics
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings
-from pellucid.server.states import wanted_states
+from pellucid.server.states import wanted_capture, wanted_states
 from pellucid.server.tracing import Tracing
 
 MAX_CHOICES = 1024  # of one HTTP request
@@ -96,6 +96,7 @@ class ServerContext:
             request.cache_salt,
             bool(request.stream),
             () if wanted is None else (wanted,) * len(prompts),
+            wanted_capture(request, self.settings.capture),
         )
 
     def job_name(self, http: Request, asked: str | None) -> str:

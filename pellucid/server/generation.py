@@ -36,6 +36,7 @@ class Delta:
     stop_reason: int | str | None
     hidden_states: npt.NDArray[np.float32] | None = None
     hidden_states_positions: list[int] | None = None
+    captured: dict[str, npt.NDArray[np.float32]] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Generation:
                 cache_salt=job.cache_salt,
                 stream=job.stream,
                 hidden_states=hidden_states,
+                capture=job.capture,
             )
             self._submitted.append(engine_id)
         timeout = self._generator.request_timeout
@@ -250,4 +252,5 @@ def _delta(chunk: StreamChunk, first_index: int) -> Delta:
         chunk.stop_reason,
         chunk.hidden_states,
         chunk.hidden_states_positions,
+        chunk.captured,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams
 from pellucid.params import SamplingParams
 
 
@@ -20,6 +20,7 @@ class Job:
     cache_salt: str | None = None
     stream: bool = True  # deltas are read; without it only the whole
     hidden_states: tuple[HiddenStatesParams, ...] = ()  # of each prompt; none: nobody wants any
+    capture: CaptureParams | None = None
     arrived: float = field(default_factory=time.perf_counter)
 
     @property

@@ -115,6 +115,9 @@ class RequestFields(SamplingFields):
     hidden_states_format: Annotated[str | None, SkipValidation] = Field(
         None, description="float (the default) or base64: little-endian, with hidden_states_shape and _dtype beside it."
     )
+    capture: Annotated[list[str] | None, SkipValidation] = Field(
+        None, description="Activations by name at every position, with * between dots; only where the server allows it."
+    )
     hidden_states_stream: Flag = Field(
         None, description="While streaming, each chunk has a row for each of its tokens."
     )

@@ -57,6 +57,7 @@ class ServerSettings:
     request_timeout: float | None = _setting(None, "A request that takes longer ends with an error.")
     drain_timeout: float = _setting(30.0, "On SIGTERM, requests that run may go on for so long.")
     engine_process: bool = _setting(False, "Run the engine in a process of its own; else in a thread.")
+    capture: bool = _setting(False, "Let requests capture activations by name.")
     log_level: str = _setting("info", "Least level that is logged: debug, info, warning or error.")
     log_json: bool = _setting(False, "Log one JSON object a line.")
     log_requests: bool = _setting(True, "Log a line for each request.")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams
 from pellucid.outputs import CompletionOutput
 from pellucid.server.generation import Delta
 from pellucid.server.protocol_base import RequestFields, shown
@@ -40,26 +40,36 @@ def wanted_states(request: RequestFields) -> HiddenStatesParams | None:
     return found
 
 
+def wanted_capture(request: RequestFields, is_allowed: bool) -> CaptureParams | None:
+    """What the field asks for.
+
+    Raises:
+        InvalidRequestError: it is no list of names, or the server does not allow it.
+    """
+    found = CaptureParams.from_request(request.capture)
+    if found is not None and not is_allowed:
+        raise InvalidRequestError("capture: this server hands out no activations (see its option --capture)", "capture")
+    return found
+
+
 def state_fields(source: CompletionOutput | Delta, request: RequestFields) -> dict[str, Any]:
-    """`hidden_states` and what stands beside it; nothing where there are none."""
-    if source.hidden_states is None:
-        return {}
-    states = np.asarray(source.hidden_states, np.float32)
-    fields = encoded(states, "base64" if request.hidden_states_format == "base64" else "float")
+    """`hidden_states` and what stands beside it, and `captured`; nothing of what there is not."""
+    form: Format = "base64" if request.hidden_states_format == "base64" else "float"
+    fields: dict[str, Any] = {}
+    if source.hidden_states is not None:
+        fields = encoded("hidden_states", source.hidden_states, form)
     if source.hidden_states_positions is not None:
         fields["hidden_states_positions"] = source.hidden_states_positions
+    if source.captured is not None:
+        fields["captured"] = {name: encoded("values", rows, form) for name, rows in source.captured.items()}
     return fields
 
 
-def encoded(states: F32, form: Format) -> dict[str, Any]:
+def encoded(name: str, values: F32, form: Format) -> dict[str, Any]:
     """Lists of numbers that read back to the same bits, or little-endian float32 with shape and dtype beside it."""
     if form == "float":
-        return {"hidden_states": states.tolist()}
-    return {
-        "hidden_states": to_base64(states),
-        "hidden_states_shape": list(states.shape),
-        "hidden_states_dtype": "float32",
-    }
+        return {name: values.tolist()}
+    return {name: to_base64(values), f"{name}_shape": list(values.shape), f"{name}_dtype": "float32"}
 
 
 def to_base64(values: F32) -> str:

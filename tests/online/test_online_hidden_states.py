@@ -245,3 +245,39 @@ def test_bad_embedding_when_sent_then_400_by_name(server: RunningServer, case: s
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == name
     server.wait_until_idle()
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def open_server(tiny_model: Path) -> Iterator[RunningServer]:
+    with running_server(tiny_model, capture=True, in_process=True) as running:
+        yield running
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_activations_when_the_server_allows_it_then_the_bits_of_the_offline_engine(
+    open_server: RunningServer, llm: LLM, form: str
+) -> None:
+    names = ["layers.*.mlp", "norm"]
+    expected = expected_of(llm, PROMPT, {"capture": names}).captured
+    body = {**BODY, "capture": names, "hidden_states_format": form}
+    whole = post(open_server, "/v1/completions", body).json()["choices"][0]
+    carrying = [e["choices"][0] for e in events(open_server, "/v1/completions", body) if "captured" in e["choices"][0]]
+    assert len(carrying) == 1
+    for fields in (whole, carrying[0]):
+        assert list(fields["captured"]) == list(expected)
+        for name, rows in fields["captured"].items():
+            states = {key.replace("values", "hidden_states"): value for key, value in rows.items()}
+            assert torch.equal(decoded(states), expected[name])
+
+
+def test_activations_when_not_allowed_or_unknown_then_400_by_name(
+    server: RunningServer, open_server: RunningServer
+) -> None:
+    for asked, running in ((["norm"], server), (["colour"], open_server), ("norm", open_server), ([], open_server)):
+        answer = post(running, "/v1/completions", {**BODY, "capture": asked})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "capture"
+    assert "captured" not in post(open_server, "/v1/completions", BODY).text

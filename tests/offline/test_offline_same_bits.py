@@ -136,6 +136,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "slots, chunks of 16": {"kv_layout": "slot", "num_blocks": 4096, "max_num_batched_tokens": 16},
     "prefill first": {"policy": "prefill_first"},
     "one thread": {"num_threads": 1},
+    "sixteen threads": {"num_threads": 16},
     "prefix cache": {"enable_prefix_caching": True},
     "eager": {"enforce_eager": True},
     "plans ahead": {"async_scheduling": True},

@@ -7,8 +7,12 @@ A row belongs to a position of prompt + output. With P prompt tokens and N gener
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError
 
@@ -25,6 +29,7 @@ class HiddenStatesLimits:
     hidden_size: int
     max_bytes: int
     activations: dict[str, int]  # names that can be captured, and their widths
+    steerable: dict[str, int]  # those of them that a vector can be added to
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,76 @@ class HiddenStatesParams:
                 f"{limits.hidden_size:,} values); hidden_states_max_mb allows {limits.max_bytes:,}",
                 "hidden_states_for_tokens" if self.layers is None else "hidden_states_layers",
             )
+
+
+# By the name of an activation: rows [begin, end) of the batch, and the vector that is added to each of them.
+Steering = Mapping[str, Sequence[tuple[int, int, npt.NDArray[np.float32]]]]
+NO_STEERING: Steering = {}
+MAX_STEERED = 256  # activations of one request
+
+
+@dataclass(frozen=True)
+class SteeringParams:
+    """Vectors that are added to activations at every position of a request, by name."""
+
+    vectors: dict[str, npt.NDArray[np.float32]]
+
+    @classmethod
+    def from_request(cls, steering: object) -> SteeringParams | None:
+        """What the field of a request says: name -> numbers; None when nothing is wanted.
+
+        Raises:
+            InvalidRequestError: it is no mapping of names to finite numbers.
+        """
+        if steering is None:
+            return None
+        if not isinstance(steering, Mapping) or not 0 < len(steering) <= MAX_STEERED:
+            raise InvalidRequestError(
+                f"steering is {_shown(steering)}; it must map 1 to {MAX_STEERED} names to vectors", "steering"
+            )
+        return cls({_name(name): _vector(name, values) for name, values in steering.items()})
+
+    def check(self, limits: HiddenStatesLimits) -> None:
+        """Refuses what the model has not.
+
+        Raises:
+            InvalidRequestError: naming the activation, the length and the width.
+        """
+        for name, vector in self.vectors.items():
+            width = limits.steerable.get(name)
+            if width is None:
+                raise InvalidRequestError(
+                    f"steering names {name!r}; the model has no such activation that a vector can be added to",
+                    "steering",
+                )
+            if vector.shape != (width,):
+                raise InvalidRequestError(
+                    f"steering[{name!r}] has {vector.size:,} values; the activation is {width:,} wide", "steering"
+                )
+
+    @property
+    def digest(self) -> str:
+        """Two requests with the same one may share cached blocks."""
+        found = blake2b(digest_size=16)
+        for name in sorted(self.vectors):
+            found.update(f"{len(name)}:{name}".encode() + self.vectors[name].tobytes())
+        return found.hexdigest()
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str) or not 0 < len(name) <= 256:
+        raise InvalidRequestError(f"steering names {_shown(name)}; it must be a name", "steering")
+    return name
+
+
+def _vector(name: object, values: object) -> npt.NDArray[np.float32]:
+    try:
+        vector = np.array(values, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        vector = np.zeros(0, np.float32)
+    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
+        raise InvalidRequestError(f"steering[{name!r}] is {_shown(values)}; it must be finite numbers", "steering")
+    return vector
 
 
 MAX_CAPTURED = 4096  # entries of one request

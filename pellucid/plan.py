@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import HiddenStatesParams, SteeringParams
 from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 
@@ -37,6 +37,7 @@ class NewRequest:
     eos_token_ids: tuple[int, ...] = ()
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations
+    steering: SteeringParams | None = None
     grammar: CompiledGrammar | None = None
 
 

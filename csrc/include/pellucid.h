@@ -341,6 +341,9 @@ typedef struct pld_program_desc {
   /* Absent in the first version of this struct: buffers [T, any] that keep what they hold beyond the run. */
   int32_t n_kept;
   const int32_t *kept;
+  /* Buffers [T, any] that no op writes, but the caller before each run. */
+  int32_t n_inputs;
+  const int32_t *inputs;
 } pld_program_desc;
 /* Checks every index, width and shape; copies the descriptor's arrays, not the weights. The context must outlive the
  * program. */
@@ -358,6 +361,8 @@ PLD_API const float *pld_program_hidden(const pld_program *program);
 PLD_API const float *pld_program_logits_data(const pld_program *program);
 /* A kept buffer of the last run, likewise; null when it is not among `kept`. */
 PLD_API const float *pld_program_kept(const pld_program *program, int32_t buffer);
+/* An input buffer, to be written before a run and never during one; null when it is not among `inputs`. */
+PLD_API float *pld_program_input(pld_program *program, int32_t buffer);
 
 /* ---- Model files ----------------------------------------------------------------------------------------------------
  */

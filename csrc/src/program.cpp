@@ -18,6 +18,17 @@ namespace {
 constexpr int32_t kMaxOps = 1 << 20;
 constexpr int64_t kMaxArenaBytes = int64_t{1} << 46;  // far below what sums of widths could overflow
 
+// Buffers of domain T that a list of the descriptor names.
+pld_status check_named(const pld_program_desc &d, const char *name, int32_t count, const int32_t *buffers) {
+  if (count < 0 || count > d.n_buffers || (count > 0 && !buffers))
+    return fail(PLD_INVALID_ARGUMENT, "n_%s is %d; there are %d buffers", name, count, d.n_buffers);
+  for (int32_t k = 0; k < count; ++k)
+    if (buffers[k] < 0 || buffers[k] >= d.n_buffers || d.buffers[buffers[k]].domain != PLD_ROWS_T)
+      return fail(PLD_INVALID_ARGUMENT, "%s[%d] is %d; it must be a buffer [T, any] of %d", name, k, buffers[k],
+                  d.n_buffers);
+  return PLD_OK;
+}
+
 pld_status check_desc(const pld_program_desc *d) {
   if (!d->ops || !d->buffers || (d->n_weights > 0 && !d->weights))
     return fail(PLD_INVALID_ARGUMENT, "program_desc: a table is null");
@@ -43,12 +54,8 @@ pld_status check_desc(const pld_program_desc *d) {
   if (d->buffers[d->hidden].domain != PLD_ROWS_T || d->buffers[d->logits].domain != PLD_ROWS_L ||
       d->buffers[d->logits].width != d->vocab_size)
     return fail(PLD_INVALID_ARGUMENT, "hidden must be [T, D] and logits [L, vocab_size %d]", d->vocab_size);
-  if (d->n_kept < 0 || d->n_kept > d->n_buffers || (d->n_kept > 0 && !d->kept))
-    return fail(PLD_INVALID_ARGUMENT, "n_kept is %d; there are %d buffers", d->n_kept, d->n_buffers);
-  for (int32_t k = 0; k < d->n_kept; ++k)
-    if (d->kept[k] < 0 || d->kept[k] >= d->n_buffers || d->buffers[d->kept[k]].domain != PLD_ROWS_T)
-      return fail(PLD_INVALID_ARGUMENT, "kept[%d] is %d; it must be a buffer [T, any] of %d", k, d->kept[k],
-                  d->n_buffers);
+  if (pld_status status = check_named(*d, "kept", d->n_kept, d->kept)) return status;
+  if (pld_status status = check_named(*d, "inputs", d->n_inputs, d->inputs)) return status;
   for (int32_t w = 0; w < d->n_weights; ++w)
     if (pld_status status = check_weight(d->weights[w], w)) return status;
   return PLD_OK;
@@ -124,6 +131,7 @@ pld_status check_program(const pld_program_desc &d) {
       return fail(PLD_INVALID_ARGUMENT, "buffer %d: slot %d holds buffers of both domains", b, d.buffers[b].slot);
     slot_domain = static_cast<int8_t>(d.buffers[b].domain);
   }
+  for (int32_t k = 0; k < d.n_inputs; ++k) written.write(d, d.inputs[k], 0, d.buffers[d.inputs[k]].width);
   for (int32_t index = 0; index < d.n_ops; ++index) {
     const pld_op &op = d.ops[index];
     const pld_weight *weight[PLD_MAX_WEIGHTS];
@@ -145,6 +153,9 @@ pld_status check_program(const pld_program_desc &d) {
   }
   if (!written.whole(d, d.hidden) || !written.whole(d, d.logits))
     return fail(PLD_INVALID_ARGUMENT, "hidden or logits is not written, or is overwritten");
+  for (int32_t k = 0; k < d.n_inputs; ++k)
+    if (!written.whole(d, d.inputs[k]))
+      return fail(PLD_INVALID_ARGUMENT, "inputs[%d], buffer %d, is overwritten", k, d.inputs[k]);
   for (int32_t k = 0; k < d.n_kept; ++k)
     if (!written.whole(d, d.kept[k]))
       return fail(PLD_INVALID_ARGUMENT, "kept[%d], buffer %d, is not written, or is overwritten", k, d.kept[k]);
@@ -232,6 +243,7 @@ pld_status create_program(pld_context *context, const pld_program_desc *given, p
   program->max_rows[PLD_ROWS_T] = desc->max_tokens;
   program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
   if (desc->n_kept > 0) program->kept.assign(desc->kept, desc->kept + desc->n_kept);
+  if (desc->n_inputs > 0) program->inputs.assign(desc->inputs, desc->inputs + desc->n_inputs);
   place_buffers(*program);
   resolve_args(*program);
   std::vector<int32_t> outlive = program->kept;
@@ -361,8 +373,13 @@ extern "C" const float *pld_program_hidden(const pld_program *program) {
 extern "C" const float *pld_program_logits_data(const pld_program *program) {
   return program == nullptr ? nullptr : pld::buffer_data(program, program->logits);
 }
+static bool is_among(const std::vector<int32_t> &buffers, int32_t buffer) {
+  return std::find(buffers.begin(), buffers.end(), buffer) != buffers.end();
+}
 extern "C" const float *pld_program_kept(const pld_program *program, int32_t buffer) {
-  if (program == nullptr) return nullptr;
-  const bool is_kept = std::find(program->kept.begin(), program->kept.end(), buffer) != program->kept.end();
-  return is_kept ? pld::buffer_data(program, buffer) : nullptr;
+  return program != nullptr && is_among(program->kept, buffer) ? pld::buffer_data(program, buffer) : nullptr;
+}
+extern "C" float *pld_program_input(pld_program *program, int32_t buffer) {
+  if (program == nullptr || !is_among(program->inputs, buffer)) return nullptr;
+  return const_cast<float *>(pld::buffer_data(program, buffer));
 }

@@ -17,6 +17,8 @@ struct pld_program {
   int64_t max_rows[2];        // by domain
   std::vector<int32_t> kept;  // buffers that outlive a run, beside those two
 
+  std::vector<int32_t> inputs;  // buffers that the caller writes
+
   pld::Scratch arena;
   int64_t arena_bytes = 0;
   std::vector<int64_t> offset;  // of each buffer in the arena

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams, SteeringParams
 from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.text.tokenizer import Tokenizer
 
@@ -66,6 +66,7 @@ class RequestChecker:
         params: SamplingParams,
         hidden_states: HiddenStatesParams | None = None,
         capture: CaptureParams | None = None,
+        steering: SteeringParams | None = None,
     ) -> tuple[str, ...]:
         """Checks lengths and what the parameters ask of the model; gives the names of the activations to capture.
 
@@ -87,11 +88,14 @@ class RequestChecker:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
         if params.bad_words and self.tokenizer is None:
             raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
-        if hidden_states is None and capture is None:
+        asked = {"return_hidden_states": hidden_states, "capture": capture, "steering": steering}
+        fields = [name for name, value in asked.items() if value is not None]
+        if not fields:
             return ()
         if self.hidden_states is None:
-            field = "return_hidden_states" if capture is None else "capture"
-            raise InvalidRequestError(f"{field}: this engine hands out no hidden states", field)
+            raise InvalidRequestError(f"{fields[0]}: this engine hands out no hidden states", fields[0])
+        if steering is not None:
+            steering.check(self.hidden_states)
         num_prompt, max_tokens = len(token_ids), self.max_tokens(len(token_ids), params)
         if hidden_states is not None:
             hidden_states.check(num_prompt, max_tokens, self.hidden_states)

@@ -211,7 +211,9 @@ class BlockManager:
 
     def _chain_root(self, request: Request) -> bytes:
         group_id = None if self.enable_prefix_caching else request.group_id
-        parts = (self._fingerprint, request.core.adapter, request.core.cache_salt, group_id)
+        core = request.core
+        steering = None if core.steering is None else core.steering.digest
+        parts = (self._fingerprint, core.adapter, core.cache_salt, group_id, steering)
         return blake2b(repr(parts).encode(), digest_size=_DIGEST_BYTES).digest()
 
     def _tokens(self, request: Request, index: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from pellucid.engine.admission import Prompt
 from pellucid.engine.engine import LLMEngine, StepOutputs
-from pellucid.hidden import CaptureParams, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -33,6 +33,7 @@ class EngineClient:
         stream: bool = True,
         hidden_states: HiddenStatesParams | None = None,
         capture: CaptureParams | None = None,
+        steering: SteeringParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` it has no chunks. Raises as `LLMEngine.add_request` does."""
         request_id = self.engine.add_request(
@@ -44,6 +45,7 @@ class EngineClient:
             stream=stream,
             hidden_states=hidden_states,
             capture=capture,
+            steering=steering,
         )
         self._finished.pop(request_id, None)
         self._history[request_id] = ["waiting"]

@@ -22,11 +22,11 @@ from pellucid.engine.trace import StepRecord, Trace
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
-from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams, SteeringParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
-from pellucid.program.variant import activation_widths
+from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer
 
@@ -124,6 +124,7 @@ class LLMEngine:
         prompt_text: str | None = None,
         hidden_states: HiddenStatesParams | None = None,
         capture: CaptureParams | None = None,
+        steering: SteeringParams | None = None,
     ) -> str:
         """Queues a request and gives its id. Without `stream` nobody reads its chunks: it has none, and its text is made when
         it ends. `prompt_text` is what a caller made a prompt of token ids from; the output names it.
@@ -141,9 +142,11 @@ class LLMEngine:
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
-        names = self.checker.check(token_ids, params, hidden_states, capture)
+        names = self.checker.check(token_ids, params, hidden_states, capture, steering)
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
-        cores = self._choices(request_id, tuple(token_ids), params, seed, priority, cache_salt, hidden_states, names)
+        cores = self._choices(
+            request_id, tuple(token_ids), params, seed, priority, cache_salt, hidden_states, names, steering
+        )
         added: list[str] = []
         try:
             for core in cores:
@@ -381,6 +384,7 @@ class LLMEngine:
         cache_salt: str | None,
         hidden_states: HiddenStatesParams | None,
         capture: tuple[str, ...],
+        steering: SteeringParams | None,
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
         now, many, bad_words, grammar = (
@@ -405,6 +409,7 @@ class LLMEngine:
                 bad_words_token_ids=bad_words,
                 hidden_states=hidden_states,
                 capture=capture,
+                steering=steering,
                 grammar=grammar,
             )
             for index in range(params.n)
@@ -435,8 +440,10 @@ def _hidden_limits(config: EngineConfig, executor: Executor) -> HiddenStatesLimi
     if not config.hidden_states:
         return None
     model, max_bytes = executor.model.config, config.hidden_states_max_mb * 1_000_000
-    names = activation_widths(executor.model.file)
-    return HiddenStatesLimits(model.num_hidden_layers, model.hidden_size, max_bytes, names)
+    file = executor.model.file
+    return HiddenStatesLimits(
+        model.num_hidden_layers, model.hidden_size, max_bytes, activation_widths(file), steerable(file)
+    )
 
 
 def _drafts(config: EngineConfig) -> DraftConfig | None:

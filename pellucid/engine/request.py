@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from pellucid.errors import InvariantError
-from pellucid.hidden import HiddenStatesParams, WantedRows
+from pellucid.hidden import HiddenStatesParams, SteeringParams, WantedRows
 from pellucid.outputs import FinishReason
 from pellucid.params import SamplingParams
 from pellucid.sampling.speculative import PromptLookup
@@ -40,6 +40,7 @@ class EngineCoreRequest:
     adapter: str | None = None
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations, resolved
+    steering: SteeringParams | None = None
     grammar: CompiledGrammar | None = None
 
 

@@ -233,6 +233,7 @@ class Step:
                 eos_token_ids=request.core.eos_token_ids,
                 hidden_states=request.core.hidden_states,
                 capture=request.core.capture,
+                steering=request.core.steering,
                 grammar=request.core.grammar,
             )
         )

@@ -14,7 +14,7 @@ from pellucid.engine.client import EngineClient
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError
-from pellucid.hidden import CaptureParams, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.layers.module import HAS_TORCH
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
@@ -69,6 +69,7 @@ class LLM:
         hidden_states_for_tokens: Sequence[int] | None = None,
         hidden_states_layers: Sequence[int] | None = None,
         capture: Sequence[str] | None = None,
+        steering: Mapping[str, Sequence[float]] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Completes raw texts or token ids; no chat template. Outputs stand in the order of the inputs, also for one prompt.
@@ -85,6 +86,7 @@ class LLM:
             hidden_states_layers: 0 is the embedding's output, i the residual stream behind block i, -1 what the head reads.
             capture: names of activations, with `*` for what lies between dots, such as `layers.*.mlp`; each output then has
                 `captured`: name -> [rows, width], row i of position i of prompt + output.
+            steering: name of an activation -> vector that is added to it at every position.
             use_tqdm: a progress bar; by default on a terminal and for more than one prompt.
 
         Raises:
@@ -95,11 +97,11 @@ class LLM:
         params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams())
         priorities = _one_each("priority", priority, len(prompts), 0)
         hidden = HiddenStatesParams.from_request(return_hidden_states, hidden_states_for_tokens, hidden_states_layers)
-        captured = CaptureParams.from_request(capture)
+        captured, steered = CaptureParams.from_request(capture), SteeringParams.from_request(steering)
         ids: list[str] = []
         try:
             for prompt, one, rank in zip(prompts, params, priorities, strict=True):
-                ids.append(self._submit(prompt, one, rank, cache_salt, hidden, captured))
+                ids.append(self._submit(prompt, one, rank, cache_salt, hidden, captured, steered))
             return _as_tensors(self._finish(ids, use_tqdm)) if hidden or captured else self._finish(ids, use_tqdm)
         except BaseException:
             self._abandon(ids)
@@ -221,6 +223,7 @@ class LLM:
         cache_salt: str | None,
         hidden: HiddenStatesParams | None,
         capture: CaptureParams | None,
+        steering: SteeringParams | None,
     ) -> str:
         return self.client.submit(
             prompt,
@@ -230,6 +233,7 @@ class LLM:
             stream=False,
             hidden_states=hidden,
             capture=capture,
+            steering=steering,
         )
 
     def _ids(self, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import ModelRunnerOutput, StepPlan
 
@@ -18,9 +19,9 @@ F32 = npt.NDArray[np.float32]
 class Executable(Protocol):
     """A loaded model that runs batches: a native program, or a module run eagerly."""
 
-    def run(self, batch: BatchInput, keep: Iterable[str] = ()) -> F32:
+    def run(self, batch: BatchInput, keep: Iterable[str] = (), steering: Steering = NO_STEERING) -> F32:
         """Forward for all T tokens; logits [L, V] of `batch.logit_rows`, valid until the next call. Activations named in `keep`
-        can be read afterwards."""
+        can be read afterwards; `steering` is added to activations."""
 
     def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
         """Logits [L, V] of rows of the last batch."""

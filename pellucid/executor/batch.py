@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.hidden import HiddenStatesParams, WantedRows
+from pellucid.hidden import HiddenStatesParams, SteeringParams, WantedRows
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import NewRequest, PlanEntry
 from pellucid.sampling.native import NativeRow
@@ -37,12 +37,13 @@ class RunnerRequest:
     token_ids: I32  # prompt and outputs, as they were known when it was admitted
     hidden: WantedStates | None
     capture: tuple[str, ...]
+    steering: SteeringParams | None
     num_blocks: int = 0
 
     @property
     def wants_rows(self) -> bool:
-        """Whether something of its steps is handed out beside tokens."""
-        return self.hidden is not None or bool(self.capture)
+        """Whether its steps are more than tokens in and tokens out."""
+        return self.hidden is not None or bool(self.capture) or self.steering is not None
 
 
 class RequestRows:
@@ -65,7 +66,9 @@ class RequestRows:
             self._grow()
         token_ids = np.array([*new.prompt_token_ids, *new.output_token_ids], np.int32)
         hidden = None if new.hidden_states is None else WantedStates(new.hidden_states, len(new.prompt_token_ids))
-        request = RunnerRequest(row, NativeRow(row), self._free_places.pop(), token_ids, hidden, new.capture)
+        request = RunnerRequest(
+            row, NativeRow(row), self._free_places.pop(), token_ids, hidden, new.capture, new.steering
+        )
         self._tables_NW[request.place] = -1
         self._newest_N[request.place] = token_ids[-1]
         self._num_shared_N[request.place] = len(new.block_ids) * self.block_size

@@ -13,6 +13,7 @@ import torch
 from pellucid.config import EngineConfig
 from pellucid.executor.base import F32
 from pellucid.executor.loader import LoadedModel
+from pellucid.hidden import NO_STEERING, Steering
 from pellucid.layers.observe import observed
 from pellucid.models.config import ModelConfig
 from pellucid.models.registry import ModelRegistry
@@ -83,6 +84,13 @@ def quantised_matrices(file: ProgramFile) -> dict[str, list[tuple[int, abi.Weigh
     return found
 
 
+def _steering_rows(spans: Iterable[tuple[int, int, Any]], like: torch.Tensor) -> torch.Tensor:
+    rows = torch.full_like(like, -0.0)  # changes no bit of what it is added to
+    for begin, end, vector in spans:
+        rows[begin:end] = torch.from_numpy(vector)
+    return rows
+
+
 class EagerModel:
     """An executable that runs the module. Gives the same bits as its program, because the ops are the same."""
 
@@ -94,19 +102,21 @@ class EagerModel:
         self._batch: BatchInput | None = None
         self._kept: dict[str, F32] = {}
 
-    def run(self, batch: BatchInput, keep: Iterable[str] = ()) -> F32:
-        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards."""
+    def run(self, batch: BatchInput, keep: Iterable[str] = (), steering: Steering = NO_STEERING) -> F32:
+        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards;
+        `steering` is added to activations."""
         names = frozenset(keep)
         self._kept = {}
 
-        def observe(name: str, terms: tuple[Any, ...]) -> None:
+        def observe(name: str, terms: tuple[Any, ...]) -> torch.Tensor | None:
+            added = _steering_rows(steering[name], terms[0]) if name in steering else None
+            first = terms[0] if added is None else terms[0] + added
             if name in names:
-                self._kept[name] = (terms[0] if len(terms) == 1 else terms[0] + terms[1]).numpy()
+                self._kept[name] = (first if len(terms) == 1 else first + terms[1]).numpy()
+            return added
 
-        with (
-            step_scope(Step(self._backend, batch, self._kv)),
-            observed(self.module, observe) if names else nullcontext(),
-        ):
+        observing = observed(self.module, observe) if names or steering else nullcontext()
+        with step_scope(Step(self._backend, batch, self._kv)), observing:
             ids, positions = torch.from_numpy(batch.input_ids_T), torch.from_numpy(batch.positions_T)
             self._hidden, self._batch = self.module(ids, positions), batch
             return self._logits()

@@ -39,6 +39,7 @@ class HiddenRows:
     ) -> None:
         self._hidden: list[tuple[_Part, list[int]]] = []
         self._captured: list[_Part] = []
+        self.steering: dict[str, list[tuple[int, int, F32]]] = {}
         for i, (entry, request) in enumerate(zip(entries, requests, strict=True)):
             part = _Part(entry, request, int(query_start[i]) - entry.start)
             positions = [] if request.hidden is None else request.hidden.rows.among(entry.start, part.end)
@@ -46,6 +47,10 @@ class HiddenRows:
                 self._hidden.append((part, positions))
             if request.capture:
                 self._captured.append(part)
+            if request.steering is not None:
+                for name, vector in request.steering.vectors.items():
+                    span = (entry.start + part.offset, part.end + part.offset, vector)
+                    self.steering.setdefault(name, []).append(span)
 
     @property
     def activations(self) -> set[str]:

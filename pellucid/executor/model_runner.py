@@ -53,7 +53,10 @@ class ModelRunner:
         began = time.perf_counter()
         idle = began - self._ended_at
         hidden = HiddenRows(plan.entries, requests, batch.query_start) if self._num_wanting else None
-        logits = self.executable.run(batch, () if hidden is None else hidden.activations)
+        if hidden is None:
+            logits = self.executable.run(batch)
+        else:
+            logits = self.executable.run(batch, hidden.activations, hidden.steering)
         computed = time.perf_counter()
         sampled = _Sampled()
         self._sample(plan.entries, requests, logits, sampled)

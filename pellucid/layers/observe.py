@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-Observer = Callable[[str, tuple[Any, ...]], None]
+# Is told a name and the terms; what it gives, if anything, is added to the first term.
+Observer = Callable[[str, tuple[Any, ...]], Any]
 _ROOT = "model."
 FIRST_LAYER_INPUT = "embed_tokens"
 
@@ -43,7 +44,9 @@ def _observed_forward(name: str, module: Any, observer: Observer) -> Callable[..
     def call(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         for suffix, terms in _named_outputs(module, output).items():
-            observer(name + suffix, terms)
+            added = observer(name + suffix, terms)
+            if added is not None:
+                output = (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
         return output
 
     return call

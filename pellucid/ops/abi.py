@@ -367,6 +367,7 @@ class Program(_Handle):
         max_tokens: int,
         max_logit_rows: int,
         kept: Sequence[int] = (),
+        inputs: Sequence[int] = (),
     ) -> None:
         super().__init__(None)
         ops, buffers = np.ascontiguousarray(ops), np.ascontiguousarray(buffers)
@@ -378,7 +379,8 @@ class Program(_Handle):
         self._width_hidden = int(buffers[hidden]["width"])
         self._width_logits = int(buffers[logits]["width"])
         self._width_kept = {buffer: int(buffers[buffer]["width"]) for buffer in kept if 0 <= buffer < len(buffers)}
-        kept_ids = np.array(kept, np.int32)
+        self._width_inputs = {buffer: int(buffers[buffer]["width"]) for buffer in inputs if 0 <= buffer < len(buffers)}
+        kept_ids, input_ids = np.array(kept, np.int32), np.array(inputs, np.int32)
         self._rows = 0
         table = (WeightStruct * max(1, len(weights)))(*[weight.struct() for weight in weights])
         desc = ProgramDescStruct(
@@ -398,6 +400,8 @@ class Program(_Handle):
             0,
             len(kept_ids),
             _address(kept_ids),
+            len(input_ids),
+            _address(input_ids),
         )
         handle = c_void_p()
         check(library().pld_program_create(context.handle, byref(desc), byref(handle)))
@@ -429,6 +433,14 @@ class Program(_Handle):
             KeyError: the buffer is not kept.
         """
         return _view(library().pld_program_kept(self.handle, buffer), self._rows, self._width_kept[buffer])
+
+    def input(self, buffer: int, num_rows: int) -> F32Array:
+        """[rows, any]: an input buffer, to be written before the next step of at most as many tokens.
+
+        Raises:
+            KeyError: the buffer is no input.
+        """
+        return _view(library().pld_program_input(self.handle, buffer), num_rows, self._width_inputs[buffer])
 
     def logits(self, num_rows: int) -> F32Array:
         """[L, V] of the last call: a view, valid until the next."""

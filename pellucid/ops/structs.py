@@ -126,6 +126,8 @@ class ProgramDescStruct(Structure):
         ("reserved", c_int32),
         ("n_kept", c_int32),
         ("kept", c_void_p),
+        ("n_inputs", c_int32),
+        ("inputs", c_void_p),
     ]
 
 
@@ -253,4 +255,5 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_program_hidden": (c_void_p, [c_void_p]),
     "pld_program_logits_data": (c_void_p, [c_void_p]),
     "pld_program_kept": (c_void_p, [c_void_p, c_int32]),
+    "pld_program_input": (c_void_p, [c_void_p, c_int32]),
 }

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.errors import WeightFormatError
+from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
 from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.file import ProgramFile
-from pellucid.program.variant import KeptColumns, Variant, keeping
+from pellucid.program.variant import KeptColumns, Variant, variant_of
 
 F32 = npt.NDArray[np.float32]
 _MAX_VARIANTS = 4  # programs that keep activations, each with buffers of its own
@@ -31,12 +32,18 @@ class NativeProgram:
         self._file = file
         self._plain = self._program = self._load()
         self._places: dict[str, KeptColumns] = {}
-        self._keeping: OrderedDict[tuple[str, ...], tuple[abi.Program, dict[str, KeptColumns]]] = OrderedDict()
+        self._variants: OrderedDict[tuple[tuple[str, ...], ...], tuple[abi.Program, Variant]] = OrderedDict()
 
-    def run(self, batch: BatchInput, keep: Iterable[str] = ()) -> F32:
-        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards."""
-        names = tuple(sorted(keep))
-        self._program, self._places = self._keeper(names) if names else (self._plain, {})
+    def run(self, batch: BatchInput, keep: Iterable[str] = (), steering: Steering = NO_STEERING) -> F32:
+        """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards;
+        `steering` is added to activations."""
+        names = (tuple(sorted(keep)), tuple(sorted(steering)))
+        self._program, self._places = self._plain, {}
+        if any(names):
+            self._program, variant = self._variant(names)
+            self._places = variant.places
+            for name, buffer in variant.inputs.items():
+                _fill(self._program.input(buffer, batch.num_tokens), steering[name])
         self._program.run(self._kv, batch)
         return self._program.logits(len(batch.logit_rows))
 
@@ -49,15 +56,15 @@ class NativeProgram:
         place = self._places[name]
         return self._program.kept(place.buffer)[:, place.column : place.column + place.width]
 
-    def _keeper(self, names: tuple[str, ...]) -> tuple[abi.Program, dict[str, KeptColumns]]:
-        """The program that keeps `names`, planned when it is first asked for; the last few are held."""
-        if names not in self._keeping:
-            variant = keeping(self._file, names)
-            self._keeping[names] = (self._load(variant=variant), variant.places)
-            if len(self._keeping) > _MAX_VARIANTS:
-                self._keeping.popitem(last=False)[1][0].close()
-        self._keeping.move_to_end(names)
-        return self._keeping[names]
+    def _variant(self, names: tuple[tuple[str, ...], ...]) -> tuple[abi.Program, Variant]:
+        """The program that keeps and steers these names, planned when it is first asked for; the last few are held."""
+        if names not in self._variants:
+            variant = variant_of(self._file, *names)
+            self._variants[names] = (self._load(variant=variant), variant)
+            if len(self._variants) > _MAX_VARIANTS:
+                self._variants.popitem(last=False)[1][0].close()
+        self._variants.move_to_end(names)
+        return self._variants[names]
 
     def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
         """Logits [L, V] of rows of the last batch."""
@@ -75,9 +82,16 @@ class NativeProgram:
 
     def close(self) -> None:
         """Frees the programs and the cache."""
-        for program in (self._plain, *(program for program, _ in self._keeping.values())):
+        for program in (self._plain, *(program for program, _ in self._variants.values())):
             program.close()
         self._kv.close()
+
+
+def _fill(rows_TD: F32, spans: Iterable[tuple[int, int, F32]]) -> None:
+    """-0.0 changes no bit of what it is added to."""
+    rows_TD[:] = -0.0
+    for begin, end, vector in spans:
+        rows_TD[begin:end] = vector
 
 
 def load_program(
@@ -98,7 +112,7 @@ def load_program(
         data = file.sections["data"]
         if variant is None:
             ops, buffers = file.sections["ops"].view(abi.OP_DTYPE), file.sections["buffers"].view(abi.BUFFER_DTYPE)
-            variant = Variant(ops, buffers, meta["n_forward_ops"], {})
+            variant = Variant(ops, buffers, meta["n_forward_ops"], meta["hidden"], {}, {})
         weights = []
         for _, rows, cols, dtype, layout, offset, nbytes in meta["weights"]:
             if offset < 0 or nbytes < 0 or offset + nbytes > data.nbytes:
@@ -112,12 +126,13 @@ def load_program(
             variant.buffers,
             weights,
             n_forward_ops=variant.n_forward_ops,
-            hidden=meta["hidden"],
+            hidden=variant.hidden,
             logits=meta["logits"],
             vocab_size=meta["vocab_size"],
             max_tokens=max_tokens,
             max_logit_rows=max_logit_rows,
             kept=variant.kept,
+            inputs=list(variant.inputs.values()),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WeightFormatError(f"{file.path.name}: the program is damaged: {error}") from None

@@ -308,7 +308,7 @@ def test_program_file_when_its_names_are_damaged_then_refused(model: str, tmp_pa
     from dataclasses import replace
 
     from pellucid.errors import WeightFormatError
-    from pellucid.program.variant import activation_widths, keeping
+    from pellucid.program.variant import activation_widths, variant_of
 
     with LLM(model, **BASE) as llm:
         file = llm.engine.executor.model.file
@@ -316,7 +316,7 @@ def test_program_file_when_its_names_are_damaged_then_refused(model: str, tmp_pa
         for damage in (None, {}, {"norm": None}, {"norm": []}, {"norm": [[9999, 0, 64]]}, {"norm": [[0, 0, 64]] * 3}):
             broken = replace(file, meta={**file.meta, "activations": damage})
             with pytest.raises((WeightFormatError, InvalidRequestError)):
-                keeping(broken, ["norm"])
+                variant_of(broken, ["norm"])
 
 
 # ---- activations by name -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,5 @@ def test_chunks_when_steps_are_slow_then_each_comes_while_the_engine_is_at_the_n
     # Before the step behind the next one ends: a machine that stands still for a moment may hold up a few.
     prompt = sum(arrival < end for arrival, end in zip(arrivals[:-2], ends[2:], strict=True))
     assert prompt >= 0.8 * (NUM_TOKENS - 2), f"only {prompt} chunks came in time"
-    gaps = [later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(arrivals)]
     assert sorted(gaps)[len(gaps) // 2] >= 0.8 * STEP_SECONDS

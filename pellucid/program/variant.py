@@ -49,18 +49,31 @@ class Variant:
 
 
 def activation_widths(file: ProgramFile) -> dict[str, int]:
-    """The names that can be asked for, in the order in which they are computed, and the width of each."""
-    try:
-        return {str(name): int(terms[0][2]) for name, terms in file.meta["activations"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise WeightFormatError(f"{file.path.name}: the names of activations are damaged: {error}") from None
+    """The names that can be asked for, in the order in which they are computed, and the width of each.
+
+    Raises:
+        WeightFormatError: the file's names are damaged.
+    """
+    return {name: width for name, (_, width) in _first_terms(file).items()}
 
 
 def steerable(file: ProgramFile) -> dict[str, int]:
-    """Those of the names that a vector can be added to, because nothing else lies in their buffer."""
-    widths, buffers = activation_widths(file), file.sections["buffers"].view(abi.BUFFER_DTYPE)
-    terms = {name: file.meta["activations"][name][0] for name in widths}
-    return {name: widths[name] for name, (buffer, _, width) in terms.items() if buffers[buffer]["width"] == width}
+    """Those of the names that a vector can be added to, because nothing else lies in their buffer. Raises likewise."""
+    widths = file.sections["buffers"].view(abi.BUFFER_DTYPE)["width"]
+    return {name: width for name, (buffer, width) in _first_terms(file).items() if widths[buffer] == width}
+
+
+def _first_terms(file: ProgramFile) -> dict[str, tuple[int, int]]:
+    """The buffer and the width of each activation's first term."""
+    num_buffers = len(file.sections["buffers"].view(abi.BUFFER_DTYPE))
+    try:
+        found = {str(name): (int(terms[0][0]), int(terms[0][2])) for name, terms in file.meta["activations"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise WeightFormatError(f"{file.path.name}: the names of activations are damaged: {error}") from None
+    for name, (buffer, _) in found.items():
+        if not 0 <= buffer < num_buffers:
+            raise WeightFormatError(f"{file.path.name}: activation {name!r} lies in buffer {buffer} of {num_buffers}")
+    return found
 
 
 def variant_of(file: ProgramFile, keep: Sequence[str] = (), steer: Sequence[str] = ()) -> Variant:

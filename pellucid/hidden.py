@@ -21,6 +21,11 @@ FINAL_LAYER = -1  # behind the final norm: the exact input of the head
 _VALUE_BYTES = 4
 
 
+def layer_name(layer: int) -> str:
+    """The activation that is hidden layer `layer` >= 0: 0 is the embedding's output, i the residual stream behind block i."""
+    return "embed_tokens" if layer == 0 else f"layers.{layer - 1}"
+
+
 @dataclass(frozen=True)
 class HiddenStatesLimits:
     """What a model has, and the most that one request may be handed."""

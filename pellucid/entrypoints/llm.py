@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.layers.module import HAS_TORCH
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -269,7 +269,7 @@ class LLM:
 
 def _as_tensors(outputs: list[RequestOutput]) -> list[RequestOutput]:
     """Hidden states and activations as torch tensors on the same memory, where torch is installed."""
-    if HAS_TORCH:
+    if importlib.util.find_spec("torch") is not None:
         import torch
 
         for output in outputs:

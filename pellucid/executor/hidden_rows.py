@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RunnerRequest
-from pellucid.hidden import FINAL_LAYER
-from pellucid.layers.observe import layer_name
+from pellucid.hidden import FINAL_LAYER, layer_name
 from pellucid.plan import CapturedRows, PlanEntry
 
 

@@ -13,12 +13,6 @@ from typing import Any
 # Is told a name and the terms; what it gives, if anything, is added to the first term.
 Observer = Callable[[str, tuple[Any, ...]], Any]
 _ROOT = "model."
-FIRST_LAYER_INPUT = "embed_tokens"
-
-
-def layer_name(layer: int) -> str:
-    """The activation that is hidden layer `layer` >= 0: 0 is the embedding's output, i the residual stream behind block i."""
-    return FIRST_LAYER_INPUT if layer == 0 else f"layers.{layer - 1}"
 
 
 @contextmanager

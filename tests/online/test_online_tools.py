@@ -12,6 +12,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from tokenizers import Tokenizer
 from utils.http_server import RunningServer, running_server
 from utils.real_model import real_model
 from utils.tiny_models import build_tiny_checkpoint
@@ -154,9 +155,11 @@ def test_given_forced_call_when_cut_short_then_the_reason_is_length(client: open
 def test_given_forced_call_when_the_clients_own_helper_streams_then_it_reads_the_call(client: openai.OpenAI) -> None:
     arguments: dict[str, Any] = {"model": "m", "messages": MESSAGES, "tools": TOOLS, "tool_choice": NAMED, "seed": 2}
     with client.chat.completions.stream(**arguments, max_tokens=300) as stream:
+        pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
         final = stream.get_final_completion()
     (call,) = final.choices[0].message.tool_calls or []
     jsonschema.validate(json.loads(call.function.arguments), WEATHER)
+    assert len(pieces) > 3
     assert call.id.startswith("call_")
     assert call.function.name == "get_weather"
 
@@ -231,6 +234,19 @@ def test_given_prompt_that_opens_reasoning_when_structured_then_the_structure_st
     assert (plain["content"], plain["finish_reason"]) == ("yes", "stop")
     with pytest.raises(openai.BadRequestError, match="reasoning_effort"):
         _asked(_client(tiny), reasoning_effort="low")
+
+
+def test_given_markers_that_are_special_tokens_when_a_call_is_forced_then_it_is_read(tmp_path: Path) -> None:
+    folder = build_tiny_checkpoint(tmp_path, "llama")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    with running_server(folder, served_model_name=("m",)) as server, _client(server) as client:
+        message = _asked(client, messages=[{"role": "user", "content": "hi"}], tools=TOOLS[1:], tool_choice="required",
+                         parallel_tool_calls=False, max_tokens=60)  # fmt: skip
+    assert message == {"content": "", "reasoning": "", "calls": [["now", "{}"]], "finish_reason": "tool_calls"}
 
 
 def test_given_dialects_that_are_off_when_asked_then_text_stays_and_tools_are_refused(tool_model: Path) -> None:

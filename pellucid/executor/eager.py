@@ -14,7 +14,6 @@ from pellucid.config import EngineConfig
 from pellucid.executor.base import F32
 from pellucid.executor.loader import LoadedModel
 from pellucid.hidden import NO_STEERING, Steering
-from pellucid.layers.observe import observed
 from pellucid.models.config import ModelConfig
 from pellucid.models.registry import ModelRegistry
 from pellucid.ops import abi, gather_rows
@@ -22,6 +21,7 @@ from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.program.file import ProgramFile
+from pellucid.program.observe import observed
 from pellucid.weights.checkpoint import Checkpoint, open_checkpoint
 from pellucid.weights.hub import resolve_model
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pellucid import ops
-from pellucid.layers.observe import observed
 from pellucid.ops.spec import MATRIX_OPERANDS, OpSpec, Symbol
+from pellucid.program.observe import observed
 
 WeightKind = Literal["matrix", "table", "vector"]
 

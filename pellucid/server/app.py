@@ -33,6 +33,7 @@ from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.settings import ServerSettings
 from pellucid.server.sse import EventStream, JsonResponse, unless_gone
+from pellucid.server.turns import ToolUse, Turn, turn_of
 
 MAX_STEPS = 4096
 _Model = TypeVar("_Model", bound=Strict)
@@ -119,21 +120,18 @@ class _Endpoints:
         """Answers a conversation."""
         context = self._context
         request = await self._read(http, ChatCompletionRequest)
-        params = context.sampling_params(request)
-        prompt = await context.prompts.encode_chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            template_kwargs=request.chat_template_kwargs,
-        )
-        job = context.job(http, request, [prompt], params)
+        prepared = await context.preparer.prepare(turn_of(request), context.sampling_params(request))
+        prompt, params = prepared.prompt_token_ids, prepared.params
+        job = context.job(http, request, [prompt], params, prepared.structure_field)
         identity = context.identity("chatcmpl", job.request_id, request.model)
-        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs)
-        generation = await context.generator.submit(job)
+        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, prepared.style.reader())
+        generation = await self._submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request), generation)
-        return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
+        outputs = await self._whole(http, generation)
+        if prepared.style.is_plain:
+            return JsonResponse(answer.whole(outputs, generation.usage))
+        return JsonResponse(await context.prompts.run(answer.whole, outputs, generation.usage))
 
     async def completions(self, http: Request) -> Response:
         """Continues one prompt or several."""
@@ -144,7 +142,7 @@ class _Endpoints:
         job = context.job(http, request, prompts, params)
         identity = context.identity("cmpl", job.request_id, request.model)
         answer = CompletionAnswer(request, identity, prompts, params.n, context.logprobs, texts)
-        generation = await context.generator.submit(job)
+        generation = await self._submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request), generation)
         return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
@@ -160,7 +158,7 @@ class _Endpoints:
         ]
         wanted = embeddings.wanted_rows(request, prompts, self._engine.model.hidden_size)
         name = context.job_name(http, request.request_id)
-        job = Job(name, prompts, embeddings.ONE_TOKEN, request.priority or 0, None, False, tuple(wanted))
+        job = Job(name, prompts, embeddings.ONE_TOKEN, request.priority or 0, stream=False, hidden_states=tuple(wanted))
         generation = await context.generator.submit(job)
         outputs = await self._whole(http, generation)
         return JsonResponse(embeddings.answer(request, request.model or context.names[0], outputs, generation.usage))
@@ -200,12 +198,15 @@ class _Endpoints:
             special = True if request.add_special_tokens is None else request.add_special_tokens
             ids = await prompts.encode(request.prompt, add_special_tokens=special)
         else:
-            ids = await prompts.encode_chat(
-                request.messages or [],
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                add_special_tokens=request.add_special_tokens,
-                template_kwargs=request.chat_template_kwargs,
+            ids = await self._context.preparer.encode(
+                Turn(
+                    request.messages or [],
+                    ToolUse([tool.to_template() for tool in request.tools or ()]),
+                    request.add_generation_prompt,
+                    request.continue_final_message,
+                    request.add_special_tokens,
+                    request.chat_template_kwargs or {},
+                )
             )
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._engine.model.max_model_len, "tokens": ids}
         if request.return_token_strs:
@@ -271,6 +272,13 @@ class _Endpoints:
         request = await read_json(http, model, self._settings.max_body_bytes, self._settings.body_timeout)
         self._context.check_model(getattr(request, "model", None))
         return request
+
+    async def _submit(self, http: Request, job: Job) -> Generation:
+        """Queues a job. Compiling its structure may take long: a client that leaves meanwhile takes it out of the queue."""
+        submitting = self._context.generator.submit(job)
+        if job.params.structured_outputs is None:
+            return await submitting
+        return await unless_gone(http.receive, submitting)
 
     async def _whole(self, http: Request, generation: Generation) -> list[Any]:
         async with generation:

@@ -17,6 +17,7 @@ from pellucid.server.generation import Generator
 from pellucid.server.job import Job
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.metrics import Metrics
+from pellucid.server.preparing import Preparer
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings
@@ -41,6 +42,7 @@ class ServerContext:
         self.tracing = Tracing(self.settings)
         self.generator = Generator(self.engine, self.metrics, self.settings.request_timeout)
         self.prompts = Prompts(self.engine.tokenizer)
+        self.preparer = Preparer(self.prompts, self.settings, self.engine.model.model_type)
         self.logprobs = LogprobFormat(self.engine.tokenizer)
         self.sampling_defaults = model_defaults(self.engine.model.default_sampling)
 
@@ -75,7 +77,14 @@ class ServerContext:
         except InvalidRequestError as error:
             raise InvalidRequestError(*_renamed(request, error)) from None
 
-    def job(self, http: Request, request: RequestFields, prompts: list[list[int]], params: SamplingParams) -> Job:
+    def job(
+        self,
+        http: Request,
+        request: RequestFields,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        structure_field: str | None = None,
+    ) -> Job:
         """A job under the name that was asked for, else one that carries the HTTP request's id.
 
         Raises:
@@ -94,9 +103,10 @@ class ServerContext:
             params,
             request.priority or 0,
             request.cache_salt,
-            bool(request.stream),
-            () if wanted is None else (wanted,) * len(prompts),
-            wanted_capture(request, self.settings.capture),
+            structure_field=request.structure_field if structure_field is None else structure_field,
+            stream=bool(request.stream),
+            hidden_states=() if wanted is None else (wanted,) * len(prompts),
+            capture=wanted_capture(request, self.settings.capture),
         )
 
     def job_name(self, http: Request, asked: str | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pellucid.hidden import CaptureParams, HiddenStatesParams
 from pellucid.params import SamplingParams
+from pellucid.structured import FIELD
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    structure_field: str = FIELD  # what the request calls the structure of its answer
     stream: bool = True  # deltas are read; without it only the whole
     hidden_states: tuple[HiddenStatesParams, ...] = ()  # of each prompt; none: nobody wants any
     capture: CaptureParams | None = None

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationErr
 
 from pellucid.errors import InvalidRequestError
 from pellucid.params import SamplingParams, range_of
+from pellucid.structured import FIELD
 
 MAX_NAME_CHARACTERS = 256
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
@@ -121,6 +122,11 @@ class RequestFields(SamplingFields):
     hidden_states_stream: Flag = Field(
         None, description="While streaming, each chunk has a row for each of its tokens."
     )
+
+    @property
+    def structure_field(self) -> str:
+        """What the request calls the structure of its answer."""
+        return FIELD
 
     # Fields that are known and of which only these values can be honoured: (values, why no others).
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}

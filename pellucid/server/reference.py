@@ -17,13 +17,18 @@ from pellucid.server.protocol_base import StreamOptions
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
 from pellucid.server.protocol_embeddings import EmbeddingRequest
+from pellucid.server.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
+from pellucid.server.protocol_tools import FunctionDefinition
 from pellucid.server.settings import ServerSettings
 
 BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"
 _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("POST /v1/chat/completions", ChatCompletionRequest),
     ("A message", Message),
+    ("A tool's function", FunctionDefinition),
+    ("response_format", ResponseFormat),
+    ("response_format.json_schema", JsonSchemaFormat),
     ("POST /v1/completions", CompletionRequest),
     ("POST /v1/embeddings", EmbeddingRequest),
     ("stream_options", StreamOptions),
@@ -54,7 +59,12 @@ def updated(document: str) -> str:
 def _section(title: str, model: type[BaseModel]) -> str:
     refused: dict[str, tuple[tuple[Any, ...], str]] = getattr(model, "REFUSED", {})
     rows = [
-        (f"`{name}`", _type_name(field), "refused" if name in refused else "honoured", field.description or "")
+        (
+            f"`{field.alias or name}`",
+            _type_name(field),
+            "refused" if name in refused else "honoured",
+            field.description or "",
+        )
         for name, field in _ordered(model)
     ]
     return f"### {title}\n\n{_table(('field', 'type', 'other values', 'behaviour'), rows)}"

@@ -21,9 +21,11 @@ from pellucid.structured import StructuredOutputsParams
 CPU_SECONDS = 2
 MEMORY_BYTES = 2 << 30
 STACK_BYTES = 4 << 20  # half of what a thread has who compiles it afterwards
-# Limits of llguidance: Earley items a row, states of the lexer (some 2 KiB each).
+# Limits of llguidance: Earley items a row and a mask (an ambiguous grammar takes some 50 us for each, and all other requests wait for a
+# mask), states of the lexer (some 2 KiB each).
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 1000,
+    "step_max_items": 10_000,
     "max_lexer_states": 25_000,
     "precompute_large_lexemes": False,
     "verbose_errors": False,
@@ -62,7 +64,8 @@ class GrammarTrial:
 
 
 def _named_in(spec: StructuredOutputsParams, special: Mapping[str, int]) -> dict[str, int]:
-    return {token: token_id for token, token_id in special.items() if spec.grammar and token in spec.grammar}
+    named = spec.grammar or ""
+    return {token: token_id for token, token_id in special.items() if token == spec.after or (token and token in named)}
 
 
 def _start() -> subprocess.Popen[str]:
@@ -98,7 +101,7 @@ def error_of(spec: StructuredOutputsParams, vocab_size: int, special: Mapping[st
     from pellucid.text.grammar_source import grammar_source
 
     try:
-        source = grammar_source(spec)
+        source = grammar_source(spec, special)
     except ValueError as error:
         return str(error)
     matcher = LLMatcher(LLTokenizer(_Bytes(vocab_size, special)), source, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from types import NoneType
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -16,6 +16,16 @@ from pellucid.server.metrics import METRICS
 from pellucid.server.protocol_base import StreamOptions
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
+from pellucid.server.protocol_messages import (
+    BLOCKS,
+    CountTokensRequest,
+    CustomTool,
+    MessagesRequest,
+    OutputConfig,
+    Thinking,
+    ToolChoice,
+)
+from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.settings import ServerSettings
 
@@ -25,6 +35,18 @@ _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("A message", Message),
     ("POST /v1/completions", CompletionRequest),
     ("stream_options", StreamOptions),
+    ("POST /v1/responses", ResponsesRequest),
+    *((f"An item of type {name}", item) for name, item in ITEMS.items()),
+    ("A tool of /v1/responses", FunctionTool),
+    ("text.format of /v1/responses", TextFormat),
+    ("reasoning of /v1/responses", Reasoning),
+    ("POST /v1/messages", MessagesRequest),
+    ("POST /v1/messages/count_tokens", CountTokensRequest),
+    *((f"A block of type {name}", block) for name, block in BLOCKS.items()),
+    ("A tool of /v1/messages", CustomTool),
+    ("tool_choice of /v1/messages", ToolChoice),
+    ("thinking", Thinking),
+    ("output_config", OutputConfig),
     ("POST /tokenize", TokenizeRequest),
     ("POST /detokenize", DetokenizeRequest),
 )
@@ -75,6 +97,8 @@ def _type_name(field: FieldInfo) -> str:
 def _spelled(hint: Any) -> str:
     arguments = [argument for argument in typing.get_args(hint) if argument is not NoneType]
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _spelled(arguments[0])
     if origin is list:
         return f"list of {_spelled(arguments[0])}"
     if origin is dict:

@@ -1,0 +1,43 @@
+"""The paths of the Messages API."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pellucid.server.chat_core import prepared, renaming, submitted
+from pellucid.server.context import ServerContext
+from pellucid.server.messages import PREFIX, MessageAnswer
+from pellucid.server.messages_input import NAMES, prompt_of, to_chat
+from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
+from pellucid.server.sse import EventStream, JsonResponse
+from pellucid.server.typed_stream import typed_events, whole_answer
+
+
+class MessagesEndpoints:
+    """One method a path."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def create_message(self, http: Request) -> Response:
+        """Answers a conversation with blocks: text, thoughts and calls."""
+        context = self._context
+        request = await context.read(http, MessagesRequest)
+        with renaming(NAMES):
+            chat = to_chat(request)
+            made = await prepared(context, chat)
+            generation = await submitted(context, http, chat, made)
+        identity = context.identity(PREFIX, generation.job.request_id, request.model)
+        answer = MessageAnswer(request, identity, len(made.prompt_token_ids), made.style.reader())
+        if request.stream:
+            return EventStream(lambda: typed_events(generation, answer, context.prompts.count))
+        (output,) = await context.whole(http, generation)
+        return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts.count))
+
+    async def count_tokens(self, http: Request) -> Response:
+        """How many tokens a message's prompt has."""
+        request = await self._context.read(http, CountTokensRequest)
+        with renaming(NAMES):
+            made = await prepared(self._context, prompt_of(request))
+        return JsonResponse({"input_tokens": len(made.prompt_token_ids)})

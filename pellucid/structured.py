@@ -20,6 +20,7 @@ MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 1024
 MAX_CHOICES_CHARACTERS = 128 << 10
 MAX_WHITESPACE_CHARACTERS = 128
+MAX_AFTER_CHARACTERS = 128
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -31,7 +32,8 @@ class StructuredOutputsParams:
     `json`: a JSON schema, as an object or as its text; kept as text. `regex`: the whole text matches it (no look-around, no
     back-references). `choice`: the text is one of these. `grammar`: a grammar in Lark's syntax as llguidance reads it, or in
     GBNF. `json_object`: any JSON object. Whitespace between JSON's parts is at most one space, or one or two line ends and
-    an indent, unless `whitespace_pattern` says otherwise or `disable_any_whitespace` leaves none.
+    an indent, unless `whitespace_pattern` says otherwise or `disable_any_whitespace` leaves none. `after`: the structure begins behind the
+    first place where this stands, such as the end of a model's reasoning; before it any text may stand.
 
     Raises:
         InvalidRequestError: naming the field, the value and the limit.
@@ -44,6 +46,7 @@ class StructuredOutputsParams:
     json_object: bool = False
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
+    after: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("json_object", "disable_any_whitespace"):
@@ -62,6 +65,8 @@ class StructuredOutputsParams:
             _text("regex", self.regex, MAX_REGEX_CHARACTERS)
         if self.grammar is not None:
             _check_grammar(self.grammar)
+        if self.after is not None:
+            _text("after", self.after, MAX_AFTER_CHARACTERS)
         self._check_whitespace(given[0])
 
     def _check_whitespace(self, kind: str) -> None:

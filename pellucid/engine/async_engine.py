@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker, check_options
-from pellucid.engine.client import MAX_UNCOLLECTED
 from pellucid.engine.messages import (
     CLOSED,
     AbortAll,
     Cancel,
+    Command,
     Died,
-    Done,
-    ErrorInfo,
     Event,
     Loaded,
     LoadFailed,
     LoadProgress,
     ModelInfo,
-    News,
     ReadStats,
     ReadSteps,
-    Refused,
     ResetPrefixCache,
     Start,
-    Stats,
-    Steps,
     Submit,
 )
 from pellucid.engine.metrics import EngineStats
-from pellucid.engine.streams import RequestStream, Wakes
+from pellucid.engine.request_book import RequestBook
+from pellucid.engine.streams import RequestStream
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
-from pellucid.errors import ConfigError, EngineDeadError, EngineDrainingError, InvalidRequestError
+from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
 from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
@@ -49,8 +43,6 @@ from pellucid.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_WAITING = 1024
 MAX_STEP_RECORDS = 4096
-# Outputs that nobody collected are dropped after this many seconds, and sooner when there are MAX_UNCOLLECTED younger ones.
-MAX_UNCOLLECTED_SECONDS = 600.0
 _NUM_TOKENISERS = 2
 
 Progress = Callable[[int, int], None]
@@ -74,14 +66,7 @@ class AsyncLLMEngine:
             self.model.hidden_states,
         )
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")
-        self._lock = Lock()  # guards all that follows
-        self._numbers = itertools.count(1)
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._streams: dict[str, RequestStream] = {}
-        self._ended_at: OrderedDict[str, float] = OrderedDict()  # of streams that are kept, oldest first
-        self._waiting_for_all: list[asyncio.Future[None]] = []
-        self._is_draining = False
-        self._error: BaseException | None = None
+        self._book = RequestBook()
 
     @classmethod
     def start(
@@ -113,7 +98,8 @@ class AsyncLLMEngine:
         except BaseException:
             transport.close()
             raise
-        link.connect(engine._take)
+        link.connect(engine._book.take)
+        weakref.finalize(engine, transport.close)  # at exit: the core must not compute while the interpreter goes down
         return engine
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -151,8 +137,9 @@ class AsyncLLMEngine:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, priority, cache_salt, True, hidden_states)
         try:
-            async for chunk in self._watch(stream):
-                yield chunk
+            async with aclosing(self._watch(stream)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             self._abandon(stream)
 
@@ -181,7 +168,7 @@ class AsyncLLMEngine:
             KeyError: the id is unknown.
             EngineDeadError: while it is read; the engine ended before the request did.
         """
-        return self._watch(self._find(request_id))
+        return self._watch(self._book.find(request_id))
 
     async def collect(self, request_id: str) -> RequestOutput | None:
         """The output of a request that has ended; None while it runs.
@@ -190,14 +177,14 @@ class AsyncLLMEngine:
             KeyError: the id is unknown, or its output was dropped.
             EngineDeadError: the engine ended before the request did.
         """
-        stream = self._find(request_id)
+        stream = self._book.find(request_id)
         if stream.error is not None:
             raise EngineDeadError(str(stream.error))
         return stream.output
 
     async def wait(self, request_id: str) -> RequestOutput:
         """The output of a request, when it has ended. Raises as `collect`."""
-        return await self._wait(self._find(request_id))
+        return await self._wait(self._book.find(request_id))
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request; its blocks are free then. True also when it had ended, False when it is unknown.
@@ -205,8 +192,8 @@ class AsyncLLMEngine:
         Raises:
             EngineDeadError: the engine has ended.
         """
-        with self._lock:
-            stream = self._streams.get(request_id)
+        with self._book.lock:
+            stream = self._book.streams.get(request_id)
             if stream is None or stream.output is not None:
                 return stream is not None
         await self._call(lambda call: Cancel(call, request_id))
@@ -214,22 +201,22 @@ class AsyncLLMEngine:
 
     async def is_finished(self, request_id: str) -> bool:
         """True when the request is known and has ended."""
-        with self._lock:
-            stream = self._streams.get(request_id)
+        with self._book.lock:
+            stream = self._book.streams.get(request_id)
             return stream is not None and stream.output is not None
 
     async def status(self, request_id: str) -> str | None:
         """Where a request stands; None when it is unknown."""
-        with self._lock:
-            stream = self._streams.get(request_id)
+        with self._book.lock:
+            stream = self._book.streams.get(request_id)
             return None if stream is None else stream.status
 
     async def release(self, request_id: str) -> None:
         """Forgets an ended request's output."""
-        with self._lock:
-            stream = self._streams.get(request_id)
+        with self._book.lock:
+            stream = self._book.streams.get(request_id)
             if stream is not None and stream.has_ended:
-                self._forget(stream)
+                self._book.forget(stream)
 
     # ---- the engine -----------------------------------------------------------------------------------------------
 
@@ -256,14 +243,11 @@ class AsyncLLMEngine:
     async def drain(self, timeout: float) -> bool:
         """Takes no new requests and waits for those that run, `timeout` seconds at most. True when all ended by then; the
         others are aborted."""
-        with self._lock:
-            self._is_draining = True
-            if not self._has_living():
-                return True
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting_for_all.append(future)
+        all_ended = self._book.drain(asyncio.get_running_loop())
+        if all_ended.done():
+            return True
         try:
-            await asyncio.wait_for(future, timeout)
+            await asyncio.wait_for(all_ended, timeout)
         except asyncio.TimeoutError:
             await self.abort_all()
             return False
@@ -276,16 +260,16 @@ class AsyncLLMEngine:
     @property
     def is_alive(self) -> bool:
         """True while requests can be served."""
-        return self._error is None and self._transport.is_alive
+        return self._book.error is None and self._transport.is_alive
 
     @property
     def error(self) -> BaseException | None:
         """Why the engine is dead; None while it is not."""
-        return self._error
+        return self._book.error
 
     def close(self) -> None:
         """Ends the engine and frees its memory; who waits gets an error at once. Harmless when called again."""
-        self._die(CLOSED)
+        self._book.die(CLOSED)
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
 
@@ -303,9 +287,9 @@ class AsyncLLMEngine:
     ) -> RequestStream:
         params = SamplingParams() if params is None else params
         check_options(request_id, priority, cache_salt)
-        self._refuse_when_closed()
+        self._book.refuse_when_closed()
         text, token_ids = await self._tokenised(prompt, params, hidden_states)
-        stream = self._open_stream(request_id, params.n)
+        stream = self._book.open(request_id, params.n)
         name = stream.request_id
         try:
             await self._call(
@@ -323,11 +307,8 @@ class AsyncLLMEngine:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._tokenisers, self._prepare, prompt, params, hidden_states)
-        except asyncio.CancelledError:
-            self._refuse_when_closed()  # closing cancels what stands in the pool's queue
-            raise
-        except RuntimeError:
-            self._refuse_when_closed()
+        except (asyncio.CancelledError, RuntimeError):  # closing cancels what stands in the pool's queue
+            self._book.refuse_when_dead()
             raise
 
     def _prepare(
@@ -338,26 +319,14 @@ class AsyncLLMEngine:
         self._checker.grammar(params)
         return text, token_ids
 
-    def _open_stream(self, request_id: str | None, num_choices: int) -> RequestStream:
-        with self._lock:
-            self._raise_when_closed()
-            name = f"req-{next(self._numbers)}" if request_id is None else request_id
-            old = self._streams.get(name)
-            if old is not None and not old.has_ended:
-                raise InvalidRequestError(f"request_id {name!r} is in use", param="request_id")
-            if old is not None:
-                self._forget(old)
-            stream = self._streams[name] = RequestStream(name, num_choices)
-        return stream
-
-    async def _watch(self, stream: RequestStream) -> AsyncIterator[StreamChunk]:
+    async def _watch(self, stream: RequestStream) -> AsyncGenerator[StreamChunk, None]:
         places, num_open = [0] * stream.num_choices, stream.num_choices
         loop = asyncio.get_running_loop()
-        with self._lock:
+        with self._book.lock:
             stream.num_watchers += 1
         try:
             while num_open:
-                with self._lock:
+                with self._book.lock:
                     chunks = stream.read(places)
                     changed = None if chunks or stream.error else stream.when_changed(loop)
                 for chunk in chunks:
@@ -368,14 +337,14 @@ class AsyncLLMEngine:
                 elif not chunks:
                     raise EngineDeadError(str(stream.error))
         finally:
-            with self._lock:
+            with self._book.lock:
                 stream.num_watchers -= 1
                 stream.compact()
 
     async def _wait(self, stream: RequestStream) -> RequestOutput:
         loop = asyncio.get_running_loop()
         while True:
-            with self._lock:
+            with self._book.lock:
                 if stream.output is not None:
                     return stream.output
                 if stream.error is not None:
@@ -385,127 +354,17 @@ class AsyncLLMEngine:
 
     def _abandon(self, stream: RequestStream) -> None:
         """Forgets a request, and ends it where it runs. Does not wait for that."""
-        with self._lock:
-            if self._streams.get(stream.request_id) is not stream:
-                return
-            self._forget(stream)
-            wakes = Wakes()
-            self._wake_when_all_ended(wakes)
-        wakes.send()
-        if not stream.has_ended:
+        if self._book.abandon(stream):
             self._transport.send(Cancel(0, stream.request_id))
 
-    def _find(self, request_id: str) -> RequestStream:
-        with self._lock:
-            if request_id not in self._streams:
-                raise KeyError(f"request {request_id!r} is unknown")
-            return self._streams[request_id]
-
-    def _forget(self, stream: RequestStream) -> None:
-        self._streams.pop(stream.request_id, None)
-        self._ended_at.pop(stream.request_id, None)
-
-    async def _call(self, make: Callable[[int], Any]) -> Any:
+    async def _call(self, make: Callable[[int], Command]) -> Any:
         """Sends a command and waits for its answer."""
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        with self._lock:
-            self._raise_when_dead()
-            call = next(self._numbers)
-            self._calls[call] = future
+        call, future = self._book.open_call(asyncio.get_running_loop())
         try:
             self._transport.send(make(call))
             return await future
         finally:
-            self._calls.pop(call, None)
-
-    def _refuse_when_closed(self) -> None:
-        with self._lock:
-            self._raise_when_closed()
-
-    def _raise_when_closed(self) -> None:
-        self._raise_when_dead()
-        if self._is_draining:
-            raise EngineDrainingError("the engine is ending what it has; it takes no new requests")
-
-    def _raise_when_dead(self) -> None:
-        if self._error is not None:
-            raise EngineDeadError(str(self._error))
-
-    # ---- events ---------------------------------------------------------------------------------------------------
-
-    def _take(self, events: Sequence[Event]) -> None:
-        """Books what the owner says, then wakes each loop once. Called by the transport's thread alone."""
-        wakes = Wakes()
-        with self._lock:
-            for event in events:
-                if isinstance(event, News):
-                    self._take_news(event, wakes)
-                elif isinstance(event, Died):
-                    self._fail_all(event.error, wakes)
-                else:
-                    self._take_answer(event, wakes)
-        wakes.send()
-
-    def _take_news(self, news: News, wakes: Wakes) -> None:
-        streams = self._streams
-        for request_id, status in news.statuses.items():
-            if request_id in streams:
-                streams[request_id].status = status
-        for chunk in news.chunks:
-            if chunk.request_id in streams:
-                streams[chunk.request_id].add(chunk, wakes)
-        for output in news.finished:
-            stream = streams.get(output.request_id)
-            if stream is not None:
-                stream.end(output, wakes)
-                self._ended_at[output.request_id] = time.monotonic()
-        if news.finished:
-            self._drop_uncollected()
-            self._wake_when_all_ended(wakes)
-
-    def _take_answer(self, event: Event, wakes: Wakes) -> None:
-        if isinstance(event, (Done, Stats, Steps, Refused)):
-            future = self._calls.pop(event.call, None)
-            if future is not None:
-                wakes.add(future, _value(event))
-
-    def _drop_uncollected(self) -> None:
-        oldest_allowed = time.monotonic() - MAX_UNCOLLECTED_SECONDS
-        while self._ended_at:
-            name, ended_at = next(iter(self._ended_at.items()))
-            if len(self._ended_at) <= MAX_UNCOLLECTED and ended_at >= oldest_allowed:
-                return
-            self._forget(self._streams[name])
-
-    def _has_living(self) -> bool:
-        return len(self._streams) > len(self._ended_at)
-
-    def _wake_when_all_ended(self, wakes: Wakes) -> None:
-        if self._waiting_for_all and not self._has_living():
-            for future in self._waiting_for_all:
-                wakes.add(future)
-            self._waiting_for_all.clear()
-
-    def _die(self, error: ErrorInfo) -> None:
-        wakes = Wakes()
-        with self._lock:
-            self._fail_all(error, wakes)
-        wakes.send()
-
-    def _fail_all(self, info: ErrorInfo, wakes: Wakes) -> None:
-        """Everybody who waits gets an error. What had ended before can still be read."""
-        if self._error is not None:
-            return
-        cause = info.to_error()
-        self._error = cause if isinstance(cause, EngineDeadError) else EngineDeadError(f"the engine failed: {cause}")
-        for future in (*self._calls.values(), *self._waiting_for_all):
-            wakes.add(future, EngineDeadError(str(self._error)))
-        self._calls.clear()
-        self._waiting_for_all.clear()
-        for name, stream in self._streams.items():
-            if not stream.has_ended:
-                stream.fail(self._error, wakes)
-                self._ended_at[name] = time.monotonic()
+            self._book.close_call(call)
 
 
 class _Link:
@@ -541,15 +400,6 @@ class _Link:
                 early.append(self._early.get())
             take(early)
             self._take = take
-
-
-def _value(answer: Done | Stats | Steps | Refused) -> Any:
-    """What the caller of a command gets; an error is raised for it."""
-    if isinstance(answer, Refused):
-        return answer.error.to_error()
-    if isinstance(answer, Done):
-        return answer.value
-    return answer.stats if isinstance(answer, Stats) else answer.records
 
 
 def _transport(start: Start, in_process: bool) -> Transport:

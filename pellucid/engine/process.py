@@ -35,6 +35,7 @@ class ProcessTransport:
 
     def __init__(self, start: Start) -> None:
         self.folder = _private_folder()
+        self._at_exit = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._start = start
         self._context: zmq.Context[Any] = zmq.Context()
         self._events = receiver(self._context, address(self.folder, "events"))
@@ -44,7 +45,6 @@ class ProcessTransport:
         self.process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
         self._receiving: Thread | None = None
-        self._at_exit = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def start(self, deliver: Deliver) -> None:
         """Spawns the process; events come from now on."""

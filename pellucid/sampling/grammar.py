@@ -205,7 +205,7 @@ def _compile(
     problem = None if spec.kind in _NEEDS_NO_TRIAL else _TRIAL.run(spec, vocab_size, special)
     if problem is not None:
         return f"{FIELD}.{spec.kind}: {problem}"
-    source, limits = grammar_source(spec), LLParserLimits(**LIMITS)
+    source, limits = grammar_source(spec, special), LLParserLimits(**LIMITS)
     grammar = CompiledGrammar(spec, vocab_size, lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits))
     first = grammar.matcher()
     first.fill()

@@ -10,9 +10,9 @@ from starlette.requests import Request
 from pellucid.errors import InvalidRequestError
 from pellucid.server.context import ServerContext
 from pellucid.server.generation import Generation
+from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
-from pellucid.server.protocol_structure import renamed
-from pellucid.server.turns import Prepared, Turn
+from pellucid.server.turns import turn_of
 
 
 async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepared:
@@ -21,17 +21,15 @@ async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepa
     Raises:
         InvalidRequestError: naming field, value and limit.
     """
-    return await context.turns.prepare(Turn.of(chat), context.sampling_params(chat))
+    return await context.preparer.prepare(turn_of(chat), context.sampling_params(chat))
 
 
 async def submitted(
     context: ServerContext, http: Request, chat: ChatCompletionRequest, made: Prepared
 ) -> Generation:
-    """Queues a request. Raises as `Generator.submit`, of a structure with the field that asked for it."""
-    try:
-        return await context.generator.submit(context.job(http, chat, [made.prompt_token_ids], made.params))
-    except InvalidRequestError as error:
-        raise renamed(error, made.structure_field) from None
+    """Queues a request. Raises as `Generator.submit`."""
+    job = context.job(http, chat, [made.prompt_token_ids], made.params, made.structure_field)
+    return await context.submit(http, job)
 
 
 async def without_oldest_turns(context: ServerContext, chat: ChatCompletionRequest) -> ChatCompletionRequest:
@@ -46,7 +44,7 @@ async def without_oldest_turns(context: ServerContext, chat: ChatCompletionReque
     low, high = 0, len(candidates) - 1
     while low < high:  # the first that fits; the last one is taken in any case, and refused if it must
         middle = (low + high) // 2
-        ids = await context.turns.encode(Turn.of(candidates[middle]))
+        ids = await context.preparer.encode(turn_of(candidates[middle]))
         low, high = (low, middle) if len(ids) + room <= length else (middle + 1, high)
     return candidates[low]
 
@@ -73,8 +71,9 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _spoken(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
-    message = str(error)
+    message, param = str(error), error.param or ""
     for name, own in names.items():
-        if error.param is not None and name.partition(".")[0] == error.param and name in message:
-            return InvalidRequestError(message.replace(name, own, 1), own.partition(".")[0])
+        head = name.partition(".")[0]
+        if head in param.split(", or "):
+            return InvalidRequestError(message.replace(name, own, 1), param.replace(head, own.partition(".")[0]))
     return error

@@ -31,7 +31,7 @@ class MessagesEndpoints:
         identity = context.identity(PREFIX, generation.job.request_id, request.model)
         answer = MessageAnswer(request, identity, len(made.prompt_token_ids), made.style.reader())
         if request.stream:
-            return EventStream(lambda: typed_events(generation, answer, context.prompts.count))
+            return EventStream(typed_events(generation, answer, context.prompts.count), generation)
         (output,) = await context.whole(http, generation)
         return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts.count))
 

@@ -24,7 +24,7 @@ from pellucid.server.responses_input import as_chat, shared_fields
 # What chat calls a field that a message's request knows under another name.
 NAMES = {
     **{"stop": "stop_sequences", "max_completion_tokens": "max_tokens"},
-    "response_format.json_schema.schema": "output_config.format.schema",
+    **{"response_format.json_schema.schema": "output_config.format.schema", "response_format": "output_config.format"},
     "reasoning_effort": "output_config.effort",
 }
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}

@@ -13,14 +13,13 @@ from starlette.responses import Response
 from pellucid.errors import InvalidRequestError
 from pellucid.server.chat_core import prepared, renaming, submitted, without_oldest_turns
 from pellucid.server.context import ServerContext
-from pellucid.server.errors import HttpError
+from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_chat import Message
 from pellucid.server.protocol_responses import LOGPROBS, ResponsesRequest
 from pellucid.server.response_store import Owner, StoredResponse, unknown_response
 from pellucid.server.responses import PREFIX, ResponseAnswer
 from pellucid.server.responses_input import NAMES, answered, messages_of, to_chat
 from pellucid.server.sse import EventStream, JsonResponse
-from pellucid.server.turns import Prepared
 from pellucid.server.typed_stream import typed_events, whole_answer
 
 MAX_LISTED = 100
@@ -49,7 +48,7 @@ class ResponsesEndpoints:
         identity = context.identity(PREFIX, generation.job.request_id, request.model)
         answer = ResponseAnswer(request, identity, made.params, made.style.reader(), context.logprobs, keep)
         if request.stream:
-            return EventStream(lambda: typed_events(generation, answer, context.prompts.count))
+            return EventStream(typed_events(generation, answer, context.prompts.count), generation)
         (output,) = await context.whole(http, generation)
         return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts.count))
 

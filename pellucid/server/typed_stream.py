@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from pellucid.outputs import RequestOutput
-from pellucid.server.errors import HttpError, as_http_error, internal_error
+from pellucid.server.answers import told
+from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Generation, Usage
 from pellucid.server.sse import event
 
-logger = logging.getLogger("pellucid.server")
 Events = Iterable[dict[str, Any]]
 
 
@@ -41,22 +40,19 @@ class TypedAnswer(Protocol):
 TokenCount = Callable[[str], Awaitable[int]]
 
 
-async def typed_events(generation: Generation, answer: TypedAnswer, count: TokenCount) -> AsyncIterator[bytes]:
-    """The encoded events of a stream. An error becomes an event. Closing it cancels the generation."""
-    async with generation:
-        try:
-            yield encoded(answer.opening())
-            async for delta in generation.deltas():
-                events = encoded(answer.events(delta))
-                if events:
-                    yield events
-            yield encoded(answer.closing(generation.usage, await count(answer.thoughts)))
-        except Exception as error:
-            known = as_http_error(error)
-            if known is None:
-                logger.exception("request %s failed", generation.job.request_id)
-                known = internal_error(generation.job.request_id)
-            yield encoded(answer.failure(known))
+async def typed_events(
+    generation: Generation, answer: TypedAnswer, count: TokenCount
+) -> AsyncGenerator[bytes, None]:
+    """The encoded events of a stream. An error becomes an event. Its caller closes the generation."""
+    try:
+        yield encoded(answer.opening())
+        async for delta in generation.deltas():
+            events = encoded(answer.events(delta))
+            if events:
+                yield events
+        yield encoded(answer.closing(generation.usage, await count(answer.thoughts)))
+    except Exception as error:
+        yield encoded(answer.failure(told(error, generation.job.request_id)))
 
 
 async def whole_answer(output: RequestOutput, answer: TypedAnswer, usage: Usage, count: TokenCount) -> dict[str, Any]:

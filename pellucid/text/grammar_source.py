@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from pellucid.structured import StructuredOutputsParams
@@ -10,17 +12,35 @@ from pellucid.structured import StructuredOutputsParams
 # Between JSON's parts. Bounded: a model that likes line ends would else write nothing but them.
 WHITESPACE = r"( |\n{1,2}[ \t]{0,20})"
 # Every token that fits is allowed, however the tokenizer itself would have cut the text.
-_START = '%llguidance {"no_forcing": true}\nstart: @body\n'
+_SETTINGS = '%llguidance {"no_forcing": true}\n'
 
 
-def grammar_source(spec: StructuredOutputsParams) -> str:
+def grammar_source(spec: StructuredOutputsParams, special: Mapping[str, int] | None = None) -> str:
     """The grammar in llguidance's own form: JSON with two grammars, of which the first has the settings.
+
+    `special` are the special tokens, by which `spec.after` is found where it is one of them.
 
     Raises:
         ValueError: a GBNF grammar that cannot be read.
     """
     body = _BODIES[spec.kind](spec)
-    return json.dumps({"grammars": [{"lark_grammar": _START}, {"name": "body", **body}]})
+    start = _SETTINGS + _start(spec.after, special or {})
+    return json.dumps({"grammars": [{"lark_grammar": start}, {"name": "body", **body}]})
+
+
+def _start(after: str | None, special: Mapping[str, int]) -> str:
+    if after is None:
+        return "start: @body\n"
+    token = f"<[{special[after]}]>" if after in special else None
+    return f"start: before /\\s{{0,4}}/ @body\n{until('before', after, token)}\n"
+
+
+def until(name: str, marker: str, token: str | None) -> str:
+    """A rule for any text up to the first `marker`, and that; `token` is how a grammar spells one that is a special token."""
+    if token is not None:
+        return f"{name}: /(.|\\n)*/ {token}"
+    escaped = re.escape(marker).replace("/", r"\/")
+    return f"{name}[lazy]: /(.|\\n)*{escaped}/"
 
 
 def _json(spec: StructuredOutputsParams) -> dict[str, Any]:

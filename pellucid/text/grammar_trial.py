@@ -62,7 +62,8 @@ class GrammarTrial:
 
 
 def _named_in(spec: StructuredOutputsParams, special: Mapping[str, int]) -> dict[str, int]:
-    return {token: token_id for token, token_id in special.items() if spec.grammar and token in spec.grammar}
+    named = spec.grammar or ""
+    return {token: token_id for token, token_id in special.items() if token == spec.after or (token and token in named)}
 
 
 def _start() -> subprocess.Popen[str]:
@@ -98,7 +99,7 @@ def error_of(spec: StructuredOutputsParams, vocab_size: int, special: Mapping[st
     from pellucid.text.grammar_source import grammar_source
 
     try:
-        source = grammar_source(spec)
+        source = grammar_source(spec, special)
     except ValueError as error:
         return str(error)
     matcher = LLMatcher(LLTokenizer(_Bytes(vocab_size, special)), source, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]

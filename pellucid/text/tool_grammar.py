@@ -13,7 +13,7 @@ from typing import Any
 
 from pellucid.errors import InvalidRequestError
 from pellucid.structured import StructuredOutputsParams
-from pellucid.text.grammar_source import WHITESPACE
+from pellucid.text.grammar_source import WHITESPACE, until
 from pellucid.text.reasoning_parser import ReasoningDialect
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import Tool, ToolDialect
@@ -47,11 +47,11 @@ def forced_calls(
     rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
     rules.append(f"calls: {_calls(dialect, text, parallel and name is None)}")
     if dialect.syntax == "parameters":
-        rules.append(_until("value", dialect.parameter[2], text))
-    if reasoning is not None:
-        rules.append(_until("thought", reasoning.closes[0], text))
-    rules.append("start: calls" if reasoning is None else "start: thought /\\s{0,4}/ calls")
-    return StructuredOutputsParams(grammar="\n".join(rules) + "\n")
+        marker = dialect.parameter[2]
+        rules.append(until("value", marker, text.token(marker)))
+    rules.append("start: calls")
+    after = None if reasoning is None else reasoning.closes[0]
+    return StructuredOutputsParams(grammar="\n".join(rules) + "\n", after=after)
 
 
 class _Text:
@@ -73,6 +73,10 @@ class _Text:
         parts += [json.dumps(text[end:])] if end < len(text) else []
         return " ".join(parts)
 
+    def token(self, text: str) -> str | None:
+        """How a grammar spells `text` where it is one special token; None where it is not."""
+        return f"<[{self._ids[text]}]>" if text in self._ids else None
+
 
 def _calls(dialect: ToolDialect, text: _Text, many: bool) -> str:
     begin = dialect.begins[0] if dialect.begins and not dialect.at_start else ""
@@ -86,14 +90,6 @@ def _calls(dialect: ToolDialect, text: _Text, many: bool) -> str:
         between = "\n" if dialect.syntax == "object" or dialect.name == "glm" else ""
     more = f"({text(between)} {one})*" if many else ""
     return f"{text(before)} {one} {more} {text(after)}"
-
-
-def _until(name: str, marker: str, text: _Text) -> str:
-    """A rule for any text up to the first `marker`, and that."""
-    if text(marker).startswith("<["):
-        return f"{name}: /(.|\\n)*/ {text(marker)}"
-    escaped = re.escape(marker).replace("/", r"\/")
-    return f"{name}[lazy]: /(.|\\n)*{escaped}/"
 
 
 def _schema(schema: Mapping[str, Any]) -> str:

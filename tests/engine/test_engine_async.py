@@ -27,7 +27,7 @@ from utils.async_engines import (
 )
 
 from pellucid import LLM
-from pellucid.engine import async_engine
+from pellucid.engine import request_book
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, QueueFullError
 from pellucid.hidden import HiddenStatesParams
@@ -114,7 +114,7 @@ async def test_streams_when_they_run_together_then_text_ids_and_logprobs_are_tho
         assert output.outputs == other.outputs
         assert (output.prompt, output.prompt_token_ids) == (other.prompt, other.prompt_token_ids)
         assert output.prompt_logprobs == other.prompt_logprobs
-    assert not engine._streams, "streams release their own"
+    assert not engine._book.streams, "streams release their own"
     await check_rest(engine)
 
 
@@ -168,7 +168,7 @@ async def test_slow_reader_when_it_sleeps_then_what_piled_up_is_one_chunk(engine
     assert first.text + rest[0].text == output["text"]
     assert len(rest[0].token_ids) >= 19
     assert rest[0].finish_reason == "abort"
-    assert [len(log) for log in engine._streams[request_id]._logs] == [1], "nobody reads: it is kept joined"
+    assert [len(log) for log in engine._book.streams[request_id]._logs] == [1], "nobody reads: it is kept joined"
     await engine.release(request_id)
 
 
@@ -265,7 +265,7 @@ async def test_caller_when_its_task_is_cancelled_then_so_is_the_request(engine: 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not engine._streams
+    assert not engine._book.streams
     await check_rest(engine)
 
 
@@ -283,7 +283,7 @@ async def test_submit_when_its_task_is_cancelled_at_any_moment_then_nothing_is_l
         if done == ["never"]:
             await engine.cancel("never")
             await engine.release("never")
-        assert not engine._streams
+        assert not engine._book.streams
     await check_rest(engine)
 
 
@@ -345,8 +345,8 @@ async def test_storm_of_cancels_when_it_is_over_then_no_block_is_held_and_memory
         await _storm(engine, 1000, seed=2)
         await check_rest(engine)
         assert owner_process(engine).memory_info().rss <= 1.05 * before
-        assert not engine._streams
-        assert not engine._ended_at
+        assert not engine._book.streams
+        assert not engine._book.ended_at
         assert await engine.reset_prefix_cache()
     finally:
         engine.close()
@@ -386,7 +386,7 @@ async def test_request_when_refused_then_it_says_why_and_leaves_nothing(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         await engine.submit(prompt, **options)
-    assert not engine._streams
+    assert not engine._book.streams
     await check_rest(engine)
 
 
@@ -417,14 +417,13 @@ async def test_id_when_it_is_that_of_another_requests_choice_then_it_is_refused(
 async def test_outputs_that_nobody_collects_when_there_are_many_or_they_are_old_then_the_oldest_are_dropped(
     engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_engine, "MAX_UNCOLLECTED", 3)
+    monkeypatch.setattr(request_book, "MAX_UNCOLLECTED", 3)
     names = [await engine.submit("hello", SHORT) for _ in range(5)]
     await check_rest(engine)
     assert [await engine.is_finished(name) for name in names] == [False, False, True, True, True]
-    monkeypatch.setattr(async_engine, "MAX_UNCOLLECTED_SECONDS", 0.0)
-    await engine.wait(last := await engine.submit("hello", SHORT, request_id="last"))
+    monkeypatch.setattr(request_book, "MAX_UNCOLLECTED_SECONDS", 0.0)
+    await engine.generate("hello", SHORT)
     assert [await engine.is_finished(name) for name in names] == [False] * 5
-    await engine.release(last)
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------
@@ -498,7 +497,7 @@ async def test_queue_when_it_is_full_then_refused_with_a_time_and_taken_again_wh
         with pytest.raises(QueueFullError, match="max_waiting 1 ") as refused:
             await engine.submit("hello world", SHORT)
         assert 1 <= refused.value.retry_after <= 60
-        assert len(engine._streams) == 3
+        assert len(engine._book.streams) == 3
         await engine.cancel(names[0])
         await engine.cancel(names[1])
         await engine.generate("hello world", SHORT)

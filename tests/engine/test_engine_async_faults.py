@@ -206,7 +206,7 @@ async def test_owner_when_it_dies_then_everybody_who_waits_is_told_and_what_had_
 
 
 async def _has_streams(engine: AsyncLLMEngine, count: int) -> bool:
-    return len(engine._streams) == count
+    return len(engine._book.streams) == count
 
 
 async def test_idle_owner_when_its_process_is_killed_then_the_engine_knows_at_once(start: Start) -> None:
@@ -411,7 +411,7 @@ async def test_rubbish_when_it_comes_to_a_socket_then_nothing_changes(
     assert len((await running)["token_ids"]) == 5
     assert len((await engine.generate("hello world", SHORT))["token_ids"]) == 5
     await check_rest(engine)
-    assert not engine._streams
+    assert not engine._book.streams
 
 
 async def test_socket_when_spoken_to_in_no_protocol_then_nothing_changes(process_engine: AsyncLLMEngine) -> None:
@@ -431,4 +431,4 @@ async def test_request_when_it_is_too_large_for_the_socket_then_it_is_refused(
     monkeypatch.setattr("pellucid.engine.process.MAX_COMMAND_BYTES", 100)
     with pytest.raises(InvalidRequestError, match="the limit is 100"):
         await process_engine.submit("hello world", SHORT)
-    assert not process_engine._streams
+    assert not process_engine._book.streams

@@ -104,4 +104,4 @@ async def check_rest(engine: AsyncLLMEngine) -> None:
     await until(rests)
     assert await used_blocks(engine) == 0
     assert engine.is_alive
-    assert not engine._calls
+    assert not engine._book.calls

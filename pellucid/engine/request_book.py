@@ -1,0 +1,226 @@
+"""`RequestBook`: what a front end knows of its requests, and who waits for what. Callers read it, events are booked into it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+from pellucid.engine.client import MAX_UNCOLLECTED
+from pellucid.engine.messages import Died, Done, ErrorInfo, Event, News, Refused, Stats, Steps
+from pellucid.engine.streams import RequestStream, Wakes
+from pellucid.errors import EngineDeadError, EngineDrainingError, InvalidRequestError
+
+# Outputs that nobody collected are dropped, as others end, after this many seconds or behind MAX_UNCOLLECTED younger ones.
+MAX_UNCOLLECTED_SECONDS = 600.0
+
+_log = logging.getLogger(__name__)
+
+
+class RequestBook:
+    """Requests by id, calls that wait for an answer, and whether the engine still takes any.
+
+    Used from many threads. `lock` guards all of it, and the streams; methods say where the caller has to hold it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.streams: dict[str, RequestStream] = {}
+        self.calls: dict[int, asyncio.Future[Any]] = {}
+        self.ended_at: OrderedDict[str, float] = OrderedDict()  # of streams that are kept, oldest first
+        self.error: BaseException | None = None  # why the engine is dead
+        self._numbers = itertools.count(1)
+        self._waiting_for_all: list[asyncio.Future[None]] = []
+        self._is_draining = False
+
+    # ---- for callers ----------------------------------------------------------------------------------------------
+
+    def open(self, request_id: str | None, num_choices: int) -> RequestStream:
+        """A stream for a new request. An ended one of the same id makes room.
+
+        Raises:
+            InvalidRequestError: the id is in use.
+            EngineDrainingError, EngineDeadError: nothing more is taken.
+        """
+        with self.lock:
+            self._refuse_when_closed()
+            name = f"req-{next(self._numbers)}" if request_id is None else request_id
+            old = self.streams.get(name)
+            if old is not None and not old.has_ended:
+                raise InvalidRequestError(f"request_id {name!r} is in use", param="request_id")
+            if old is not None:
+                self.forget(old)
+            stream = self.streams[name] = RequestStream(name, num_choices)
+        return stream
+
+    def find(self, request_id: str) -> RequestStream:
+        """The stream of a request.
+
+        Raises:
+            KeyError: the id is unknown.
+        """
+        with self.lock:
+            if request_id not in self.streams:
+                raise KeyError(f"request {request_id!r} is unknown")
+            return self.streams[request_id]
+
+    def forget(self, stream: RequestStream) -> None:
+        """Keeps nothing of a request. The caller holds the lock."""
+        self.streams.pop(stream.request_id, None)
+        self.ended_at.pop(stream.request_id, None)
+
+    def abandon(self, stream: RequestStream) -> bool:
+        """Keeps nothing of a request; True when it still has to be ended."""
+        wakes = Wakes()
+        with self.lock:
+            if self.streams.get(stream.request_id) is not stream:
+                return False
+            self.forget(stream)
+            self._wake_when_all_ended(wakes)
+        wakes.send()
+        return not stream.has_ended
+
+    def open_call(self, loop: asyncio.AbstractEventLoop) -> tuple[int, asyncio.Future[Any]]:
+        """A number for a command, and what its answer settles.
+
+        Raises:
+            EngineDeadError: there will be none.
+        """
+        with self.lock:
+            self._refuse_when_dead()
+            call, future = next(self._numbers), loop.create_future()
+            self.calls[call] = future
+        return call, future
+
+    def close_call(self, call: int) -> None:
+        """Nobody waits for this answer any more."""
+        with self.lock:
+            self.calls.pop(call, None)
+
+    def drain(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Takes no requests from now on; settled when all have ended.
+
+        Raises:
+            EngineDeadError: the engine has ended.
+        """
+        future: asyncio.Future[None] = loop.create_future()
+        with self.lock:
+            self._refuse_when_dead()
+            self._is_draining = True
+            if self._has_living():
+                self._waiting_for_all.append(future)
+            else:
+                future.set_result(None)
+        return future
+
+    def refuse_when_closed(self) -> None:
+        """Raises `EngineDrainingError` or `EngineDeadError` when nothing more is taken."""
+        with self.lock:
+            self._refuse_when_closed()
+
+    def refuse_when_dead(self) -> None:
+        """Raises `EngineDeadError` when the engine has ended."""
+        with self.lock:
+            self._refuse_when_dead()
+
+    def _refuse_when_closed(self) -> None:
+        self._refuse_when_dead()
+        if self._is_draining:
+            raise EngineDrainingError("the engine is ending what it has; it takes no new requests")
+
+    def _refuse_when_dead(self) -> None:
+        if self.error is not None:
+            raise EngineDeadError(str(self.error))
+
+    # ---- for the transport's thread -------------------------------------------------------------------------------
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Books what the owner says, then wakes each loop once. Raises nothing."""
+        wakes = Wakes()
+        with self.lock:
+            try:
+                for event in events:
+                    self._take(event, wakes)
+            except Exception as error:
+                _log.critical("events could not be booked", exc_info=error)
+                self._fail_all(ErrorInfo.of(error), wakes)
+        wakes.send()
+
+    def die(self, info: ErrorInfo) -> None:
+        """Everybody who waits gets an error. What had ended before can still be read."""
+        wakes = Wakes()
+        with self.lock:
+            self._fail_all(info, wakes)
+        wakes.send()
+
+    def _take(self, event: Event, wakes: Wakes) -> None:
+        if isinstance(event, News):
+            self._take_news(event, wakes)
+        elif isinstance(event, Died):
+            self._fail_all(event.error, wakes)
+        elif isinstance(event, (Done, Stats, Steps, Refused)):
+            future = self.calls.pop(event.call, None)
+            if future is not None:
+                wakes.add(future, _value(event))
+
+    def _take_news(self, news: News, wakes: Wakes) -> None:
+        streams = self.streams
+        for request_id, status in news.statuses.items():
+            if request_id in streams:
+                streams[request_id].status = status
+        for chunk in news.chunks:
+            if chunk.request_id in streams:
+                streams[chunk.request_id].add(chunk, wakes)
+        for output in news.finished:
+            stream = streams.get(output.request_id)
+            if stream is not None:
+                stream.end(output, wakes)
+                self.ended_at[output.request_id] = time.monotonic()
+        if news.finished:
+            self._drop_uncollected()
+            self._wake_when_all_ended(wakes)
+
+    def _drop_uncollected(self) -> None:
+        oldest_allowed = time.monotonic() - MAX_UNCOLLECTED_SECONDS
+        while self.ended_at:
+            name, ended_at = next(iter(self.ended_at.items()))
+            if len(self.ended_at) <= MAX_UNCOLLECTED and ended_at >= oldest_allowed:
+                return
+            self.forget(self.streams[name])
+
+    def _has_living(self) -> bool:
+        return len(self.streams) > len(self.ended_at)
+
+    def _wake_when_all_ended(self, wakes: Wakes) -> None:
+        if self._waiting_for_all and not self._has_living():
+            for future in self._waiting_for_all:
+                wakes.add(future)
+            self._waiting_for_all.clear()
+
+    def _fail_all(self, info: ErrorInfo, wakes: Wakes) -> None:
+        if self.error is not None:
+            return
+        cause = info.to_error()
+        self.error = cause if isinstance(cause, EngineDeadError) else EngineDeadError(f"the engine failed: {cause}")
+        for future in (*self.calls.values(), *self._waiting_for_all):
+            wakes.add(future, EngineDeadError(str(self.error)))
+        self.calls.clear()
+        self._waiting_for_all.clear()
+        for name, stream in self.streams.items():
+            if not stream.has_ended:
+                stream.fail(self.error, wakes)
+                self.ended_at[name] = time.monotonic()
+
+
+def _value(answer: Done | Stats | Steps | Refused) -> Any:
+    """What the caller of a command gets; an error is raised for it."""
+    if isinstance(answer, Refused):
+        return answer.error.to_error()
+    if isinstance(answer, Done):
+        return answer.value
+    return answer.stats if isinstance(answer, Stats) else answer.records

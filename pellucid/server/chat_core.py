@@ -74,6 +74,6 @@ def _spoken(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequ
     message, param = str(error), error.param or ""
     for name, own in names.items():
         head = name.partition(".")[0]
-        if head in param.split(", or "):
+        if name in message and head in param.split(", or "):
             return InvalidRequestError(message.replace(name, own, 1), param.replace(head, own.partition(".")[0]))
     return error

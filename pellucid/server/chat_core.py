@@ -24,9 +24,7 @@ async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepa
     return await context.preparer.prepare(turn_of(chat), context.sampling_params(chat))
 
 
-async def submitted(
-    context: ServerContext, http: Request, chat: ChatCompletionRequest, made: Prepared
-) -> Generation:
+async def submitted(context: ServerContext, http: Request, chat: ChatCompletionRequest, made: Prepared) -> Generation:
     """Queues a request. Raises as `Generator.submit`."""
     job = context.job(http, chat, [made.prompt_token_ids], made.params, made.structure_field)
     return await context.submit(http, job)

@@ -59,8 +59,13 @@ def is_anthropic(path: str) -> bool:
 
 # Anthropic's error types, by status; others are an invalid_request_error up to 499 and an api_error beyond.
 _ANTHROPIC_TYPES = {
-    **{401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"},
-    **{429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"},
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 
 

@@ -23,11 +23,13 @@ from pellucid.server.responses_input import as_chat, shared_fields
 
 # What chat calls a field that a message's request knows under another name.
 NAMES = {
-    **{"stop": "stop_sequences", "max_completion_tokens": "max_tokens"},
-    **{"response_format.json_schema.schema": "output_config.format.schema", "response_format": "output_config.format"},
+    "stop": "stop_sequences",
+    "max_completion_tokens": "max_tokens",
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
 }
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_CHOICES: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
 _EFFORTS = {"max": "xhigh"}
 
 
@@ -122,7 +124,7 @@ def _tool(tool: CustomTool) -> dict[str, Any]:
 
 
 def _tool_choice(kind: str, name: str | None) -> Any:
-    return _CHOICES[kind] if kind in _CHOICES else {"type": "function", "function": {"name": name}}
+    return _CHOICES.get(kind, {"type": "function", "function": {"name": name}})
 
 
 def _response_format(schema: dict[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def by_type(known: Sequence[str], default: str | None = None) -> Discriminator:
     return _discriminator(tag, f"it must be an object of type {', '.join(known)}")
 
 
-_KINDS = {str: TAG + "text", list: TAG + "list"}
+_KINDS: dict[type, str] = {str: TAG + "text", list: TAG + "list"}
 
 
 def _discriminator(tag: Callable[[Any], str | None], problem: str) -> Discriminator:

@@ -10,7 +10,8 @@ from pydantic import Field, Tag, model_validator
 from pellucid.errors import InvalidRequestError
 from pellucid.params import MAX_TOKEN_COUNT
 from pellucid.server.protocol_base import MAX_NAME_CHARACTERS, RequestFields, Strict, by_kind, by_type
-from pellucid.server.protocol_chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from pellucid.server.protocol_chat import MAX_MESSAGES, MAX_PARTS
+from pellucid.server.protocol_tools import MAX_TOOLS
 
 MAX_ID_CHARACTERS = 256
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
@@ -194,8 +195,10 @@ class MessagesRequest(Conversation, RequestFields):
     """The body of POST /v1/messages."""
 
     max_tokens: int = Field(
-        ge=1, le=MAX_TOKEN_COUNT, description="Most tokens, thoughts included. Where the model's length ends it before, the "
-        "stop_reason is model_context_window_exceeded."
+        ge=1,
+        le=MAX_TOKEN_COUNT,
+        description="Most tokens, thoughts included. Where the model's length ends it before, the "
+        "stop_reason is model_context_window_exceeded.",
     )
     stop_sequences: list[str] | None = Field(None, description="At most 32 texts that end the answer.")
     metadata: MessageMetadata | None = Field(None, description="Labels.")
@@ -227,6 +230,7 @@ class MessagesRequest(Conversation, RequestFields):
         budget = None if self.thinking is None else self.thinking.budget_tokens
         if budget is not None and budget >= self.max_tokens:
             raise InvalidRequestError(
-                f"thinking.budget_tokens is {budget:,}; it must be less than max_tokens, {self.max_tokens:,}", "thinking"
+                f"thinking.budget_tokens is {budget:,}; it must be less than max_tokens, {self.max_tokens:,}",
+                "thinking",
             )
         return self

@@ -8,8 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, Tag, model_validator
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import Integer, RequestFields, StreamOptions, Strict, by_kind, by_type, sampling_field
-from pellucid.server.protocol_chat import MAX_METADATA, MAX_PARTS, MAX_TOOLS
+from pellucid.server.protocol_base import (
+    Integer,
+    RequestFields,
+    StreamOptions,
+    Strict,
+    by_kind,
+    by_type,
+    sampling_field,
+)
+from pellucid.server.protocol_chat import MAX_METADATA, MAX_PARTS
+from pellucid.server.protocol_tools import MAX_TOOLS
 
 MAX_ITEMS = 4096
 MAX_ID_CHARACTERS = 256
@@ -195,7 +204,8 @@ class ResponsesRequest(RequestFields):
         None, max_length=MAX_ID_CHARACTERS, description="A stored response whose conversation goes on."
     )
     store: bool | None = Field(
-        None, description="Keeps the response in memory for GET and previous_response_id, while there is room; true by default."
+        None,
+        description="Keeps the response in memory for GET and previous_response_id, while there is room; true by default.",
     )
     text: TextOptions | None = Field(None, description="What the text must be.")
     tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS, description="Functions that may be called.")
@@ -210,7 +220,9 @@ class ResponsesRequest(RequestFields):
     include: list[Literal["message.output_text.logprobs"]] | None = Field(
         None, description="Only message.output_text.logprobs: the log-probability of each token."
     )
-    top_logprobs: Integer = sampling_field("logprobs", f"Most likely tokens reported beside it; needs include {LOGPROBS}.")
+    top_logprobs: Integer = sampling_field(
+        "logprobs", f"Most likely tokens reported beside it; needs include {LOGPROBS}."
+    )
     truncation: Literal["auto", "disabled"] | None = Field(
         None,
         description="auto drops the oldest turns of a conversation that is too long; disabled, the default, refuses it.",
@@ -241,7 +253,7 @@ class ResponsesRequest(RequestFields):
         "prompt_logprobs": ((None,), "not available here: use /v1/completions"),
         "return_token_ids": ((None, False), "not available here: use /v1/chat/completions"),
         "stream_options": (
-            (None, StreamOptions(), StreamOptions(include_obfuscation=False)),
+            (None, *(StreamOptions.model_validate({"include_obfuscation": off}) for off in (None, False))),
             "usage is always there: only include_obfuscation false can be honoured",
         ),
         "service_tier": ((None, "auto", "default"), "there are no tiers: it must be auto or default"),
@@ -269,6 +281,6 @@ class ResponsesRequest(RequestFields):
     def items(self) -> list[MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem]:
         """The input as items: a text is a user's message."""
         if isinstance(self.input, str):
-            part = InputText(type="input_text", text=self.input)
-            return [MessageItem(role="user", content=[part])]
+            content = [{"type": "input_text", "text": self.input}]
+            return [MessageItem.model_validate({"role": "user", "content": content})]
         return self.input

@@ -201,8 +201,12 @@ class _CallItem:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **{"id": self._id, "type": "function_call", "status": self._status},
-            **{"call_id": self._call_id, "name": self._name, "arguments": self._arguments},
+            "id": self._id,
+            "type": "function_call",
+            "status": self._status,
+            "call_id": self._call_id,
+            "name": self._name,
+            "arguments": self._arguments,
         }
 
 

@@ -22,7 +22,9 @@ from pellucid.server.protocol_responses import (
 _Turns = list[dict[str, Any]]
 # What chat calls a field that a response's request knows under another name.
 NAMES = {
-    **{"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens", "messages": "input"},
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
@@ -50,7 +52,7 @@ def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:
 
 def to_chat(request: ResponsesRequest, before: Sequence[Message] = ()) -> ChatCompletionRequest:
     """The same request of chat completions; `before` is the conversation that goes on."""
-    instructions = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
+    instructions = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
     reasoning, choice = request.reasoning, request.tool_choice
     return as_chat(
         {
@@ -121,7 +123,7 @@ def _begun(turns: _Turns, role: str) -> dict[str, Any]:
     return turns[-1]
 
 
-def _content(content: str | Iterable[Any]) -> Any:
+def _content(content: Any) -> Any:
     if isinstance(content, str):
         return content
     return [{"type": "text", "text": part.refusal if part.type == "refusal" else part.text} for part in content]

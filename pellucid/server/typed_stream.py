@@ -40,9 +40,7 @@ class TypedAnswer(Protocol):
 TokenCount = Callable[[str], Awaitable[int]]
 
 
-async def typed_events(
-    generation: Generation, answer: TypedAnswer, count: TokenCount
-) -> AsyncGenerator[bytes, None]:
+async def typed_events(generation: Generation, answer: TypedAnswer, count: TokenCount) -> AsyncGenerator[bytes, None]:
     """The encoded events of a stream. An error becomes an event. Its caller closes the generation."""
     try:
         yield encoded(answer.opening())
@@ -58,9 +56,7 @@ async def typed_events(
 async def whole_answer(output: RequestOutput, answer: TypedAnswer, usage: Usage, count: TokenCount) -> dict[str, Any]:
     """The answer that is not streamed: what its stream would come to."""
     choice = output.outputs[0]
-    all_of_it = Delta(
-        0, choice.text, list(choice.token_ids), choice.logprobs, choice.finish_reason, choice.stop_reason
-    )
+    all_of_it = Delta(0, choice.text, list(choice.token_ids), choice.logprobs, choice.finish_reason, choice.stop_reason)
     for _ in (*answer.opening(), *answer.events(all_of_it)):
         pass
     for _ in answer.closing(usage, await count(answer.thoughts)):

@@ -115,6 +115,16 @@ class RequestChecker:
             params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
         )
 
+    def has_grammar(self, params: SamplingParams) -> bool:
+        """True when `grammar` has nothing to compile."""
+        if params.structured_outputs is None or self.tokenizer is None:
+            return True
+        from pellucid.sampling.grammar import is_compiled
+
+        return is_compiled(
+            params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
+        )
+
     def max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens a prompt can bring at most."""
         room = self.max_model_len - num_prompt_tokens

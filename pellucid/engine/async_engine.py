@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from queue import SimpleQueue
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any
 
 from pellucid.config import EngineConfig
@@ -35,7 +35,7 @@ from pellucid.engine.request_book import RequestBook
 from pellucid.engine.streams import RequestStream
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
-from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
+from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
 from pellucid.hidden import HiddenStatesParams
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
@@ -44,6 +44,8 @@ from pellucid.text.tokenizer import Tokenizer
 DEFAULT_MAX_WAITING = 1024
 MAX_STEP_RECORDS = 4096
 _NUM_TOKENISERS = 2
+# Structures that wait to be compiled. Each may take seconds: more would wait for longer than a client does.
+MAX_COMPILING = 64
 
 Progress = Callable[[int, int], None]
 
@@ -66,6 +68,9 @@ class AsyncLLMEngine:
             self.model.hidden_states,
         )
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")
+        # Structures are compiled apart: those that take seconds are waited for by other structures alone.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")
+        self._compile_places = Semaphore(MAX_COMPILING)
         self._book = RequestBook()
 
     @classmethod
@@ -270,7 +275,8 @@ class AsyncLLMEngine:
     def close(self) -> None:
         """Ends the engine and frees its memory; who waits gets an error at once. Harmless when called again."""
         self._book.die(CLOSED)
-        self._tokenisers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._tokenisers, self._compiler):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
 
     # ---- parts ----------------------------------------------------------------------------------------------------
@@ -303,21 +309,37 @@ class AsyncLLMEngine:
     async def _tokenised(
         self, prompt: Prompt, params: SamplingParams, hidden_states: HiddenStatesParams | None
     ) -> tuple[str | None, list[int]]:
-        """Checks and tokenises on a thread that neither the loop nor the owner waits for."""
+        """Checks, tokenises and compiles on threads that neither the loop nor the owner waits for."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._tokenisers, self._prepare, prompt, params, hidden_states)
+            text, token_ids, is_compiled = await loop.run_in_executor(
+                self._tokenisers, self._prepare, prompt, params, hidden_states
+            )
+            if not is_compiled:
+                await self._compile(params)
+            return text, token_ids
         except (asyncio.CancelledError, RuntimeError):  # closing cancels what stands in the pool's queue
             self._book.refuse_when_dead()
             raise
 
     def _prepare(
         self, prompt: Prompt, params: SamplingParams, hidden_states: HiddenStatesParams | None
-    ) -> tuple[str | None, list[int]]:
+    ) -> tuple[str | None, list[int], bool]:
         text, token_ids = self._checker.tokenise(prompt)
         self._checker.check(token_ids, params, hidden_states)
-        self._checker.grammar(params)
-        return text, token_ids
+        is_compiled = self._checker.has_grammar(params)
+        if is_compiled:
+            self._checker.grammar(params)  # what was refused before is refused again
+        return text, token_ids, is_compiled
+
+    async def _compile(self, params: SamplingParams) -> None:
+        """A caller who is cancelled leaves the queue."""
+        if not self._compile_places.acquire(blocking=False):
+            raise QueueFullError(f"{MAX_COMPILING} structures wait to be compiled; that is the limit", 1.0)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, self._checker.grammar, params)
+        finally:
+            self._compile_places.release()
 
     async def _watch(self, stream: RequestStream) -> AsyncGenerator[StreamChunk, None]:
         places, num_open = [0] * stream.num_choices, stream.num_choices

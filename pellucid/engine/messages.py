@@ -36,6 +36,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     has_chat_template: bool
     created: int  # unix seconds: when it was loaded
     hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
+    model_type: str = ""  # Hugging Face's name of the family
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):

@@ -212,4 +212,5 @@ def model_info(config: EngineConfig, engine: LLMEngine) -> ModelInfo:
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.chat_template is not None,
         created=int(time.time()),
         hidden_states=engine.checker.hidden_states,
+        model_type=model.config.model_type,
     )

@@ -150,6 +150,11 @@ class _Cache:
             result: Made = made[0]
             return result
 
+    def has(self, key: object) -> bool:
+        """True when it is made, so that `get` does not wait."""
+        with self._lock:
+            return bool(self._made.get(key, (None, ()))[1])
+
 
 _TRIAL = GrammarTrial()
 _grammars = _Cache(MAX_CACHED_GRAMMARS)
@@ -172,15 +177,33 @@ def compile_grammar(
         InvalidRequestError: the structure is malformed, not supported, cannot be satisfied, or too costly to compile; or the
             model has no end token, or a tokenizer whose tokens are not bytes. `param` names the field.
     """
-    vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
-    eos = tuple(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    width, eos = _vocabulary_of(tokenizer, vocab_size, eos_token_ids)
     if not eos:
         raise InvalidRequestError(f"{FIELD} needs a model with an end token, and this one has none", FIELD)
-    vocabulary = (tokenizer.fingerprint, vocab_size, eos)
-    made = _grammars.get((spec, vocabulary), lambda: _compile(spec, tokenizer, vocab_size, eos))
+    key = (spec, (tokenizer.fingerprint, width, eos))
+    made = _grammars.get(key, lambda: _compile(spec, tokenizer, width, eos))
     if isinstance(made, str):
         raise InvalidRequestError(made, f"{FIELD}.{spec.kind}")
     return made
+
+
+def is_compiled(
+    spec: StructuredOutputsParams,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+) -> bool:
+    """True when `compile_grammar` knows its answer, and gives it at once."""
+    width, eos = _vocabulary_of(tokenizer, vocab_size, eos_token_ids)
+    return _grammars.has((spec, (tokenizer.fingerprint, width, eos)))
+
+
+def _vocabulary_of(
+    tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: Sequence[int] | None
+) -> tuple[int, tuple[int, ...]]:
+    eos = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
+    return tokenizer.vocab_size if vocab_size is None else vocab_size, tuple(eos)
 
 
 def _tokenizer(tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> LLTokenizer:

@@ -20,12 +20,14 @@ logger = logging.getLogger("pellucid.server")
 _FINISH_REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "abort": "length"}
 
 
-def finish_fields(reason: FinishReason | None, stop_reason: int | str | None) -> dict[str, Any]:
-    """`finish_reason` and `stop_reason` of a choice."""
+def finish_fields(
+    reason: FinishReason | None, stop_reason: int | str | None, *, has_calls: bool = False
+) -> dict[str, Any]:
+    """`finish_reason` and `stop_reason` of a choice; one that was cut short says so also when it has calls."""
     if reason is None:
         return {"finish_reason": None, "stop_reason": None}
     return {
-        "finish_reason": _FINISH_REASONS.get(reason, "stop"),
+        "finish_reason": "tool_calls" if has_calls and reason == "stop" else _FINISH_REASONS.get(reason, "stop"),
         "stop_reason": "abort" if reason == "abort" else stop_reason,
     }
 

@@ -33,6 +33,7 @@ from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.responses_api import ResponsesEndpoints
 from pellucid.server.settings import ServerSettings
 from pellucid.server.sse import EventStream, JsonResponse
+from pellucid.server.turns import ToolUse, Turn, turn_of
 
 MAX_STEPS = 4096
 ANTHROPIC_HEADERS = ("x-api-key", "anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access")
@@ -124,22 +125,19 @@ class _Endpoints:
     async def chat_completions(self, http: Request) -> Response:
         """Answers a conversation."""
         context = self._context
-        request = await context.read(http, ChatCompletionRequest)
-        params = context.sampling_params(request)
-        prompt = await context.prompts.encode_chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            template_kwargs=request.chat_template_kwargs,
-        )
-        job = context.job(http, request, [prompt], params)
+        request = await self._context.read(http, ChatCompletionRequest)
+        prepared = await context.preparer.prepare(turn_of(request), context.sampling_params(request))
+        prompt, params = prepared.prompt_token_ids, prepared.params
+        job = context.job(http, request, [prompt], params, prepared.structure_field)
         identity = context.identity("chatcmpl", job.request_id, request.model)
-        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs)
-        generation = await context.generator.submit(job)
+        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, prepared.style.reader())
+        generation = await self._context.submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request), generation)
-        return JsonResponse(answer.whole(await self._context.whole(http, generation), generation.usage))
+        outputs = await self._context.whole(http, generation)
+        if prepared.style.is_plain:
+            return JsonResponse(answer.whole(outputs, generation.usage))
+        return JsonResponse(await context.prompts.run(answer.whole, outputs, generation.usage))
 
     async def completions(self, http: Request) -> Response:
         """Continues one prompt or several."""
@@ -150,7 +148,7 @@ class _Endpoints:
         job = context.job(http, request, prompts, params)
         identity = context.identity("cmpl", job.request_id, request.model)
         answer = CompletionAnswer(request, identity, prompts, params.n, context.logprobs, texts)
-        generation = await context.generator.submit(job)
+        generation = await self._context.submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request), generation)
         return JsonResponse(answer.whole(await self._context.whole(http, generation), generation.usage))
@@ -190,12 +188,15 @@ class _Endpoints:
             special = True if request.add_special_tokens is None else request.add_special_tokens
             ids = await prompts.encode(request.prompt, add_special_tokens=special)
         else:
-            ids = await prompts.encode_chat(
-                request.messages or [],
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                add_special_tokens=request.add_special_tokens,
-                template_kwargs=request.chat_template_kwargs,
+            ids = await self._context.preparer.encode(
+                Turn(
+                    request.messages or [],
+                    ToolUse([tool.to_template() for tool in request.tools or ()]),
+                    request.add_generation_prompt,
+                    request.continue_final_message,
+                    request.add_special_tokens,
+                    request.chat_template_kwargs or {},
+                )
             )
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._engine.model.max_model_len, "tokens": ids}
         if request.return_token_strs:

@@ -9,7 +9,9 @@ from pellucid.outputs import CompletionOutput, RequestOutput
 from pellucid.server.answers import Identity, finish_fields
 from pellucid.server.generation import Delta, Usage
 from pellucid.server.logprobs import LogprobFormat
+from pellucid.server.parsing import Message, OutputReader, Part
 from pellucid.server.protocol_chat import ChatCompletionRequest
+from pellucid.text.deltas import ContentDelta, ToolCallDelta
 
 CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
 
@@ -24,8 +26,9 @@ class ChatAnswer:
         prompt_token_ids: Sequence[int],
         num_choices: int,
         logprobs: LogprobFormat,
+        reader: OutputReader,
     ) -> None:
-        self._request, self._logprobs = request, logprobs
+        self._request, self._logprobs, self._reader = request, logprobs, reader
         self._head, self._whole_head = identity.head(CHUNK), identity.head(WHOLE)
         self._prompt_token_ids, self._num_choices = prompt_token_ids, num_choices
         self._prefix = _echoed(request)
@@ -57,15 +60,16 @@ class ChatAnswer:
 
     def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
         """What is new in a choice."""
+        parts = self._reader.read(delta)
         choice: dict[str, Any] = {
             "index": delta.index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": _spelled(parts),
             "logprobs": None if delta.logprobs is None else self._chat_logprobs(delta.token_ids, delta.logprobs),
-            **finish_fields(delta.finish_reason, delta.stop_reason),
+            **self._finish(delta),
         }
         if self._request.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        elif not delta.text and delta.logprobs is None and delta.finish_reason is None:
+        elif not parts and delta.logprobs is None and delta.finish_reason is None:
             return
         yield {**self._head, "choices": [choice]}
 
@@ -76,16 +80,61 @@ class ChatAnswer:
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": output.index,
-            "message": {"role": "assistant", "content": self._prefix + output.text, "refusal": None},
+            "message": self._message(self._reader.whole(output)),
             "logprobs": None if output.logprobs is None else self._chat_logprobs(output.token_ids, output.logprobs),
-            **finish_fields(output.finish_reason, output.stop_reason),
+            **self._finish(output),
         }
         if self._request.return_token_ids:
             choice["token_ids"] = output.token_ids
         return choice
 
+    def _message(self, message: Message) -> dict[str, Any]:
+        content = self._prefix + message.content
+        shown: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if message.reasoning:
+            shown.update(_reasoning(message.reasoning))
+        if message.calls:
+            shown["content"] = content or None
+            shown["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.calls
+            ]
+        return shown
+
+    def _finish(self, end: Delta | CompletionOutput) -> dict[str, Any]:
+        has_calls = self._reader.has_calls(end.index)
+        return finish_fields(end.finish_reason, end.stop_reason, has_calls=has_calls)
+
     def _chat_logprobs(self, token_ids: Sequence[int], rows: Sequence[Any]) -> dict[str, Any]:
         return self._logprobs.chat(token_ids, rows, self._request.top_logprobs or 0)
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under the names of vLLM's present and of DeepSeek's API."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _spelled(parts: Iterable[Part]) -> dict[str, Any]:
+    """A chunk's `delta`."""
+    texts: dict[str, str] = {}
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, ToolCallDelta):
+            calls.append(_call_chunk(part))
+        else:
+            name = "content" if isinstance(part, ContentDelta) else "reasoning"
+            texts[name] = texts.get(name, "") + part.text
+    shown: dict[str, Any] = _reasoning(texts["reasoning"]) if "reasoning" in texts else {}
+    if "content" in texts:
+        shown["content"] = texts["content"]
+    return {**shown, "tool_calls": calls} if calls else shown
+
+
+def _call_chunk(part: ToolCallDelta) -> dict[str, Any]:
+    if part.id is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": part.id, "type": "function", "function": function}
 
 
 def _echoed(request: ChatCompletionRequest) -> str:

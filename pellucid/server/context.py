@@ -21,6 +21,7 @@ from pellucid.server.generation import Generation, Generator
 from pellucid.server.job import Job
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.metrics import Metrics
+from pellucid.server.preparing import Preparer
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields, Strict
 from pellucid.server.response_store import Owner, ResponseStore
@@ -47,6 +48,7 @@ class ServerContext:
         self.tracing = Tracing(self.settings)
         self.generator = Generator(self.engine, self.metrics, self.settings.request_timeout)
         self.prompts = Prompts(self.engine.tokenizer)
+        self.preparer = Preparer(self.prompts, self.settings, self.engine.model.model_type)
         self.logprobs = LogprobFormat(self.engine.tokenizer)
         self.responses = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
         self.sampling_defaults = model_defaults(self.engine.model.default_sampling)
@@ -66,6 +68,18 @@ class ServerContext:
         request = await read_json(http, model, self.settings.max_body_bytes, self.settings.body_timeout)
         self.check_model(getattr(request, "model", None))
         return request
+
+    async def submit(self, http: Request, job: Job) -> Generation:
+        """Queues a job. Compiling its structure may take long: a client that leaves meanwhile takes it out of the queue.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineDrainingError, EngineDeadError: as the engine says.
+            ClientLeftError: it left.
+        """
+        submitting = self.generator.submit(job)
+        if job.params.structured_outputs is None:
+            return await submitting
+        return await unless_gone(http.receive, submitting)
 
     async def whole(self, http: Request, generation: Generation) -> list[RequestOutput]:
         """The outputs of a generation, which ends when the client leaves."""
@@ -102,7 +116,14 @@ class ServerContext:
         except InvalidRequestError as error:
             raise InvalidRequestError(*_renamed(request, error)) from None
 
-    def job(self, http: Request, request: RequestFields, prompts: list[list[int]], params: SamplingParams) -> Job:
+    def job(
+        self,
+        http: Request,
+        request: RequestFields,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        structure_field: str | None = None,
+    ) -> Job:
         """A job under the name that was asked for, else one that carries the HTTP request's id.
 
         Raises:
@@ -118,7 +139,15 @@ class ServerContext:
             name = http.state.request_id if "x-request-id" not in http.headers else _unique(http.state.request_id)
         elif self.generator.is_running(name):
             raise InvalidRequestError(f"request_id {name!r} is in use", "request_id")
-        return Job(name, prompts, params, request.priority or 0, request.cache_salt, bool(request.stream))
+        return Job(
+            name,
+            prompts,
+            params,
+            request.priority or 0,
+            request.cache_salt,
+            structure_field=request.structure_field if structure_field is None else structure_field,
+            stream=bool(request.stream),
+        )
 
     def identity(self, prefix: str, request_id: str, model: str | None) -> Identity:
         """Of an answer."""

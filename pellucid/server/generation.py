@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.errors import PellucidError
+from pellucid.errors import InvalidRequestError, PellucidError
 from pellucid.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
 from pellucid.server.errors import RequestFailedError, RequestTimeoutError
 from pellucid.server.job import Job
 from pellucid.server.logs import log_generation
 from pellucid.server.metrics import Metrics
+from pellucid.server.protocol_structure import renamed
 
 # Deltas of several prompts that wait for a slow reader; the engine coalesces behind them.
 _MERGE_LIMIT = 16
@@ -69,8 +70,10 @@ class Generator:
         self.metrics.observe_params(job.params)
         try:
             await generation.submit()
-        except BaseException:
+        except BaseException as error:
             await generation.close()
+            if isinstance(error, InvalidRequestError):
+                raise renamed(error, job.structure_field) from None
             raise
         return generation
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from pellucid.params import SamplingParams
+from pellucid.structured import FIELD
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    structure_field: str = FIELD  # what the request calls the structure of its answer
     stream: bool = True  # deltas are read; without it only the whole
     arrived: float = field(default_factory=time.perf_counter)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, SkipValidation
 
 from pellucid.errors import InvalidRequestError
 from pellucid.params import SamplingParams, range_of
+from pellucid.structured import FIELD
 
 MAX_NAME_CHARACTERS = 256
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
@@ -102,6 +103,11 @@ class RequestFields(SamplingFields):
     )
     return_token_ids: bool | None = Field(None, description="Adds prompt_token_ids and each choice's token_ids.")
     user: str | None = Field(None, max_length=512, description="The caller's own label; it changes nothing.")
+
+    @property
+    def structure_field(self) -> str:
+        """What the request calls the structure of its answer."""
+        return FIELD
 
     # Fields that are known and of which only these values can be honoured: (values, why no others).
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}

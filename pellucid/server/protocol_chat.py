@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import Integer, RequestFields, Strict, sampling_field
+from pellucid.server.protocol_base import Integer, Strict, sampling_field
+from pellucid.server.protocol_structure import StructureFields
+from pellucid.server.protocol_tools import MAX_TOOLS, NamedTool, ToolCall, ToolDefinition
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
-MAX_TOOLS = 128
 MAX_METADATA = 16
 
 
@@ -28,22 +29,6 @@ class TextPart(Strict):
         if (self.refusal if self.type == "refusal" else self.text) is None:
             raise InvalidRequestError(f"a part of type {self.type!r} lacks its text", "messages")
         return self
-
-
-class FunctionCall(Strict):
-    """A call that the model made."""
-
-    name: str = Field(max_length=256, description="The function.")
-    arguments: str = Field(description="Its arguments, as JSON.")
-
-
-class ToolCall(Strict):
-    """A tool call in an assistant's message."""
-
-    id: str | None = Field(None, max_length=256, description="Ties the tool's answer to the call.")
-    type: Literal["function"] = Field("function", description="Only functions.")
-    function: FunctionCall = Field(description="What was called.")
-    index: int | None = Field(None, description="As streamed; not read.")
 
 
 class Message(Strict):
@@ -70,7 +55,7 @@ class Message(Strict):
         }
         given["content"] = self._text()
         if self.tool_calls is not None:
-            given["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls]
+            given["tool_calls"] = [call.to_template() for call in self.tool_calls]
         thoughts = self.reasoning_content if self.reasoning_content is not None else self.reasoning
         return given if thoughts is None else {**given, "reasoning_content": thoughts}
 
@@ -82,11 +67,7 @@ class Message(Strict):
         return [{"type": "text", "text": part.text if part.text is not None else part.refusal} for part in self.content]
 
 
-_NO_TOOLS = "tool calling is not available"
-_NO_STRUCTURE = "structured output is not available"
-
-
-class ChatCompletionRequest(RequestFields):
+class ChatCompletionRequest(StructureFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, description="The conversation.")
@@ -130,17 +111,21 @@ class ChatCompletionRequest(RequestFields):
     prompt_cache_retention: Any = Field(None, description="Only null: blocks stay until they are reused.")
     functions: Any = Field(None, description="Only null: use tools.")
     function_call: Any = Field(None, description="Only null: use tool_choice.")
-    response_format: Any = Field(None, description='Only {"type": "text"} or null.')
-    structured_outputs: Any = Field(None, description="Only null.")
-    guided_json: Any = Field(None, description="Only null.")
-    guided_regex: Any = Field(None, description="Only null.")
-    guided_choice: Any = Field(None, description="Only null.")
-    guided_grammar: Any = Field(None, description="Only null.")
-    tools: Any = Field(None, description="Only null or empty.")
-    tool_choice: Any = Field(None, description="Only none, auto or null.")
-    parallel_tool_calls: bool | None = Field(None, description="No tools, so it changes nothing.")
-    reasoning_effort: Any = Field(None, description="Only null.")
-    include_reasoning: bool | None = Field(None, description="Only null.")
+    tools: list[ToolDefinition] | None = Field(
+        None, max_length=MAX_TOOLS, description="Functions that the model may call."
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None,
+        description="auto (the default with tools): the model decides; none: the tools are not shown; required, or one by "
+        "name: the answer is nothing but calls, whose arguments follow the tools' schemas.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most. true by default.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None,
+        description="For chat templates that read it; none also for those that read enable_thinking, and for models that do "
+        "not reason.",
+    )
+    include_reasoning: bool | None = Field(None, description="false: the reasoning is left out of the answer.")
 
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "store": ((None, False), "nothing is stored: it must be false"),
@@ -155,16 +140,6 @@ class ChatCompletionRequest(RequestFields):
         "prompt_cache_retention": ((None,), "not available: cached blocks stay until they are reused"),
         "functions": ((None,), "not available: use tools"),
         "function_call": ((None,), "not available: use tool_choice"),
-        "response_format": ((None, {"type": "text"}), _NO_STRUCTURE),
-        "structured_outputs": ((None,), _NO_STRUCTURE),
-        "guided_json": ((None,), _NO_STRUCTURE),
-        "guided_regex": ((None,), _NO_STRUCTURE),
-        "guided_choice": ((None,), _NO_STRUCTURE),
-        "guided_grammar": ((None,), _NO_STRUCTURE),
-        "tools": ((None, []), _NO_TOOLS),
-        "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
-        "reasoning_effort": ((None,), "reasoning is not available"),
-        "include_reasoning": ((None,), "reasoning is not available"),
     }
 
     @model_validator(mode="after")

@@ -9,17 +9,17 @@ from pydantic import Field, SkipValidation, model_validator
 
 from pellucid.errors import InvalidRequestError
 from pellucid.params import MAX_TOKEN_COUNT, MAX_TOKEN_ID
-from pellucid.server.protocol_base import Integer, RequestFields, sampling_field, shown
+from pellucid.server.protocol_base import Integer, sampling_field, shown
+from pellucid.server.protocol_structure import StructureFields
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 Prompts = list[str] | list[list[int]]
 _PROMPT_ERROR = "it must be a text, a list of texts, a list of token ids, or a list of lists of token ids"
-_NO_STRUCTURE = "structured output is not available"
 
 
-class CompletionRequest(RequestFields):
+class CompletionRequest(StructureFields):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation] = Field(
@@ -37,21 +37,9 @@ class CompletionRequest(RequestFields):
     )
     best_of: int | None = Field(None, description="Only n: choices are not ranked.")
     suffix: str | None = Field(None, description="Only null or empty: text is not filled in.")
-    response_format: Any = Field(None, description='Only {"type": "text"} or null.')
-    structured_outputs: Any = Field(None, description="Only null.")
-    guided_json: Any = Field(None, description="Only null.")
-    guided_regex: Any = Field(None, description="Only null.")
-    guided_choice: Any = Field(None, description="Only null.")
-    guided_grammar: Any = Field(None, description="Only null.")
 
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "suffix": ((None, ""), "text is not filled in: it must be absent"),
-        "response_format": ((None, {"type": "text"}), _NO_STRUCTURE),
-        "structured_outputs": ((None,), _NO_STRUCTURE),
-        "guided_json": ((None,), _NO_STRUCTURE),
-        "guided_regex": ((None,), _NO_STRUCTURE),
-        "guided_choice": ((None,), _NO_STRUCTURE),
-        "guided_grammar": ((None,), _NO_STRUCTURE),
     }
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pydantic import Field, SkipValidation, model_validator
 from pellucid.errors import InvalidRequestError
 from pellucid.server.protocol_base import MAX_NAME_CHARACTERS, Strict
 from pellucid.server.protocol_chat import MAX_MESSAGES, Message
+from pellucid.server.protocol_tools import MAX_TOOLS, ToolDefinition
 
 
 class TokenizeRequest(Strict):
@@ -24,6 +25,7 @@ class TokenizeRequest(Strict):
     add_generation_prompt: bool | None = Field(None, description="As for chat.")
     continue_final_message: bool | None = Field(None, description="As for chat.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=64, description="As for chat.")
+    tools: list[ToolDefinition] | None = Field(None, max_length=MAX_TOOLS, description="As for chat.")
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:

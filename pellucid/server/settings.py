@@ -6,15 +6,18 @@ import dataclasses
 import ipaddress
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from pellucid.errors import ConfigError
+from pellucid.text.reasoning_parser import REASONING_DIALECTS
+from pellucid.text.tool_dialects import TOOL_DIALECTS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 API_KEY_VARIABLE = "PELLUCID_API_KEY"
 ADMIN_KEY_VARIABLE = "PELLUCID_ADMIN_KEY"
+AUTO, OFF = "auto", "off"  # of dialects
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -60,6 +63,13 @@ class ServerSettings:
     max_stored_bytes: int = _setting(64 << 20, "Most bytes that they take together.")
     request_timeout: float | None = _setting(None, "A request that takes longer ends with an error.")
     drain_timeout: float = _setting(30.0, "On SIGTERM, requests that run may go on for so long.")
+    tool_dialect: str = _setting(
+        AUTO, f"How the model writes tool calls: {AUTO} (by its chat template), {OFF}, or {', '.join(TOOL_DIALECTS)}."
+    )
+    reasoning_dialect: str = _setting(
+        AUTO,
+        f"How the model marks its reasoning: {AUTO} (by its chat template), {OFF}, or {', '.join(REASONING_DIALECTS)}.",
+    )
     engine_process: bool = _setting(False, "Run the engine in a process of its own; else in a thread.")
     log_level: str = _setting("info", "Least level that is logged: debug, info, warning or error.")
     log_json: bool = _setting(False, "Log one JSON object a line.")
@@ -148,8 +158,8 @@ def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "it must be true or false"
 
 
-def _level(value: Any) -> str | None:
-    return None if value in LOG_LEVELS else f"it must be one of: {', '.join(LOG_LEVELS)}"
+def _one_of(names: Collection[str]) -> Callable[[Any], str | None]:
+    return lambda value: None if value in names else f"it must be one of: {', '.join(names)}"
 
 
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
@@ -175,7 +185,9 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "request_timeout": _seconds(0.01, 864_000, optional=True),
     "drain_timeout": _seconds(0, 86_400),
     "engine_process": _flag,
-    "log_level": _level,
+    "tool_dialect": _one_of((AUTO, OFF, *TOOL_DIALECTS)),
+    "reasoning_dialect": _one_of((AUTO, OFF, *REASONING_DIALECTS)),
+    "log_level": _one_of(LOG_LEVELS),
     "log_json": _flag,
     "log_requests": _flag,
     "otlp_endpoint": _optional_text,

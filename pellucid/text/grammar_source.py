@@ -43,13 +43,18 @@ def until(name: str, marker: str, token: str | None) -> str:
     return f"{name}[lazy]: /(.|\\n)*{escaped}/"
 
 
-def _json(spec: StructuredOutputsParams) -> dict[str, Any]:
-    schema = {"type": "object"} if spec.json_object else json.loads(str(spec.json))
+def json_schema(spec: StructuredOutputsParams) -> dict[str, Any]:
+    """The schema of a structure that is JSON, with what it says of whitespace."""
+    schema: dict[str, Any] = {"type": "object"} if spec.json_object else json.loads(str(spec.json))
     if spec.disable_any_whitespace:
         schema["x-guidance"] = {"whitespace_flexible": False}
     else:
         schema["x-guidance"] = {"whitespace_pattern": spec.whitespace_pattern or WHITESPACE}
-    return {"json_schema": schema}
+    return schema
+
+
+def _json(spec: StructuredOutputsParams) -> dict[str, Any]:
+    return {"json_schema": json_schema(spec)}
 
 
 def _regex(spec: StructuredOutputsParams) -> dict[str, Any]:

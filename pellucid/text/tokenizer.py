@@ -205,11 +205,9 @@ class Tokenizer:
         """
         from pellucid.text.chat_template import render_chat
 
-        templates = self._special.chat_templates
         source = chat_template
-        if source is None and tools:
-            source = templates.get("tool_use")
-        source = source if source is not None else self.chat_template
+        if source is None:
+            source = self.tool_template if tools else self.chat_template
         if source is None:
             raise TokenizerError("this model has no chat template; pass `chat_template` or use raw text")
         return render_chat(
@@ -266,6 +264,12 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the default template."""
         return self._special.chat_templates.get("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The source of the template for conversations with tools."""
+        templates = self._special.chat_templates
+        return templates.get("tool_use", templates.get("default"))
 
     @property
     def fingerprint(self) -> str:

@@ -143,6 +143,8 @@ _TEMPLATE_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Where the template says nothing.
 _OF_MODEL_TYPE = {"qwen2": "hermes", "qwen3": "hermes", "mistral": "mistral", "llama": "llama3_json", "glm4_moe": "glm"}
 DEFAULT_DIALECT = "json"
+# Of a model whose template shows no tools, and which is told of them, and how to call them, in the system message.
+TOLD_DIALECT = TOOL_DIALECTS["hermes"]
 
 
 def detect_dialect(chat_template: str | None, model_type: str | None = None) -> ToolDialect:

@@ -13,10 +13,12 @@ from typing import Any
 
 from pellucid.errors import InvalidRequestError
 from pellucid.structured import StructuredOutputsParams
-from pellucid.text.grammar_source import WHITESPACE, until
+from pellucid.text.grammar_source import WHITESPACE, json_schema, until
 from pellucid.text.reasoning_parser import ReasoningDialect
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import Tool, ToolDialect
+
+_JSON_BEGINS = frozenset('{["-0123456789tfn \t\r\n')
 
 
 def forced_calls(
@@ -41,17 +43,57 @@ def forced_calls(
     if not chosen:
         known = ", ".join(tool.name for tool in tools) or "none"
         raise InvalidRequestError(f"tool_choice names {name!r}; the tools are: {known}", "tool_choice")
+    rules = _rules(dialect, chosen, _Text(tokenizer), parallel and name is None)
+    return _structure(["start: calls", *rules], reasoning)
+
+
+def calls_or_answer(
+    dialect: ToolDialect,
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer,
+    answer: StructuredOutputsParams,
+    *,
+    parallel: bool = True,
+    reasoning: ReasoningDialect | None = None,
+) -> StructuredOutputsParams:
+    """The structure of an output that is either calls, as `forced_calls` has them, or an answer in JSON.
+
+    Raises:
+        InvalidRequestError: another answer than JSON, or calls that may begin as JSON does, so that the two cannot be told apart
+            by their beginning; or as `forced_calls`.
+    """
     text = _Text(tokenizer)
+    begin = dialect.wrap[0] or next(iter(dialect.begins), "")
+    if dialect.at_start or not begin or (text.token(begin) is None and begin[0] in _JSON_BEGINS):
+        raise InvalidRequestError(
+            f"tools: calls of the dialect {dialect.name} begin as JSON does, so no structure of the answer can hold "
+            "beside them; force a call, or leave one of the two out",
+            "tools",
+        )
+    if answer.kind not in ("json", "json_object"):
+        raise InvalidRequestError(
+            f"tools: beside them an answer can only be structured as JSON, not {answer.kind}", "tools"
+        )
+    schema = json.dumps(json_schema(answer))
+    rules = _rules(dialect, tools, text, parallel)
+    return _structure(["start: calls | answer", f"answer: %json {schema}", *rules], reasoning)
+
+
+def _structure(rules: Sequence[str], reasoning: ReasoningDialect | None) -> StructuredOutputsParams:
+    after = None if reasoning is None else reasoning.closes[0]
+    return StructuredOutputsParams(grammar="\n".join(rules) + "\n", after=after)
+
+
+def _rules(dialect: ToolDialect, tools: Sequence[Tool], text: _Text, many: bool) -> list[str]:
+    """The rule `calls`, and those that it needs."""
     write = _WRITERS[dialect.syntax]
-    rules = [f"call_{index}: {write(dialect, tool, text)}" for index, tool in enumerate(chosen)]
-    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(chosen))))
-    rules.append(f"calls: {_calls(dialect, text, parallel and name is None)}")
+    rules = [f"call_{index}: {write(dialect, tool, text)}" for index, tool in enumerate(tools)]
+    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
+    rules.append(f"calls: {_calls(dialect, text, many)}")
     if dialect.syntax == "parameters":
         marker = dialect.parameter[2]
         rules.append(until("value", marker, text.token(marker)))
-    rules.append("start: calls")
-    after = None if reasoning is None else reasoning.closes[0]
-    return StructuredOutputsParams(grammar="\n".join(rules) + "\n", after=after)
+    return rules
 
 
 class _Text:

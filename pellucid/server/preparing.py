@@ -1,0 +1,160 @@
+"""From a turn to what is generated and how it is read. All chat-like APIs go through `Preparer.prepare`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pellucid.errors import InvalidRequestError
+from pellucid.params import SamplingParams
+from pellucid.server.chat_text import ChatText
+from pellucid.server.parsing import OutputStyle
+from pellucid.server.prompts import Prompts
+from pellucid.server.protocol_base import shown
+from pellucid.server.protocol_structure import renamed
+from pellucid.server.settings import AUTO, OFF, ServerSettings
+from pellucid.server.turns import ToolUse, Turn
+from pellucid.structured import StructuredOutputsParams
+from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, opens_in_prompt
+from pellucid.text.tokenizer import Tokenizer
+from pellucid.text.tool_dialects import TOLD_DIALECT, TOOL_DIALECTS, Tool, ToolDialect, detect_dialect, tools_of
+from pellucid.text.tool_grammar import calls_or_answer, forced_calls
+from pellucid.text.tool_parsers import needs_special_tokens
+from pellucid.text.tool_prompt import shows_tools
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is generated, and how it is read. `structure_field` is what an error of the structure is said of."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    style: OutputStyle
+    structure_field: str
+
+
+class Preparer:
+    """The chat template and the dialects of a server's model.
+
+    Args:
+        prompts: the tokenizer, and threads to work on.
+        settings: the dialects that were named.
+        model_type: the model's family, where its template tells nothing.
+    """
+
+    def __init__(self, prompts: Prompts, settings: ServerSettings, model_type: str) -> None:
+        self._prompts = prompts
+        self._tools: ToolDialect | None = None
+        self._reasoning: ReasoningDialect | None = None
+        if prompts.has_tokenizer:
+            self._set_dialects(prompts.tokenizer, settings, model_type)
+
+    def _set_dialects(self, tokenizer: Tokenizer, settings: ServerSettings, model_type: str) -> None:
+        self._tools = _tool_dialect(settings.tool_dialect, tokenizer.tool_template, model_type)
+        self._reasoning = _reasoning_dialect(settings.reasoning_dialect, tokenizer.chat_template)
+        self._text = ChatText(tokenizer, self._tools or TOLD_DIALECT, reasons=self._reasoning is not None)
+        self._special = {
+            dialect.name
+            for dialect in (self._tools, self._reasoning)
+            if dialect is not None and needs_special_tokens(tokenizer, dialect)
+        }
+
+    async def encode(self, turn: Turn) -> list[int]:
+        """The ids of a turn's prompt. Raises as `prepare`."""
+        return (await self.prepare(turn, SamplingParams())).prompt_token_ids
+
+    async def prepare(self, turn: Turn, params: SamplingParams) -> Prepared:
+        """Templates and tokenises a turn, and makes the grammar of calls; on a thread of the prompts' own.
+
+        Raises:
+            InvalidRequestError: naming what cannot be honoured.
+            TokenizerError: there is no chat template, or it is broken.
+        """
+        return await self._prompts.run(self._prepare, turn, params)
+
+    def _prepare(self, turn: Turn, params: SamplingParams) -> Prepared:
+        tokenizer = self._prompts.tokenizer
+        known = self._known(turn.tools)
+        text = self._text.text(turn)
+        style = self._style(turn, known, text)
+        params, structure_field = self._constrained(turn, params, style, tokenizer)
+        dialects = (style.reasoning, style.tools)
+        if any(dialect is not None and dialect.name in self._special for dialect in dialects):
+            params = dataclasses.replace(params, skip_special_tokens=False)  # markers must be in the text
+        ids = tokenizer.encode(text, bool(turn.add_special_tokens))
+        return Prepared(ids, params, style, structure_field)
+
+    def _known(self, tools: ToolUse) -> tuple[Tool, ...]:
+        """The tools, checked also where none may be called."""
+        known = tools_of(tools.definitions)
+        if tools.choice == "required" and not known:
+            raise InvalidRequestError("tool_choice asks for a call, but there are no tools", "tool_choice")
+        if tools.name is not None and tools.name not in {tool.name for tool in known}:
+            names = ", ".join(tool.name for tool in known)
+            raise InvalidRequestError(f"tool_choice names {shown(tools.name)}; the tools are: {names}", "tool_choice")
+        if tools.is_allowed and self._tools is None:
+            raise InvalidRequestError("tools: tool calling is switched off on this server (tool_dialect)", "tools")
+        return known
+
+    def _style(self, turn: Turn, known: tuple[Tool, ...], text: str) -> OutputStyle:
+        inside = self._reasoning is not None and opens_in_prompt(self._reasoning, text)
+        allowed = turn.tools.is_allowed
+        return OutputStyle(
+            reasoning=self._reasoning,
+            tools=self._tools if allowed else None,
+            known=known if allowed else (),
+            starts_inside=inside,
+            parallel=turn.tools.parallel,
+            shows_reasoning=turn.shows_reasoning,
+        )
+
+    def _constrained(
+        self, turn: Turn, params: SamplingParams, style: OutputStyle, tokenizer: Tokenizer
+    ) -> tuple[SamplingParams, str]:
+        """The parameters with the structure that calls, reasoning and the request's own make together; and its field."""
+        forced = turn.tools.choice == "required" and style.tools is not None
+        structure_field = turn.structure_field
+        if forced and params.structured_outputs is not None:
+            raise InvalidRequestError(
+                f"{structure_field} is given beside a tool_choice that forces a call; only one can hold", "tool_choice"
+            )
+        if forced:
+            structure_field = "tools"
+        elif style.tools is not None:
+            structure_field = f"tools, or {structure_field}"
+        try:
+            spec = _structure(turn.tools, params.structured_outputs, style, tokenizer)
+            if spec is not params.structured_outputs:
+                params = dataclasses.replace(params, structured_outputs=spec)
+            return params, structure_field
+        except InvalidRequestError as error:
+            raise renamed(error, structure_field) from None
+
+
+def _structure(
+    tools: ToolUse, spec: StructuredOutputsParams | None, style: OutputStyle, tokenizer: Tokenizer
+) -> StructuredOutputsParams | None:
+    reasoning = style.reasoning if style.starts_inside else None
+    how: dict[str, Any] = {"parallel": tools.parallel, "reasoning": reasoning}
+    if style.tools is not None and tools.choice == "required":
+        return forced_calls(style.tools, style.known, tokenizer, name=tools.name, **how)
+    if style.tools is not None and spec is not None:
+        return calls_or_answer(style.tools, style.known, tokenizer, spec, **how)
+    if reasoning is not None and spec is not None and spec.after is None:
+        return dataclasses.replace(spec, after=reasoning.closes[0])
+    return spec
+
+
+def _tool_dialect(name: str, template: str | None, model_type: str) -> ToolDialect | None:
+    if name == OFF:
+        return None
+    if name != AUTO:
+        return TOOL_DIALECTS[name]
+    return detect_dialect(template, model_type) if shows_tools(template or "") else TOLD_DIALECT
+
+
+def _reasoning_dialect(name: str, template: str | None) -> ReasoningDialect | None:
+    if name == OFF:
+        return None
+    return detect_reasoning(template) if name == AUTO else REASONING_DIALECTS[name]

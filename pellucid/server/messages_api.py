@@ -5,10 +5,12 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pellucid.errors import InvalidRequestError
 from pellucid.server.chat_core import prepared, renaming, submitted
 from pellucid.server.context import ServerContext
 from pellucid.server.messages import PREFIX, MessageAnswer
 from pellucid.server.messages_input import NAMES, prompt_of, to_chat
+from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
 from pellucid.server.sse import EventStream, JsonResponse
 from pellucid.server.typed_stream import typed_events, whole_answer
@@ -27,13 +29,14 @@ class MessagesEndpoints:
         with renaming(NAMES):
             chat = to_chat(request)
             made = await prepared(context, chat)
+            _check_thinking(request, made)
             generation = await submitted(context, http, chat, made)
         identity = context.identity(PREFIX, generation.job.request_id, request.model)
         answer = MessageAnswer(request, identity, len(made.prompt_token_ids), made.style.reader())
         if request.stream:
-            return EventStream(typed_events(generation, answer, context.prompts.count), generation)
+            return EventStream(typed_events(generation, answer, context.prompts), generation)
         (output,) = await context.whole(http, generation)
-        return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts.count))
+        return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts))
 
     async def count_tokens(self, http: Request) -> Response:
         """How many tokens a message's prompt has."""
@@ -41,3 +44,8 @@ class MessagesEndpoints:
         with renaming(NAMES):
             made = await prepared(self._context, prompt_of(request))
         return JsonResponse({"input_tokens": len(made.prompt_token_ids)})
+
+
+def _check_thinking(request: MessagesRequest, made: Prepared) -> None:
+    if request.thinking is not None and request.thinking.type == "enabled" and made.style.reasoning is None:
+        raise InvalidRequestError("thinking.type is 'enabled'; the model does not reason", "thinking")

@@ -74,10 +74,24 @@ def updated(document: str) -> str:
 def _section(title: str, model: type[BaseModel]) -> str:
     refused: dict[str, tuple[tuple[Any, ...], str]] = getattr(model, "REFUSED", {})
     rows = [
-        (f"`{name}`", _type_name(field), "refused" if name in refused else "honoured", field.description or "")
+        (
+            f"`{field.alias or name}`",
+            _type_name(field),
+            "refused" if name in refused else "honoured",
+            _told(model, name),
+        )
         for name, field in _ordered(model)
     ]
     return f"### {title}\n\n{_table(('field', 'type', 'other values', 'behaviour'), rows)}"
+
+
+def _told(model: type[BaseModel], name: str) -> str:
+    """What a field does; of one that others have and this model refuses, why."""
+    refused: dict[str, tuple[tuple[Any, ...], str]] = getattr(model, "REFUSED", {})
+    if name in refused and name not in model.__annotations__:
+        why = refused[name][1]
+        return f"{why[0].upper()}{why[1:]}."
+    return model.model_fields[name].description or ""
 
 
 def _ordered(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:

@@ -12,6 +12,7 @@ import msgspec
 
 from pellucid.errors import InvalidRequestError
 from pellucid.server.errors import HttpError
+from pellucid.server.protocol_base import shown
 from pellucid.server.protocol_chat import Message
 
 # Whose a response is: the key that made it. Nobody else gets to see it.
@@ -71,19 +72,21 @@ class ResponseStore:
         while len(self._entries) > self._max_responses or self.num_bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
 
-    def get(self, owner: Owner, response_id: str) -> StoredResponse | None:
-        """The response of this name, if this owner has one."""
-        found = self._entries.get((owner, response_id))
-        if found is None:
-            return None
-        self._entries.move_to_end((owner, response_id))
-        return found[0]
-
     def find(self, owner: Owner, response_id: str) -> StoredResponse:
-        """As `get`. Raises HttpError 404."""
-        found = self.get(owner, response_id)
+        """The response of this name that this owner has. Raises HttpError 404."""
+        found = self._get(owner, response_id)
         if found is None:
-            raise unknown_response(response_id, "response_id")
+            raise HttpError(404, _unknown(response_id), param="response_id", code="response_not_found")
+        return found
+
+    def previous(self, owner: Owner, response_id: str) -> StoredResponse:
+        """As `find`, for a conversation that goes on. Raises HttpError 400, InvalidRequestError where there is no store."""
+        name = "previous_response_id"
+        if not self.is_on:
+            raise InvalidRequestError(f"{name} is {shown(response_id)}; this server stores no responses", name)
+        found = self._get(owner, response_id)
+        if found is None:
+            raise HttpError(400, _unknown(response_id), param=name, code="previous_response_not_found")
         return found
 
     def delete(self, owner: Owner, response_id: str) -> None:
@@ -91,12 +94,17 @@ class ResponseStore:
         self.find(owner, response_id)
         self._drop((owner, response_id))
 
+    def _get(self, owner: Owner, response_id: str) -> StoredResponse | None:
+        found = self._entries.get((owner, response_id))
+        if found is None:
+            return None
+        self._entries.move_to_end((owner, response_id))
+        return found[0]
+
     def _drop(self, name: tuple[Owner, str]) -> None:
         _, size = self._entries.pop(name, (None, 0))
         self.num_bytes -= size
 
 
-def unknown_response(response_id: str, param: str, status: int = 404) -> HttpError:
-    """The answer to a name that is not stored."""
-    message = f"response {response_id[:128]!r} is not stored here: it never was, or it had to make room"
-    return HttpError(status, message, param=param, code="response_not_found")
+def _unknown(response_id: str) -> str:
+    return f"response {response_id[:128]!r} is not stored here: it never was, or it had to make room"

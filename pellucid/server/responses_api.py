@@ -16,7 +16,7 @@ from pellucid.server.context import ServerContext
 from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_chat import Message
 from pellucid.server.protocol_responses import LOGPROBS, ResponsesRequest
-from pellucid.server.response_store import Owner, StoredResponse, unknown_response
+from pellucid.server.response_store import Owner, StoredResponse
 from pellucid.server.responses import PREFIX, ResponseAnswer
 from pellucid.server.responses_input import NAMES, answered, messages_of, to_chat
 from pellucid.server.sse import EventStream, JsonResponse
@@ -48,9 +48,9 @@ class ResponsesEndpoints:
         identity = context.identity(PREFIX, generation.job.request_id, request.model)
         answer = ResponseAnswer(request, identity, made.params, made.style.reader(), context.logprobs, keep)
         if request.stream:
-            return EventStream(typed_events(generation, answer, context.prompts.count), generation)
+            return EventStream(typed_events(generation, answer, context.prompts), generation)
         (output,) = await context.whole(http, generation)
-        return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts.count))
+        return JsonResponse(await whole_answer(output, answer, generation.usage, context.prompts))
 
     async def retrieve_response(self, http: Request, response_id: str, stream: bool = Query(False)) -> Response:
         """A response that was stored."""
@@ -60,7 +60,6 @@ class ResponsesEndpoints:
 
     async def delete_response(self, http: Request, response_id: str) -> Response:
         """Forgets a response."""
-        self._found(http, response_id)
         self._store.delete(self._context.owner(http), response_id)
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
@@ -84,24 +83,12 @@ class ResponsesEndpoints:
         return JsonResponse({"object": "list", "data": page, **ends, "has_more": bool(rest)})
 
     def _found(self, http: Request, response_id: str) -> StoredResponse:
-        found = self._store.get(self._context.owner(http), response_id)
-        if found is None:
-            raise unknown_response(response_id, "response_id")
-        return found
+        return self._store.find(self._context.owner(http), response_id)
 
     def _before(self, owner: Owner, request: ResponsesRequest) -> Sequence[Message]:
         """The conversation that goes on."""
         name = request.previous_response_id
-        if name is None:
-            return ()
-        if not self._store.is_on:
-            raise InvalidRequestError(
-                f"previous_response_id is {name!r}; this server stores no responses", "previous_response_id"
-            )
-        found = self._store.get(owner, name)
-        if found is None:
-            raise unknown_response(name, "previous_response_id")
-        return found.messages
+        return () if name is None else self._store.previous(owner, name).messages
 
     def _keeper(
         self, owner: Owner, request: ResponsesRequest, before: Sequence[Message]

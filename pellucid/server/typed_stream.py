@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
-from pellucid.outputs import RequestOutput
+from pellucid.outputs import CompletionOutput, RequestOutput
 from pellucid.server.answers import told
 from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Generation, Usage
+from pellucid.server.parsing import PIECE
+from pellucid.server.prompts import Prompts
 from pellucid.server.sse import event
 
 Events = Iterable[dict[str, Any]]
@@ -37,9 +40,6 @@ class TypedAnswer(Protocol):
         """The answer that is not streamed, behind `closing`."""
 
 
-TokenCount = Callable[[str], Awaitable[int]]
-
-
 async def typed_events(generation: Generation, answer: TypedAnswer, count: TokenCount) -> AsyncGenerator[bytes, None]:
     """The encoded events of a stream. An error becomes an event. Its caller closes the generation."""
     try:
@@ -48,20 +48,26 @@ async def typed_events(generation: Generation, answer: TypedAnswer, count: Token
             events = encoded(answer.events(delta))
             if events:
                 yield events
-        yield encoded(answer.closing(generation.usage, await count(answer.thoughts)))
+        yield encoded(answer.closing(generation.usage, await prompts.count(answer.thoughts)))
     except Exception as error:
         yield encoded(answer.failure(told(error, generation.job.request_id)))
 
 
-async def whole_answer(output: RequestOutput, answer: TypedAnswer, usage: Usage, count: TokenCount) -> dict[str, Any]:
-    """The answer that is not streamed: what its stream would come to."""
+async def whole_answer(output: RequestOutput, answer: TypedAnswer, usage: Usage, prompts: Prompts) -> dict[str, Any]:
+    """The answer that is not streamed: what its stream would come to. Long texts are read by another thread."""
     choice = output.outputs[0]
-    all_of_it = Delta(0, choice.text, list(choice.token_ids), choice.logprobs, choice.finish_reason, choice.stop_reason)
-    for _ in (*answer.opening(), *answer.events(all_of_it)):
-        pass
-    for _ in answer.closing(usage, await count(answer.thoughts)):
-        pass
-    return answer.whole()
+    await prompts.run(lambda: deque(_all_events(answer, choice), maxlen=0))
+    deque(answer.closing(usage, await prompts.count(answer.thoughts)), maxlen=0)
+    return {**answer.whole(), "seed": choice.seed}
+
+
+def _all_events(answer: TypedAnswer, choice: CompletionOutput) -> Events:
+    yield from answer.opening()
+    last = max(0, len(choice.text) - 1) // PIECE * PIECE
+    for start in range(0, last, PIECE):
+        yield from answer.events(Delta(0, choice.text[start : start + PIECE], [], None, None, None))
+    rest = choice.text[last:], choice.token_ids, choice.logprobs
+    yield from answer.events(Delta(0, *rest, choice.finish_reason, choice.stop_reason))
 
 
 def encoded(events: Events) -> bytes:

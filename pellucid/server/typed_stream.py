@@ -40,7 +40,7 @@ class TypedAnswer(Protocol):
         """The answer that is not streamed, behind `closing`."""
 
 
-async def typed_events(generation: Generation, answer: TypedAnswer, count: TokenCount) -> AsyncGenerator[bytes, None]:
+async def typed_events(generation: Generation, answer: TypedAnswer, prompts: Prompts) -> AsyncGenerator[bytes, None]:
     """The encoded events of a stream. An error becomes an event. Its caller closes the generation."""
     try:
         yield encoded(answer.opening())

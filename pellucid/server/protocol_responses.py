@@ -42,6 +42,7 @@ class OutputText(Strict):
     text: str = Field(description="The text.")
     annotations: list[Any] | None = Field(None, max_length=0, description="Only null or empty.")
     logprobs: list[Any] | None = Field(None, description="As answered; not read.")
+    parsed: Any = Field(None, description="What a client makes of it; not read.")
 
 
 class Refusal(Strict):
@@ -81,6 +82,7 @@ class FunctionCallItem(Strict):
     call_id: Id = Field(description="Ties the output to the call.")
     name: Id = Field(description="The function.")
     arguments: str = Field(description="Its arguments, as JSON.")
+    parsed_arguments: Any = Field(None, description="What a client makes of them; not read.")
     id: Id | None = Field(None, description="As answered; not read.")
     status: Status | None = Field(None, description="As answered; not read.")
 

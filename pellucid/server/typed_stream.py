@@ -48,7 +48,7 @@ async def typed_events(generation: Generation, answer: TypedAnswer, prompts: Pro
             events = encoded(answer.events(delta))
             if events:
                 yield events
-        yield encoded(answer.closing(generation.usage, await prompts.count(answer.thoughts)))
+        yield encoded(await _closing(answer, generation.usage, prompts))
     except Exception as error:
         yield encoded(answer.failure(told(error, generation.job.request_id)))
 
@@ -57,8 +57,14 @@ async def whole_answer(output: RequestOutput, answer: TypedAnswer, usage: Usage,
     """The answer that is not streamed: what its stream would come to. Long texts are read by another thread."""
     choice = output.outputs[0]
     await prompts.run(lambda: deque(_all_events(answer, choice), maxlen=0))
-    deque(answer.closing(usage, await prompts.count(answer.thoughts)), maxlen=0)
+    await _closing(answer, usage, prompts)
     return {**answer.whole(), "seed": choice.seed}
+
+
+async def _closing(answer: TypedAnswer, usage: Usage, prompts: Prompts) -> list[dict[str, Any]]:
+    """The last events. The tokens of thoughts are counted on their text, so that it does not matter how it came."""
+    thought_tokens = min(await prompts.count(answer.thoughts), usage.completion_tokens)
+    return list(answer.closing(usage, thought_tokens))
 
 
 def _all_events(answer: TypedAnswer, choice: CompletionOutput) -> Events:

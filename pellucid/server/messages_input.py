@@ -56,7 +56,7 @@ def _conversation(request: Conversation) -> dict[str, Any]:
     effort = None if config is None else config.effort
     return {
         "messages": [*system, *(message for turn in request.messages for message in _messages(turn))],
-        "continue_final_message": request.messages[-1].role == "assistant" or None,
+        "continue_final_message": _is_left_open(request.messages[-1]) or None,
         "tools": [_tool(tool) for tool in request.tools or ()] or None,
         "tool_choice": None if choice is None else _tool_choice(choice.type, choice.name),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
@@ -64,6 +64,19 @@ def _conversation(request: Conversation) -> dict[str, Any]:
         "reasoning_effort": None if effort is None else _EFFORTS.get(effort, effort),
         "chat_template_kwargs": {**variables, **(request.chat_template_kwargs or {})} or None,
     }
+
+
+def _is_left_open(last: Turn) -> bool:
+    """True when the answer goes on with the assistant's text."""
+    if last.role != "assistant":
+        return False
+    blocks = [] if isinstance(last.content, str) else last.content
+    text = last.content if isinstance(last.content, str) else "".join(getattr(block, "text", "") for block in blocks)
+    if not text.strip() or not all(isinstance(block, TextBlock) for block in blocks):
+        raise InvalidRequestError(
+            "the last of messages is the assistant's; it must have text, and nothing else", "messages"
+        )
+    return True
 
 
 def _messages(turn: Turn) -> list[dict[str, Any]]:

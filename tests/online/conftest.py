@@ -30,8 +30,8 @@ def _with_template(folder: Path, template: str, **sizes: int) -> Path:
 
 @pytest.fixture(scope="session")
 def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with 2,048 positions: tools and their calls have room."""
-    return _with_template(tmp_path_factory.mktemp("roomy"), _TEMPLATE, max_position_embeddings=2048)
+    """The same with 8,192 positions: tools and their calls have room, and an answer may take seconds."""
+    return _with_template(tmp_path_factory.mktemp("roomy"), _TEMPLATE, max_position_embeddings=8192)
 
 
 @pytest.fixture(scope="session")

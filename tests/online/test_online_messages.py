@@ -40,7 +40,9 @@ HISTORY = [
 
 @pytest.fixture(scope="module")
 def server(roomy_model: Any) -> Iterator[RunningServer]:
-    with running_server(roomy_model, served_model_name=("tiny", "alias"), api_key=("one",)) as running:
+    with running_server(
+        roomy_model, max_model_len=2048, served_model_name=("tiny", "alias"), api_key=("one",)
+    ) as running:
         yield running
 
 
@@ -187,16 +189,20 @@ def test_given_async_client_when_calls_overlap_then_each_message_keeps_its_id_an
 
 
 def test_given_model_that_thinks_when_asked_then_thoughts_are_blocks_of_their_own(thinking_model: Any) -> None:
-    with running_server(thinking_model, served_model_name=("tiny",)) as running:
-        with anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=_PATIENCE) as client:
-            thought: Any = client.messages.create(**GREEDY, messages=DOG)
-            with client.messages.stream(**GREEDY, messages=DOG) as stream:
-                deltas = [event.thinking for event in stream if event.type == "thinking"]
-            asked: Any = client.messages.create(
-                **{**GREEDY, "max_tokens": 1025}, messages=DOG, thinking={"type": "enabled", "budget_tokens": 1024}
-            )
-            hidden = client.messages.create(**GREEDY, messages=DOG, thinking={"type": "adaptive", "display": "omitted"})
-            plain: Any = client.messages.create(**GREEDY, messages=DOG, thinking={"type": "disabled"})
+    with (
+        running_server(thinking_model, served_model_name=("tiny",)) as running,
+        anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=_PATIENCE) as client,
+    ):
+        thought: Any = client.messages.create(**GREEDY, messages=DOG)
+        with client.messages.stream(**GREEDY, messages=DOG) as stream:
+            deltas = [event.thinking for event in stream if event.type == "thinking"]
+        asked: Any = client.messages.create(
+            **{**GREEDY, "max_tokens": 1025, "extra_body": {"ignore_eos": True}},
+            messages=DOG,
+            thinking={"type": "enabled", "budget_tokens": 1024},
+        )
+        hidden = client.messages.create(**GREEDY, messages=DOG, thinking={"type": "adaptive", "display": "omitted"})
+        plain: Any = client.messages.create(**GREEDY, messages=DOG, thinking={"type": "disabled"})
     assert thought.content[0].type == asked.content[0].type == "thinking"
     assert "".join(deltas) == thought.content[0].thinking
     assert asked.stop_reason == "model_context_window_exceeded"
@@ -233,9 +239,11 @@ def test_given_bad_value_when_asked_then_the_client_raises_its_own_error_with_th
 
 
 def test_given_wrong_key_when_sent_then_the_error_is_anthropics(server: RunningServer) -> None:
-    with anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0, timeout=_PATIENCE) as client:
-        with pytest.raises(anthropic.AuthenticationError) as caught:
-            client.messages.create(**GREEDY, messages=DOG)
+    with (
+        anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0, timeout=_PATIENCE) as client,
+        pytest.raises(anthropic.AuthenticationError) as caught,
+    ):
+        client.messages.create(**GREEDY, messages=DOG)
     assert caught.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
     url, headers = f"{server.url}/v1/messages", {"authorization": "Bearer one", "anthropic-version": "2023-06-01"}
     taken = httpx.post(url, json={"messages": DOG, "max_tokens": 2}, headers=headers, timeout=_PATIENCE)

@@ -28,7 +28,9 @@ HISTORY = [
 
 @pytest.fixture(scope="module")
 def server(roomy_model: Any) -> Iterator[RunningServer]:
-    with running_server(roomy_model, served_model_name=("tiny", "alias"), api_key=("one", "two")) as running:
+    with running_server(
+        roomy_model, max_model_len=2048, served_model_name=("tiny", "alias"), api_key=("one", "two")
+    ) as running:
         yield running
 
 
@@ -255,15 +257,17 @@ def test_given_server_without_a_store_when_asked_for_one_then_it_says_so(tiny_mo
 
 
 def test_given_model_that_thinks_when_asked_then_thoughts_are_items_of_their_own(thinking_model: Any) -> None:
-    with running_server(thinking_model, served_model_name=("tiny",)) as running:
-        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=_PATIENCE) as client:
-            thought = client.responses.create(**GREEDY, input="dog")
-            events: list[Any] = list(client.responses.create(**GREEDY, input="dog", stream=True))
-            plain = client.responses.create(**GREEDY, input="dog", reasoning={"effort": "none"})
-            with pytest.raises(openai.BadRequestError, match=r"reasoning\.effort"):
-                client.responses.create(**GREEDY, input="dog", reasoning={"effort": "high"})
-            with pytest.raises(openai.BadRequestError, match="include"):
-                client.responses.create(**GREEDY, **CALLS["logprobs"])
+    with (
+        running_server(thinking_model, served_model_name=("tiny",)) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=_PATIENCE) as client,
+    ):
+        thought = client.responses.create(**GREEDY, input="dog")
+        events: list[Any] = list(client.responses.create(**GREEDY, input="dog", stream=True))
+        plain = client.responses.create(**GREEDY, input="dog", reasoning={"effort": "none"})
+        with pytest.raises(openai.BadRequestError, match=r"reasoning\.effort"):
+            client.responses.create(**GREEDY, input="dog", reasoning={"effort": "high"})
+        with pytest.raises(openai.BadRequestError, match="include"):
+            client.responses.create(**GREEDY, **CALLS["logprobs"])
     item: Any = thought.output[0]
     assert item.type == "reasoning"
     assert thought.usage is not None

@@ -21,9 +21,11 @@ from pellucid.structured import StructuredOutputsParams
 CPU_SECONDS = 2
 MEMORY_BYTES = 2 << 30
 STACK_BYTES = 4 << 20  # half of what a thread has who compiles it afterwards
-# Limits of llguidance: Earley items a row, states of the lexer (some 2 KiB each).
+# Limits of llguidance: Earley items a row and a mask (an ambiguous grammar takes some 50 us for each, and all other requests wait for a
+# mask), states of the lexer (some 2 KiB each).
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 1000,
+    "step_max_items": 10_000,
     "max_lexer_states": 25_000,
     "precompute_large_lexemes": False,
     "verbose_errors": False,

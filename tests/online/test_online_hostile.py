@@ -184,6 +184,159 @@ FIELDS: dict[str, Row] = {
     ),
     "template variable taken": _chat(400, "chat_template_kwargs", chat_template_kwargs={"messages": []}),
 }
+
+
+def _schema(status: int, schema: Any, *words: str, **fields: Any) -> Row:
+    return _chat(
+        status,
+        *words,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        **fields,
+    )
+
+
+def _structure(status: int, kind: str, value: Any, *words: str) -> Row:
+    return _completion(status, "structured_outputs", *words, structured_outputs={kind: value})
+
+
+_CHAIN = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(1500)}
+_DOUBLING = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+STRUCTURES: dict[str, Row] = {
+    "format unknown": _chat(400, "response_format", response_format={"type": "yaml"}),
+    "format text": _chat(_OK, response_format={"type": "text"}),
+    "format null": _chat(_OK, response_format=None),
+    "format a text": _chat(400, "response_format", response_format="json"),
+    "format structural": _chat(400, "response_format", response_format={"type": "structural_tag", "format": {}}),
+    "schema missing": _chat(400, "response_format.json_schema", response_format={"type": "json_schema"}),
+    "schema missing within": _chat(
+        400, "json_schema.schema", response_format={"type": "json_schema", "json_schema": {"name": "x"}}
+    ),
+    "schema beside json_object": _chat(
+        400, "json_schema", response_format={"type": "json_object", "json_schema": {"schema": {}}}
+    ),
+    "schema null": _schema(400, None, "json_schema.schema"),
+    "schema of nothing": _schema(400, {"enum": []}, "response_format.json_schema.schema"),
+    "schema that contradicts itself": _schema(400, {"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
+    "schema of an unknown type": _schema(400, {"type": "nonsense"}, "nonsense"),
+    "schema with not": _schema(400, {"not": {}}, "not"),
+    "schema with a bad pattern": _schema(400, {"type": "string", "pattern": "("}, "response_format"),
+    "schema with look-ahead": _schema(400, {"type": "string", "pattern": "(?=a)b"}, "response_format"),
+    "schema that is itself": _schema(400, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "satisfies"),
+    "schema elsewhere": _schema(400, {"$ref": "http://169.254.169.254/latest"}, "response_format"),
+    "schema in a file": _schema(400, {"$ref": "file:///etc/passwd"}, "response_format"),
+    "schema with a dangling reference": _schema(400, {"$ref": "#/$defs/none"}, "response_format"),
+    "schema of 1,500 references": _schema(400, {"$ref": "#/$defs/d0", "$defs": {**_CHAIN, "d1500": {}}}, "stack"),
+    "schema of 1,500 references streamed": _schema(
+        400, {"$ref": "#/$defs/d0", "$defs": {**_CHAIN, "d1500": {}}}, "response_format", stream=True
+    ),
+    "schema that doubles": _schema(
+        _OK, {"$ref": "#/$defs/d0", "$defs": {**_DOUBLING, "d40": {"type": "string", "maxLength": 9}}}
+    ),
+    "schema recursive": _schema(_OK, {"type": "array", "items": {"$ref": "#"}}),
+    "schema 10^9 long": _schema(_OK, {"type": "string", "minLength": 10**9}),
+    "schema with our own key": _schema(400, {"type": "object", "x-guidance": {}}, "x-guidance"),
+    "schema of 300 KB": _schema(400, {"enum": ["x" * 300_000]}, "262,144"),
+    "schema of 60k nestings as text": _structure(400, "json", '{"a":' * 60_000 + "1" + "}" * 60_000, "json"),
+    "schema of 200 nestings as text": _structure(400, "json", '{"not":' * 200 + "{}" + "}" * 200, "100"),
+    "schema a number": _structure(400, "json", 5, "json"),
+    "schema no JSON": _structure(400, "json", "{", "json"),
+    "none of five": _completion(400, "structured_outputs", "nothing", structured_outputs={}),
+    "two of five": _completion(400, "regex", "choice", structured_outputs={"regex": "a", "choice": ["a"]}),
+    "unknown key": _completion(400, "structural_tag", structured_outputs={"structural_tag": "{}"}),
+    "not an object": _completion(400, "structured_outputs", structured_outputs="[a-z]"),
+    "two fields": _completion(400, "guided_regex", guided_regex="a", response_format={"type": "json_object"}),
+    "object false": _completion(400, "structured_outputs", structured_outputs={"json_object": False}),
+    "regex open": _completion(400, "guided_regex", guided_regex="("),
+    "regex empty": _completion(400, "guided_regex", "empty", guided_regex=""),
+    "regex with look-behind": _structure(400, "regex", "(?<=a)b", "regex"),
+    "regex with back-reference": _structure(400, "regex", r"(a)\1", "regex"),
+    "regex of 60k nestings": _completion(400, "guided_regex", "8,192", guided_regex="(" * 60_000 + ")" * 60_000),
+    "regex of 4k nestings": _completion(400, "guided_regex", guided_regex="(" * 4000 + ")" * 4000),
+    "regex exponential": _completion(_OK, guided_regex="(a|b)*a(a|b){300}", max_tokens=40),
+    "regex of powers": _structure(_OK, "regex", "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"),
+    "regex a list": _completion(400, "guided_regex", guided_regex=["a"]),
+    "regex NUL": _completion(_OK, guided_regex="\\x00"),
+    "choice none": _completion(400, "guided_choice", guided_choice=[]),
+    "choice of empty texts": _completion(400, "guided_choice", guided_choice=["", ""]),
+    "choice of 10^4": _completion(400, "guided_choice", "1,024", guided_choice=["x"] * 10_000),
+    "choice a text": _completion(400, "guided_choice", guided_choice="yes"),
+    "grammar no grammar": _completion(400, "guided_grammar", guided_grammar="hello"),
+    "grammar with an unknown rule": _structure(400, "grammar", "start: other", "other"),
+    "grammar of nothing": _structure(400, "grammar", "start: T\nT: /a/ & /b/", "no text satisfies it"),
+    "grammar left-recursive": _structure(_OK, "grammar", 'start: start "a" | "b"'),
+    "grammar without an end": _structure(_OK, "grammar", 'start: "a" start'),
+    "grammar of 60k nestings": _structure(
+        400, "grammar", "start: " + "(" * 60_000 + '"a"' + ")" * 60_000, "60,000", "100"
+    ),
+    "grammar of many readings": _structure(
+        400, "grammar", "start: s\ns: a s b | b s a | s a | b |\na: /[a-z]/ |\nb: /[a-m]/ |", "Too many items"
+    ),
+    "grammar too costly": _structure(
+        400, "grammar", "start: T\nT: /(.*a.{30}){5}/ & ~/(.*b.{40}){5}/ & /(.*c.{50}){5}/", "grammar"
+    ),
+    "grammar that reads a file": _structure(400, "grammar", "%import .secret (X)\nstart: X", "grammar"),
+    "surrogate": _raw(400, b'{"prompt":"a","guided_regex":"\\ud800"}', "guided_regex", "U+D800"),
+    "whitespace for a regex": _completion(
+        400, "whitespace_pattern", structured_outputs={"regex": "a", "whitespace_pattern": " "}
+    ),
+}
+
+
+def _tools(status: int, *words: str, tools: Any, **fields: Any) -> Row:
+    return _chat(status, *words, tools=tools, **fields)
+
+
+def _tool(parameters: Any = None, name: Any = "f") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+TOOLS: dict[str, Row] = {
+    "none": _tools(_OK, tools=[]),
+    "null": _tools(_OK, tools=None, tool_choice="auto"),
+    "an object": _tools(400, "tools", tools=_tool()),
+    "of another type": _tools(400, "tools[0].type", tools=[{"type": "web_search"}]),
+    "no function": _tools(400, "tools[0].function", tools=[{"type": "function"}]),
+    "name with spaces": _tools(400, "tools[0].function.name", tools=[_tool(name="a b")]),
+    "name empty": _tools(400, "tools[0].function.name", tools=[_tool(name="")]),
+    "name long": _tools(400, "tools[0].function.name", tools=[_tool(name="x" * 65)]),
+    "name twice": _tools(400, "'f' twice", tools=[_tool(), _tool()]),
+    "129 tools": _tools(400, "tools", "128", tools=[_tool(name=f"f{i}") for i in range(129)]),
+    "parameters a list": _tools(400, "tools[0].function.parameters", tools=[_tool([1])]),
+    "unknown key": _tools(400, "tools[0].nonsense", tools=[{**_tool(), "nonsense": 1}]),
+    "bad schema not forced": _tools(_OK, tools=[_tool({"type": "nonsense"})]),
+    "bad schema forced": _tools(
+        400, "tools", "nonsense", tools=[_tool({"properties": {"a": {"type": "nonsense"}}})], tool_choice="required"
+    ),
+    "dangling reference forced": _tools(
+        400, "tools", tools=[_tool({"properties": {"a": {"$ref": "#/$defs/none"}}})], tool_choice="required"
+    ),
+    "choice without tools": _chat(400, "tool_choice", tool_choice="required"),
+    "choice of no tools": _tools(400, "tool_choice", tools=[], tool_choice="required"),
+    "choice unknown": _tools(400, "tool_choice", tools=[_tool()], tool_choice="always"),
+    "choice of another": _tools(
+        400, "tool_choice", "'g'", tools=[_tool()], tool_choice={"type": "function", "function": {"name": "g"}}
+    ),
+    "choice of a set": _tools(400, "tool_choice", tools=[_tool()], tool_choice={"type": "allowed_tools"}),
+    "forced beside a format": _tools(
+        400, "tool_choice", tools=[_tool()], tool_choice="required", response_format={"type": "json_object"}
+    ),
+    "beside a regex": _tools(400, "tools", "regex", tools=[_tool()], guided_regex="a"),
+    "parallel a text": _tools(400, "parallel_tool_calls", tools=[_tool()], parallel_tool_calls="no"),
+    "call with broken arguments": _chat(
+        _OK,
+        messages=[
+            *_USER,
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "x"},
+        ],
+    ),
+    "call without a function": _chat(
+        400, "messages[0].tool_calls[0]", messages=[{"role": "assistant", "tool_calls": [{"id": "1"}]}]
+    ),
+    "effort unknown": _chat(400, "reasoning_effort", reasoning_effort="extreme"),
+    "effort of a model that has none": _chat(400, "reasoning_effort", "low", reasoning_effort="low"),
+    "effort none": _chat(_OK, reasoning_effort="none"),
+}
 MESSAGES: dict[str, Row] = {
     "none": _chat(400, "messages", messages=[]),
     "missing": Row(CHAT, {}, 400, ("messages", "required")),
@@ -242,6 +395,8 @@ ROWS = {
         "number": NUMBERS,
         "list": LISTS,
         "field": FIELDS,
+        "structure": STRUCTURES,
+        "tool": TOOLS,
         "message": MESSAGES,
         "body": BODIES,
     }.items()

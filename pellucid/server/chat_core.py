@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from pellucid.errors import InvalidRequestError
 from pellucid.server.context import ServerContext
-from pellucid.server.generation import Generation
+from pellucid.server.job import Job
 from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.turns import turn_of
@@ -24,10 +24,9 @@ async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepa
     return await context.preparer.prepare(turn_of(chat), context.sampling_params(chat))
 
 
-async def submitted(context: ServerContext, http: Request, chat: ChatCompletionRequest, made: Prepared) -> Generation:
-    """Queues a request. Raises as `Generator.submit`."""
-    job = context.job(http, chat, [made.prompt_token_ids], made.params, made.structure_field)
-    return await context.submit(http, job)
+def job_of(context: ServerContext, http: Request, chat: ChatCompletionRequest, made: Prepared) -> Job:
+    """What is generated for a request. Raises as `ServerContext.job`."""
+    return context.job(http, chat, [made.prompt_token_ids], made.params, made.structure_field)
 
 
 async def without_oldest_turns(context: ServerContext, chat: ChatCompletionRequest) -> ChatCompletionRequest:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.chat_core import prepared, renaming, submitted
+from pellucid.server.chat_core import job_of, prepared, renaming
 from pellucid.server.context import ServerContext
 from pellucid.server.messages import PREFIX, MessageAnswer
 from pellucid.server.messages_input import NAMES, prompt_of, to_chat
@@ -30,9 +30,10 @@ class MessagesEndpoints:
             chat = to_chat(request)
             made = await prepared(context, chat)
             _check_thinking(request, made)
-            generation = await submitted(context, http, chat, made)
-        identity = context.identity(PREFIX, generation.job.request_id, request.model)
-        answer = MessageAnswer(request, identity, len(made.prompt_token_ids), made.style.reader())
+            job = job_of(context, http, chat, made)
+            identity = context.identity(PREFIX, job.request_id, request.model)
+            answer = MessageAnswer(request, identity, len(made.prompt_token_ids), made.style.reader())
+            generation = await context.submit(http, job)
         if request.stream:
             return EventStream(typed_events(generation, answer, context.prompts), generation)
         (output,) = await context.whole(http, generation)

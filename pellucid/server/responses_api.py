@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.chat_core import prepared, renaming, submitted, without_oldest_turns
+from pellucid.server.chat_core import job_of, prepared, renaming, without_oldest_turns
 from pellucid.server.context import ServerContext
 from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_chat import Message
@@ -44,9 +44,10 @@ class ResponsesEndpoints:
                 chat = await without_oldest_turns(context, chat)
             made = await prepared(context, chat)
             _check_logprobs(request, made)
-            generation = await submitted(context, http, chat, made)
-        identity = context.identity(PREFIX, generation.job.request_id, request.model)
-        answer = ResponseAnswer(request, identity, made.params, made.style.reader(), context.logprobs, keep)
+            job = job_of(context, http, chat, made)
+            identity = context.identity(PREFIX, job.request_id, request.model)
+            answer = ResponseAnswer(request, identity, made.params, made.style.reader(), context.logprobs, keep)
+            generation = await context.submit(http, job)
         if request.stream:
             return EventStream(typed_events(generation, answer, context.prompts), generation)
         (output,) = await context.whole(http, generation)

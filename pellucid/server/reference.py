@@ -26,13 +26,18 @@ from pellucid.server.protocol_messages import (
     ToolChoice,
 )
 from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
+from pellucid.server.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
+from pellucid.server.protocol_tools import FunctionDefinition
 from pellucid.server.settings import ServerSettings
 
 BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"
 _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("POST /v1/chat/completions", ChatCompletionRequest),
     ("A message", Message),
+    ("A tool's function", FunctionDefinition),
+    ("response_format", ResponseFormat),
+    ("response_format.json_schema", JsonSchemaFormat),
     ("POST /v1/completions", CompletionRequest),
     ("stream_options", StreamOptions),
     ("POST /v1/responses", ResponsesRequest),

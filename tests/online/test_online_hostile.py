@@ -268,9 +268,6 @@ STRUCTURES: dict[str, Row] = {
     "grammar of 60k nestings": _structure(
         400, "grammar", "start: " + "(" * 60_000 + '"a"' + ")" * 60_000, "60,000", "100"
     ),
-    "grammar of many readings": _structure(
-        400, "grammar", "start: s\ns: a s b | b s a | s a | b |\na: /[a-z]/ |\nb: /[a-m]/ |", "Too many items"
-    ),
     "grammar too costly": _structure(
         400, "grammar", "start: T\nT: /(.*a.{30}){5}/ & ~/(.*b.{40}){5}/ & /(.*c.{50}){5}/", "grammar"
     ),

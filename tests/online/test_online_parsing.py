@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, FinishReason, tuple[str | None, str, list[list[str]]
     "reasoning cut short": ("<think>so it", "length", ("", "so it", [], "length")),
     "calls": (_TWO, "stop", (None, "", [_F, _G], "tool_calls")),
     "all": (f"<think>so</think>Look: {_TWO}", "stop", ("Look:", "so", [_F, _G], "tool_calls")),
-    "call cut short": (_TWO[:49], "length", (None, "", [["f", '{"a": ']], "length")),
+    "call cut short": (_TWO[: _TWO.index("1}")], "length", (None, "", [["f", '{"a": ']], "length")),
     "no call": ("<tool_call> is a marker", "stop", ("<tool_call> is a marker", "", [], "stop")),
     "marker cut short": ("yes <tool_c", "length", ("yes <tool_c", "", [], "length")),
 }

@@ -278,6 +278,20 @@ def test_matcher_when_others_have_used_up_the_lexer_then_its_masks_are_those_of_
     assert compiled._generation > 0
 
 
+def test_matcher_when_a_grammar_has_too_many_readings_then_error_before_a_mask_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert grammar_module.LIMITS["step_max_items"] <= 10_000  # some 20 ms
+    monkeypatch.setitem(grammar_module.LIMITS, "step_max_items", 300)
+    tokenizer = byte_level()
+    matcher = compile_grammar(structure(grammar="start: s\ns: s s s | /[a-z ]/"), tokenizer).matcher()
+    for token_id in tokens_of(tokenizer, "the quick brown fox " * 20):
+        matcher.fill()
+        if not matcher.accept(token_id):
+            break
+    assert "Too many items (limit 300" in str(matcher.error)
+
+
 def test_matcher_when_the_text_is_complete_then_only_ends_and_they_may_repeat() -> None:
     tokenizer = byte_level()
     matcher = compile_grammar(structure(choice=["ab"]), tokenizer).matcher(tokens_of(tokenizer, "ab"))

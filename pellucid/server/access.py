@@ -33,7 +33,7 @@ class Access:
         self._check_origin(values_of(headers, b"origin"), host)
         if path in OPEN_PATHS or not (self._keys or self._admin_key):
             return
-        given = _given_key(headers)
+        given = given_key(headers)
         if path == ADMIN_PREFIX or path.startswith(ADMIN_PREFIX + "/"):
             self._check_admin(given)
         elif self._keys and not (_matches(given, self._keys) | self._is_admin(given)):
@@ -78,7 +78,7 @@ def values_of(headers: Headers, name: bytes) -> list[bytes]:
     return [value for key, value in headers if key == name]
 
 
-def _given_key(headers: Headers) -> bytes:
+def given_key(headers: Headers) -> bytes:
     """The key that a request carries, in OpenAI's header or in Anthropic's; b"" for none."""
     for value in values_of(headers, b"authorization"):
         scheme, _, key = value.partition(b" ")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pellucid.outputs import FinishReason
-from pellucid.server.errors import as_http_error, internal_error
+from pellucid.server.errors import HttpError, as_http_error, internal_error
 from pellucid.server.generation import Delta, Generation, Usage
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.sse import DONE, event
@@ -82,9 +82,13 @@ async def stream_events(generation: Generation, answer: Answer, request: Request
         if usage:
             yield event(answer.usage_chunk(generation.usage))
     except Exception as error:
-        known = as_http_error(error)
-        if known is None:
-            logger.exception("request %s failed", generation.job.request_id)
-            known = internal_error(generation.job.request_id)
-        yield event(known.to_dict())
+        yield event(told(error, generation.job.request_id).to_dict())
     yield DONE
+
+
+def told(error: Exception, request_id: str) -> HttpError:
+    """What the reader of a stream is told of an error; a bug is logged."""
+    known = as_http_error(error)
+    if known is None:
+        logger.error("request %s failed", request_id, exc_info=error)
+    return known or internal_error(request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
@@ -17,26 +17,28 @@ from pellucid.errors import InvalidRequestError
 from pellucid.server import embeddings, metrics
 from pellucid.server.access import Access
 from pellucid.server.answers import stream_events
-from pellucid.server.body import read_json
 from pellucid.server.chat import ChatAnswer
 from pellucid.server.completions import CompletionAnswer
 from pellucid.server.context import ServerContext
 from pellucid.server.errors import HttpError, plain_error
 from pellucid.server.gate import Gate
-from pellucid.server.generation import Generation
 from pellucid.server.job import Job
+from pellucid.server.messages_api import MessagesEndpoints
 from pellucid.server.openapi import json_body, publish
 from pellucid.server.protocol_base import Strict, shown
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
 from pellucid.server.protocol_embeddings import EmbeddingRequest
+from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
+from pellucid.server.protocol_responses import ResponsesRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
+from pellucid.server.responses_api import ResponsesEndpoints
 from pellucid.server.settings import ServerSettings
-from pellucid.server.sse import EventStream, JsonResponse, unless_gone
+from pellucid.server.sse import EventStream, JsonResponse
 from pellucid.server.turns import ToolUse, Turn, turn_of
 
 MAX_STEPS = 4096
-_Model = TypeVar("_Model", bound=Strict)
+ANTHROPIC_HEADERS = ("x-api-key", "anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access")
 
 
 def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
@@ -59,9 +61,9 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-request-id", *ANTHROPIC_HEADERS],
+            expose_headers=["x-request-id", "request-id", "retry-after"],
         )
     publish(app, [model for _, _, model in endpoints.bodies])
     return app
@@ -85,7 +87,8 @@ class _Endpoints:
     """One method a path."""
 
     def __init__(self, context: ServerContext) -> None:
-        self._context, self._engine, self._settings = context, context.engine, context.settings
+        self._context, self._engine = context, context.engine
+        self._responses, self._messages = ResponsesEndpoints(context), MessagesEndpoints(context)
 
     @property
     def bodies(self) -> list[tuple[str, Callable[[Request], Awaitable[Response]], type[Strict]]]:
@@ -94,6 +97,9 @@ class _Endpoints:
             ("/v1/chat/completions", self.chat_completions, ChatCompletionRequest),
             ("/v1/completions", self.completions, CompletionRequest),
             ("/v1/embeddings", self.embeddings, EmbeddingRequest),
+            ("/v1/responses", self._responses.create_response, ResponsesRequest),
+            ("/v1/messages", self._messages.create_message, MessagesRequest),
+            ("/v1/messages/count_tokens", self._messages.count_tokens, CountTokensRequest),
             ("/tokenize", self.tokenize, TokenizeRequest),
             ("/detokenize", self.detokenize, DetokenizeRequest),
         ]
@@ -103,9 +109,12 @@ class _Endpoints:
         for path, endpoint, model in self.bodies:
             app.post(path, openapi_extra=json_body(model))(endpoint)
         app.post("/v1/requests/{request_id}/cancel")(self.cancel)
+        app.delete("/v1/responses/{response_id}")(self._responses.delete_response)
         for path, answer in (
             ("/v1/models", self.models),
             ("/v1/models/{name:path}", self.model),
+            ("/v1/responses/{response_id}", self._responses.retrieve_response),
+            ("/v1/responses/{response_id}/input_items", self._responses.input_items),
             ("/health", self.health),
             ("/version", self.version),
             ("/metrics", self.metrics),
@@ -119,16 +128,16 @@ class _Endpoints:
     async def chat_completions(self, http: Request) -> Response:
         """Answers a conversation."""
         context = self._context
-        request = await self._read(http, ChatCompletionRequest)
+        request = await self._context.read(http, ChatCompletionRequest)
         prepared = await context.preparer.prepare(turn_of(request), context.sampling_params(request))
         prompt, params = prepared.prompt_token_ids, prepared.params
         job = context.job(http, request, [prompt], params, prepared.structure_field)
         identity = context.identity("chatcmpl", job.request_id, request.model)
         answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, prepared.style.reader())
-        generation = await self._submit(http, job)
+        generation = await self._context.submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request), generation)
-        outputs = await self._whole(http, generation)
+        outputs = await self._context.whole(http, generation)
         if prepared.style.is_plain:
             return JsonResponse(answer.whole(outputs, generation.usage))
         return JsonResponse(await context.prompts.run(answer.whole, outputs, generation.usage))
@@ -136,21 +145,21 @@ class _Endpoints:
     async def completions(self, http: Request) -> Response:
         """Continues one prompt or several."""
         context = self._context
-        request = await self._read(http, CompletionRequest)
+        request = await self._context.read(http, CompletionRequest)
         params = context.sampling_params(request)
         prompts, texts = await self._prompts(request)
         job = context.job(http, request, prompts, params)
         identity = context.identity("cmpl", job.request_id, request.model)
         answer = CompletionAnswer(request, identity, prompts, params.n, context.logprobs, texts)
-        generation = await self._submit(http, job)
+        generation = await self._context.submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request), generation)
-        return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
+        return JsonResponse(answer.whole(await self._context.whole(http, generation), generation.usage))
 
     async def embeddings(self, http: Request) -> Response:
         """A vector for each input."""
         context = self._context
-        request = await self._read(http, EmbeddingRequest)
+        request = await context.read(http, EmbeddingRequest)
         special = True if request.add_special_tokens is None else request.add_special_tokens
         prompts = [
             prompt if isinstance(prompt, list) else await context.prompts.encode(prompt, add_special_tokens=special)
@@ -159,8 +168,8 @@ class _Endpoints:
         wanted = embeddings.wanted_rows(request, prompts, self._engine.model.hidden_size)
         name = context.job_name(http, request.request_id)
         job = Job(name, prompts, embeddings.ONE_TOKEN, request.priority or 0, stream=False, hidden_states=tuple(wanted))
-        generation = await context.generator.submit(job)
-        outputs = await self._whole(http, generation)
+        generation = await context.submit(http, job)
+        outputs = await context.whole(http, generation)
         return JsonResponse(embeddings.answer(request, request.model or context.names[0], outputs, generation.usage))
 
     async def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
@@ -180,7 +189,7 @@ class _Endpoints:
     async def cancel(self, request_id: str) -> Response:
         """Ends a request; whoever reads it gets what there is. The id is the answer's, with or without its prefix."""
         name = request_id
-        for prefix in ("chatcmpl-", "cmpl-"):
+        for prefix in ("chatcmpl-", "cmpl-", "resp_", "msg_"):
             name = name.removeprefix(prefix)
         if not await self._context.generator.cancel(name):
             raise HttpError(
@@ -192,7 +201,7 @@ class _Endpoints:
 
     async def tokenize(self, http: Request) -> Response:
         """The ids of a text or of a conversation."""
-        request = await self._read(http, TokenizeRequest)
+        request = await self._context.read(http, TokenizeRequest)
         prompts = self._context.prompts
         if request.prompt is not None:
             special = True if request.add_special_tokens is None else request.add_special_tokens
@@ -215,7 +224,7 @@ class _Endpoints:
 
     async def detokenize(self, http: Request) -> Response:
         """The text of ids."""
-        request = await self._read(http, DetokenizeRequest)
+        request = await self._context.read(http, DetokenizeRequest)
         tokens = check_ids(request.tokens, "tokens") if isinstance(request.tokens, list) else None
         if tokens is None:
             raise HttpError(400, "tokens must be a list of token ids", param="tokens")
@@ -266,23 +275,6 @@ class _Endpoints:
         return Response(body, media_type="application/json")
 
     # ---- parts ------------------------------------------------------------------------------------------------------
-
-    async def _read(self, http: Request, model: type[_Model]) -> _Model:
-        self._context.check_not_draining()
-        request = await read_json(http, model, self._settings.max_body_bytes, self._settings.body_timeout)
-        self._context.check_model(getattr(request, "model", None))
-        return request
-
-    async def _submit(self, http: Request, job: Job) -> Generation:
-        """Queues a job. Compiling its structure may take long: a client that leaves meanwhile takes it out of the queue."""
-        submitting = self._context.generator.submit(job)
-        if job.params.structured_outputs is None:
-            return await submitting
-        return await unless_gone(http.receive, submitting)
-
-    async def _whole(self, http: Request, generation: Generation) -> list[Any]:
-        async with generation:
-            return await unless_gone(http.receive, generation.wait())
 
     def _model_card(self, name: str) -> dict[str, Any]:
         model = self._engine.model

@@ -5,26 +5,33 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from starlette.requests import Request
 
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import EngineDrainingError, InvalidRequestError
+from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams, model_defaults
+from pellucid.server.access import given_key
 from pellucid.server.answers import Identity
+from pellucid.server.body import read_json
 from pellucid.server.errors import HttpError
-from pellucid.server.generation import Generator
+from pellucid.server.generation import Generation, Generator
 from pellucid.server.job import Job
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.metrics import Metrics
 from pellucid.server.preparing import Preparer
 from pellucid.server.prompts import Prompts
-from pellucid.server.protocol_base import RequestFields
+from pellucid.server.protocol_base import RequestFields, Strict
+from pellucid.server.response_store import Owner, ResponseStore
 from pellucid.server.settings import ServerSettings
+from pellucid.server.sse import unless_gone
 from pellucid.server.states import wanted_capture, wanted_states
 from pellucid.server.tracing import Tracing
 
 MAX_CHOICES = 1024  # of one HTTP request
+_Model = TypeVar("_Model", bound=Strict)
 
 
 @dataclass
@@ -44,12 +51,45 @@ class ServerContext:
         self.prompts = Prompts(self.engine.tokenizer)
         self.preparer = Preparer(self.prompts, self.settings, self.engine.model.model_type)
         self.logprobs = LogprobFormat(self.engine.tokenizer)
+        self.responses = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
         self.sampling_defaults = model_defaults(self.engine.model.default_sampling)
 
     def close(self) -> None:
         """Ends what the server itself runs; the engine is its owner's."""
         self.prompts.close()
         self.tracing.close()
+
+    async def read(self, http: Request, model: type[_Model]) -> _Model:
+        """The body of a request, for a model that is served.
+
+        Raises:
+            EngineDrainingError, HttpError, InvalidRequestError: as `check_not_draining`, `read_json` and `check_model` do.
+        """
+        self.check_not_draining()
+        request = await read_json(http, model, self.settings.max_body_bytes, self.settings.body_timeout)
+        self.check_model(getattr(request, "model", None))
+        return request
+
+    async def submit(self, http: Request, job: Job) -> Generation:
+        """Queues a job. Compiling its structure may take long: a client that leaves meanwhile takes it out of the queue.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineDrainingError, EngineDeadError: as the engine says.
+            ClientLeftError: it left.
+        """
+        submitting = self.generator.submit(job)
+        if job.params.structured_outputs is None:
+            return await submitting
+        return await unless_gone(http.receive, submitting)
+
+    async def whole(self, http: Request, generation: Generation) -> list[RequestOutput]:
+        """The outputs of a generation, which ends when the client leaves."""
+        async with generation:
+            return await unless_gone(http.receive, generation.wait())
+
+    def owner(self, http: Request) -> Owner:
+        """Whose the request is: the key that it carries, where keys are needed."""
+        return given_key(http.scope["headers"]) if self.settings.api_key else b""
 
     def check_model(self, name: str | None) -> None:
         """Raises HttpError 404 for a model that is not served; none named is the one that is."""

@@ -46,9 +46,33 @@ class HttpError(PellucidError):
         """OpenAI's error object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def to_json(self) -> bytes:
-        """The body. Only ASCII, so that a lone surrogate quoted from the request is no trouble."""
-        return json.dumps(self.to_dict()).encode()
+    def to_json(self, path: str = "", request_id: str = "") -> bytes:
+        """The body, as the API of the path has it. Only ASCII, so that a lone surrogate quoted from the request is no trouble."""
+        shown = anthropic_error(self, request_id) if is_anthropic(path) else self.to_dict()
+        return json.dumps(shown).encode()
+
+
+def is_anthropic(path: str) -> bool:
+    """True for paths of the Messages API."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+# Anthropic's error types, by status; others are an invalid_request_error up to 499 and an api_error beyond.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_error(error: HttpError, request_id: str) -> dict[str, object]:
+    """Anthropic's error object, which is an event of its streams too."""
+    type_ = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": type_, "message": error.message}, "request_id": request_id}
 
 
 # (error, status, type, code), the most special first.

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pellucid.server.access import Access, values_of
-from pellucid.server.errors import HttpError, as_http_error, internal_error
+from pellucid.server.errors import HttpError, as_http_error, internal_error, is_anthropic
 from pellucid.server.logs import log_access
 from pellucid.server.metrics import Metrics
 from pellucid.server.protocol_base import REQUEST_ID_PATTERN
@@ -36,7 +36,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, _request_id(scope))
+        answer = _Answer(send, _request_id(scope), scope["path"])
         scope.setdefault("state", {})["request_id"] = answer.request_id
         began, began_ns = time.perf_counter(), time.time_ns()
         try:
@@ -71,14 +71,16 @@ _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"
 class _Answer:
     """One answer on its way out."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self.request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, path: str) -> None:
+        self._send, self.request_id, self._path = send, request_id, path
         self.status = 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            names = (b"x-request-id", b"request-id") if is_anthropic(self._path) else (b"x-request-id",)
+            value = self.request_id.encode()
+            message["headers"] = [*message.get("headers", ()), *((name, value) for name in names)]
         await self._send(message)
 
     async def fail(self, error: Exception) -> None:
@@ -94,7 +96,7 @@ class _Answer:
             await self._send_error(known)
 
     async def _send_error(self, error: HttpError) -> None:
-        body = error.to_json()
+        body = error.to_json(self._path, self.request_id)
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": encoded})

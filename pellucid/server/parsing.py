@@ -20,7 +20,7 @@ from pellucid.text.tool_parsers import OutputParser
 
 Part = ContentDelta | ReasoningDelta | ToolCallDelta
 
-_PIECE = 1024  # characters that a whole text is fed by: parts are joined within a piece
+PIECE = 1024  # characters that a whole text is fed by: parts are joined within a piece
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class OutputReader:
         if self.style.is_plain:
             return Message(output.text)
         parser, parts = self._parser(output.index), list[Part]()
-        for start in range(0, len(output.text), _PIECE):
-            parts += parser.feed(output.text[start : start + _PIECE])
+        for start in range(0, len(output.text), PIECE):
+            parts += parser.feed(output.text[start : start + PIECE])
         return joined_message(self._shown([*parts, *parser.finish()]))
 
     def has_calls(self, index: int) -> bool:

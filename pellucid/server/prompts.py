@@ -50,6 +50,10 @@ class Prompts:
         """The ids of a text."""
         return await self.run(self.tokenizer.encode, text, add_special_tokens)
 
+    async def count(self, text: str) -> int:
+        """The number of tokens of a text."""
+        return len(await self.encode(text, add_special_tokens=False)) if text else 0
+
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of ids."""
         return await self.run(self.tokenizer.decode, ids, skip_special_tokens)

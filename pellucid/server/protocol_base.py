@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SkipValidation, ValidationError, model_validator
 
 from pellucid.errors import InvalidRequestError
 from pellucid.params import SamplingParams, range_of
@@ -150,12 +150,52 @@ class RequestFields(SamplingFields):
         return self
 
 
+# For APIs whose answers have no place for them.
+NO_HIDDEN_STATES: Mapping[str, tuple[tuple[Any, ...], str]] = dict.fromkeys(
+    (
+        "return_hidden_states",
+        "hidden_states_for_tokens",
+        "hidden_states_layers",
+        "hidden_states_format",
+        "hidden_states_stream",
+        "capture",
+    ),
+    ((None, False), "not available here: use /v1/chat/completions"),
+)
+
+
 def check_refused(request: Strict, refused: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
     """Raises InvalidRequestError for a field with another value than those that can be honoured."""
     for name, (allowed, why) in refused.items():
         value = getattr(request, name)
         if not any(value == one and type(value) is type(one) for one in allowed):
             raise InvalidRequestError(f"{name} is {shown(value)}; {why}", name)
+
+
+# Tags of unions begin with this, so that paths to fields can leave them out.
+TAG = "@"
+
+
+def by_kind(problem: str) -> Discriminator:
+    """Tells texts, tag "@text", lists, "@list", and objects, "@object": an error then speaks of the one that was meant."""
+    return _discriminator(lambda value: _KINDS.get(type(value), TAG + "object"), problem)
+
+
+def by_type(known: Sequence[str], default: str | None = None) -> Discriminator:
+    """Tells objects by their `type`, whose tag is "@" and the type."""
+
+    def tag(value: Any) -> str | None:
+        kind = value.get("type", default) if isinstance(value, dict) else getattr(value, "type", None)
+        return TAG + kind if isinstance(kind, str) else None
+
+    return _discriminator(tag, f"it must be an object of type {', '.join(known)}")
+
+
+_KINDS: dict[type, str] = {str: TAG + "text", list: TAG + "list"}
+
+
+def _discriminator(tag: Callable[[Any], str | None], problem: str) -> Discriminator:
+    return Discriminator(tag, custom_error_type="other_kind", custom_error_message=problem)
 
 
 def shown(value: object) -> str:
@@ -176,7 +216,7 @@ def as_invalid_request(error: ValidationError) -> InvalidRequestError:
     own = found.get("ctx", {}).get("error")
     if isinstance(own, InvalidRequestError):
         return own
-    location = found["loc"]
+    location = [part for part in found["loc"] if not str(part).startswith(TAG)]
     path = path_of(location)
     param = str(location[0]) if location else None
     if found["type"] == "extra_forbidden":

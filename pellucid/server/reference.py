@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from types import NoneType
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -17,6 +17,16 @@ from pellucid.server.protocol_base import StreamOptions
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
 from pellucid.server.protocol_embeddings import EmbeddingRequest
+from pellucid.server.protocol_messages import (
+    BLOCKS,
+    CountTokensRequest,
+    CustomTool,
+    MessagesRequest,
+    OutputConfig,
+    Thinking,
+    ToolChoice,
+)
+from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 from pellucid.server.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.protocol_tools import FunctionDefinition
@@ -32,6 +42,18 @@ _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("POST /v1/completions", CompletionRequest),
     ("POST /v1/embeddings", EmbeddingRequest),
     ("stream_options", StreamOptions),
+    ("POST /v1/responses", ResponsesRequest),
+    *((f"An item of type {name}", item) for name, item in ITEMS.items()),
+    ("A tool of /v1/responses", FunctionTool),
+    ("text.format of /v1/responses", TextFormat),
+    ("reasoning of /v1/responses", Reasoning),
+    ("POST /v1/messages", MessagesRequest),
+    ("POST /v1/messages/count_tokens", CountTokensRequest),
+    *((f"A block of type {name}", block) for name, block in BLOCKS.items()),
+    ("A tool of /v1/messages", CustomTool),
+    ("tool_choice of /v1/messages", ToolChoice),
+    ("thinking", Thinking),
+    ("output_config", OutputConfig),
     ("POST /tokenize", TokenizeRequest),
     ("POST /detokenize", DetokenizeRequest),
 )
@@ -63,11 +85,20 @@ def _section(title: str, model: type[BaseModel]) -> str:
             f"`{field.alias or name}`",
             _type_name(field),
             "refused" if name in refused else "honoured",
-            field.description or "",
+            _told(model, name),
         )
         for name, field in _ordered(model)
     ]
     return f"### {title}\n\n{_table(('field', 'type', 'other values', 'behaviour'), rows)}"
+
+
+def _told(model: type[BaseModel], name: str) -> str:
+    """What a field does; of one that others have and this model refuses, why."""
+    refused: dict[str, tuple[tuple[Any, ...], str]] = getattr(model, "REFUSED", {})
+    if name in refused and name not in model.__annotations__:
+        why = refused[name][1]
+        return f"{why[0].upper()}{why[1:]}."
+    return model.model_fields[name].description or ""
 
 
 def _ordered(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
@@ -87,6 +118,8 @@ def _type_name(field: FieldInfo) -> str:
 def _spelled(hint: Any) -> str:
     arguments = [argument for argument in typing.get_args(hint) if argument is not NoneType]
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _spelled(arguments[0])
     if origin is list:
         return f"list of {_spelled(arguments[0])}"
     if origin is dict:

@@ -57,6 +57,10 @@ class ServerSettings:
     body_timeout: float = _setting(60.0, "Its body must be complete within this.")
     write_timeout: float = _setting(60.0, "A client that takes nothing for so long is dropped.")
     keep_alive_timeout: float = _setting(75.0, "An idle connection is closed after this.")
+    max_stored_responses: int = _setting(
+        1024, "Most responses of /v1/responses that are kept in memory, the newest ones; 0 stores none."
+    )
+    max_stored_bytes: int = _setting(64 << 20, "Most bytes that they take together.")
     request_timeout: float | None = _setting(None, "A request that takes longer ends with an error.")
     drain_timeout: float = _setting(30.0, "On SIGTERM, requests that run may go on for so long.")
     tool_dialect: str = _setting(
@@ -173,6 +177,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_body_bytes": _integer(1024, 1 << 30),
     "max_header_bytes": _integer(1024, 1 << 24),
     "max_connections": _integer(1, 1 << 20),
+    "max_stored_responses": _integer(0, 10**6),
+    "max_stored_bytes": _integer(1024, 1 << 36),
     "header_timeout": _seconds(0.1, 86_400),
     "body_timeout": _seconds(0.1, 86_400),
     "write_timeout": _seconds(0.1, 86_400),

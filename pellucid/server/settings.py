@@ -56,6 +56,7 @@ class ServerSettings:
     keep_alive_timeout: float = _setting(75.0, "An idle connection is closed after this.")
     request_timeout: float | None = _setting(None, "A request that takes longer ends with an error.")
     drain_timeout: float = _setting(30.0, "On SIGTERM, requests that run may go on for so long.")
+    page: bool = _setting(True, "Serve the page at /: a chat and a live view of the engine.")
     engine_process: bool = _setting(False, "Run the engine in a process of its own; else in a thread.")
     log_level: str = _setting("info", "Least level that is logged: debug, info, warning or error.")
     log_json: bool = _setting(False, "Log one JSON object a line.")
@@ -168,6 +169,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "keep_alive_timeout": _seconds(0.1, 86_400),
     "request_timeout": _seconds(0.01, 864_000, optional=True),
     "drain_timeout": _seconds(0, 86_400),
+    "page": _flag,
     "engine_process": _flag,
     "log_level": _level,
     "log_json": _flag,

@@ -1,4 +1,4 @@
-"""Who may ask: the Host header and the keys. Deny by default; only /health and the files of the page are open."""
+"""Who may ask: the Host and Origin headers and the keys. Deny by default; only /health and the files of the page are open."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class Access:
         self._open_paths = OPEN_PATHS.union(open_paths)
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._any_host = "*" in self._hosts or not (self._hosts or settings.is_loopback)
+        self._origins = frozenset(settings.allowed_origins)
         self._keys = [key.encode() for key in settings.api_key]
         self._admin_key = None if settings.admin_key is None else settings.admin_key.encode()
 
     def check(self, path: str, headers: Headers) -> None:
-        """Raises HttpError: 400 for the Host header, 401 or 403 for the key."""
-        self._check_host(values_of(headers, b"host"))
+        """Raises HttpError: 400 for the Host header, 403 for a foreign page, 401 or 403 for the key."""
+        host = self._check_host(values_of(headers, b"host"))
+        self._check_origin(values_of(headers, b"origin"), host)
         if path in self._open_paths or not (self._keys or self._admin_key):
             return
         given = _given_key(headers)
@@ -38,7 +40,17 @@ class Access:
         elif self._keys and not (_matches(given, self._keys) | self._is_admin(given)):
             raise _unauthorised("this path needs an API key: send it as 'Authorization: Bearer <key>'")
 
-    def _check_host(self, hosts: Sequence[bytes]) -> None:
+    def _check_origin(self, origins: Sequence[bytes], host: str) -> None:
+        """Browsers name the page that asks. CORS keeps answers from a foreign one, but would let its request run."""
+        for origin in origins:
+            text = origin.decode("latin-1")
+            is_own = text.partition("://")[2].lower() == host.lower()
+            if not (is_own or text in self._origins or "*" in self._origins):
+                raise HttpError(
+                    403, f"Origin {text[:80]!r} is not among allowed_origins", "permission_error", code="forbidden"
+                )
+
+    def _check_host(self, hosts: Sequence[bytes]) -> str:
         if len(hosts) != 1:
             raise HttpError(400, f"the request has {len(hosts)} Host headers; it must have 1", code="invalid_host")
         text = hosts[0].decode("latin-1")
@@ -50,6 +62,7 @@ class Access:
         name = found[1].lower()
         if not (self._any_host or name in self._hosts or (not self._hosts and _is_local(name))):
             raise HttpError(400, f"Host names {name[:80]!r}, which is not among allowed_hosts", code="invalid_host")
+        return text
 
     def _check_admin(self, given: bytes) -> None:
         if self._admin_key is None:

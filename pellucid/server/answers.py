@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,25 +65,24 @@ class Answer(Protocol):
         """The last chunk, when it was asked for."""
 
 
-async def stream_events(generation: Generation, answer: Answer, request: RequestFields) -> AsyncIterator[bytes]:
-    """The encoded events of a stream, to [DONE]. An error becomes an event. Closing it cancels the generation."""
+async def stream_events(generation: Generation, answer: Answer, request: RequestFields) -> AsyncGenerator[bytes, None]:
+    """The encoded events of a stream, to [DONE]. An error becomes an event. Its caller closes the generation."""
     options = request.stream_options
     usage = options is not None and bool(options.include_usage)
     running_usage = options is not None and bool(options.continuous_usage_stats)
-    async with generation:
-        try:
-            yield b"".join([event(chunk) for chunk in answer.opening()])
-            async for delta in generation.deltas():
-                for chunk in answer.chunks(delta):
-                    if usage or running_usage:
-                        chunk["usage"] = generation.usage.to_dict() if running_usage else None
-                    yield event(chunk)
-            if usage:
-                yield event(answer.usage_chunk(generation.usage))
-        except Exception as error:
-            known = as_http_error(error)
-            if known is None:
-                logger.exception("request %s failed", generation.job.request_id)
-                known = internal_error(generation.job.request_id)
-            yield event(known.to_dict())
-        yield DONE
+    try:
+        yield b"".join([event(chunk) for chunk in answer.opening()])
+        async for delta in generation.deltas():
+            for chunk in answer.chunks(delta):
+                if usage or running_usage:
+                    chunk["usage"] = generation.usage.to_dict() if running_usage else None
+                yield event(chunk)
+        if usage:
+            yield event(answer.usage_chunk(generation.usage))
+    except Exception as error:
+        known = as_http_error(error)
+        if known is None:
+            logger.exception("request %s failed", generation.job.request_id)
+            known = internal_error(generation.job.request_id)
+        yield event(known.to_dict())
+    yield DONE

@@ -135,7 +135,7 @@ class _Endpoints:
         answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs)
         generation = await context.generator.submit(job)
         if request.stream:
-            return EventStream(lambda: stream_events(generation, answer, request))
+            return EventStream(stream_events(generation, answer, request), generation)
         return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
 
     async def completions(self, http: Request) -> Response:
@@ -149,7 +149,7 @@ class _Endpoints:
         answer = CompletionAnswer(request, identity, prompts, params.n, context.logprobs, texts)
         generation = await context.generator.submit(job)
         if request.stream:
-            return EventStream(lambda: stream_events(generation, answer, request))
+            return EventStream(stream_events(generation, answer, request), generation)
         return JsonResponse(answer.whole(await self._whole(http, generation), generation.usage))
 
     async def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:

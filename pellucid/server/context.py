@@ -13,13 +13,16 @@ from pellucid.errors import EngineDrainingError, InvalidRequestError
 from pellucid.params import SamplingParams, model_defaults
 from pellucid.server.answers import Identity
 from pellucid.server.errors import HttpError
-from pellucid.server.generation import Generator, Job
+from pellucid.server.generation import Generator
+from pellucid.server.job import Job
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.metrics import Metrics
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings
 from pellucid.server.tracing import Tracing
+
+MAX_CHOICES = 1024  # of one HTTP request
 
 
 @dataclass
@@ -75,8 +78,13 @@ class ServerContext:
         """A job under the name that was asked for, else one that carries the HTTP request's id.
 
         Raises:
-            InvalidRequestError: a job of this name runs.
+            InvalidRequestError: a job of this name runs, or there would be too many choices.
         """
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise InvalidRequestError(
+                f"{len(prompts):,} prompts of n {params.n} are {len(prompts) * params.n:,} choices; the limit is {MAX_CHOICES:,}",
+                "n",
+            )
         name = request.request_id
         if name is None:
             name = http.state.request_id if "x-request-id" not in http.headers else _unique(http.state.request_id)

@@ -6,38 +6,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import PellucidError
 from pellucid.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
-from pellucid.params import SamplingParams
 from pellucid.server.errors import RequestFailedError, RequestTimeoutError
+from pellucid.server.job import Job
+from pellucid.server.logs import log_generation
 from pellucid.server.metrics import Metrics
 
 # Deltas of several prompts that wait for a slow reader; the engine coalesces behind them.
 _MERGE_LIMIT = 16
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to generate. Choice `i` of prompt `p` has index `p * params.n + i`."""
-
-    request_id: str
-    prompts: list[list[int]]
-    params: SamplingParams
-    priority: int = 0
-    cache_salt: str | None = None
-    stream: bool = True  # deltas are read; without it only the whole
-    arrived: float = field(default_factory=time.perf_counter)
-
-    @property
-    def engine_ids(self) -> list[str]:
-        """The engine's name of each prompt's request."""
-        if len(self.prompts) == 1:
-            return [self.request_id]
-        return [f"{self.request_id}-{number}" for number in range(len(self.prompts))]
 
 
 @dataclass(frozen=True)
@@ -194,6 +175,7 @@ class Generation:
 
     async def _close(self) -> None:
         self._generator.forget(self)
+        log_generation(self.job, self.outputs)
         if self._timer is not None:
             self._timer.cancel()
         if not self.outputs:

@@ -6,13 +6,20 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 
+from pellucid.outputs import RequestOutput
+from pellucid.server.job import Job
 from pellucid.server.settings import ServerSettings
 
+generation_logger = logging.getLogger("pellucid.requests")
 access_logger = logging.getLogger("pellucid.access")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Keys that a record may carry besides its message.
-FIELDS = ("request_id", "engine_request_id", "method", "path", "status", "seconds", "client")
+FIELDS = (
+    *("request_id", "method", "path", "status", "seconds", "client"),
+    *("prompt_tokens", "completion_tokens", "reasons", "queue_seconds", "first_token_seconds"),
+)
 
 
 class JsonFormatter(logging.Formatter):
@@ -43,9 +50,29 @@ def set_up_logging(settings: ServerSettings) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(threshold)
+    generation_logger.disabled = not settings.log_requests
 
 
 def log_access(fields: dict[str, object]) -> None:
     """A line for one answer; `fields` are keys of `FIELDS`."""
     text = "%(method)s %(path)s %(status)s %(seconds).3fs id=%(request_id)s client=%(client)s"
     access_logger.info(text, fields, extra=fields)
+
+
+def log_generation(job: Job, outputs: Sequence[RequestOutput]) -> None:
+    """A line for one job that ended; without outputs it was left before its end."""
+    fields: dict[str, object] = {
+        "request_id": job.request_id,
+        "prompt_tokens": sum(map(len, job.prompts)),
+        "seconds": time.perf_counter() - job.arrived,
+        "completion_tokens": sum(output.usage["completion_tokens"] for output in outputs),
+        "reasons": ",".join(str(choice.finish_reason) for output in outputs for choice in output.outputs) or "abort",
+    }
+    metrics = outputs[0].metrics if outputs else None
+    fields["queue_seconds"] = metrics.queue_time if metrics else None
+    fields["first_token_seconds"] = metrics.time_to_first_token if metrics else None
+    generation_logger.info(
+        "ended: %(prompt_tokens)d prompt tokens, %(completion_tokens)d made, %(reasons)s, %(seconds).3fs id=%(request_id)s",
+        fields,
+        extra=fields,
+    )

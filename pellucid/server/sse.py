@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -58,27 +59,29 @@ class JsonResponse(Response):
 
 
 class EventStream(Response):
-    """An answer of server-sent events. `make` gives the encoded events; it is closed when the client leaves.
+    """An answer of server-sent events, which are given encoded. Errors are their maker's business: it must turn them into events.
 
-    Errors of `make` are its own business: it must turn them into events.
+    `source` is what they are made from; it is closed at the end, also of a client that left before the first event was asked for.
     """
 
-    def __init__(self, make: Callable[[], AsyncIterator[bytes]], headers: dict[str, str] | None = None) -> None:
-        self._make = make
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        source: AbstractAsyncContextManager[Any],
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._events, self._source = events, source
         self.status_code, self.background = 200, None
         self.init_headers(
             {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **(headers or {})}
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._send_all(send))
+        async with self._source, aclosing(self._events):
+            await unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        events = self._make()
-        try:
-            async for one in events:
-                await send({"type": "http.response.body", "body": one, "more_body": True})
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
+        async for one in self._events:
+            await send({"type": "http.response.body", "body": one, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -72,6 +72,31 @@ def test_given_client_when_it_leaves_then_its_request_ends(server: RunningServer
     assert _generated(server) - before < _TOKENS, "the request ran to its end although nobody waited for it"
 
 
+def test_given_client_when_it_left_before_the_stream_began_then_its_request_ends(server: RunningServer) -> None:
+    before = _generated(server)
+    body = json.dumps({"prompt": [5] * 8, "ignore_eos": True, "max_tokens": _TOKENS, "stream": True}).encode()
+    received = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        return next(received, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None: ...
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        "http_version": "1.1",
+        "scheme": "http",
+    }
+    asyncio.run_coroutine_threadsafe(server.server.app(scope, receive, send), server.loop).result(_PATIENCE)
+    server.wait_until_idle()
+    assert _generated(server) - before < _TOKENS
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_given_several_prompts_and_choices_when_the_client_leaves_then_all_end(
     server: RunningServer, stream: bool

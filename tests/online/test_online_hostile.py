@@ -113,6 +113,7 @@ NUMBERS: dict[str, Row] = {
     "max_tokens beyond the model": _completion(_OK, prompt=[5] * 505, max_tokens=100_000),
     "min_tokens > max_tokens": _completion(400, "min_tokens", "max_tokens", min_tokens=3),
     "n 0": _completion(400, "n is 0", n=0),
+    "n times prompts": _completion(400, "n", "1,024", prompt=["hi"] * 200, n=100),
     "n 10^6": _completion(400, "n is 1000000", "128", n=10**6),
     "best_of": _completion(400, "best_of", best_of=2),
     "logprobs 10^6": _completion(400, "logprobs", "100", logprobs=10**6),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
+import socket
+import ssl
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +20,7 @@ import pytest
 from utils.http_server import RunningServer, running_server
 
 from pellucid.errors import ConfigError
+from pellucid.server.logs import set_up_logging
 from pellucid.server.settings import ServerSettings
 
 _PATIENCE = 120.0
@@ -82,6 +89,25 @@ def test_given_browser_when_it_asks_first_then_only_allowed_origins_may(keyed: R
     assert "access-control-allow-origin" not in ask("https://b.example").headers
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://a.example", 200),
+        ("https://b.example", 403),
+        ("https://a.example.evil", 403),
+        ("null", 403),
+        ("", 403),
+        ("own", 200),
+    ],
+)
+def test_given_page_of_an_origin_when_it_posts_without_asking_then_only_ours_and_allowed_ones_may(
+    keyed: RunningServer, origin: str, status: int
+) -> None:
+    headers = {"origin": keyed.url if origin == "own" else origin, "authorization": "Bearer first"}
+    answer = httpx.post(f"{keyed.url}/tokenize", json={"prompt": "hi"}, headers=headers, timeout=_PATIENCE)
+    assert answer.status_code == status
+
+
 def test_given_request_id_when_well_formed_then_it_comes_back(keyed: RunningServer) -> None:
     def returned(given: str) -> str:
         return httpx.get(f"{keyed.url}/health", headers={"x-request-id": given}, timeout=_PATIENCE).headers[
@@ -133,6 +159,73 @@ def test_given_full_queue_when_one_more_comes_then_it_is_told_when_to_try_again(
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full"
     narrow.wait_until_idle()
+
+
+def test_given_several_prompts_when_not_all_find_a_place_then_none_is_kept(narrow: RunningServer) -> None:
+    body = {**_LONG, "prompt": [[5] * 8] * 8}
+    refused = httpx.post(f"{narrow.url}/v1/completions", json=body, timeout=_PATIENCE)
+    assert refused.status_code == 429
+    narrow.wait_until_idle()
+
+
+def test_given_reader_that_takes_nothing_when_buffers_are_full_then_it_is_dropped(long_model: Any) -> None:
+    with running_server(long_model, num_blocks=600, write_timeout=0.5) as running:
+        host, _, port = running.url.removeprefix("http://").rpartition(":")
+        reader = socket.socket()
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect((host, int(port)))
+        body = json.dumps({**_LONG, "stream": True, "logprobs": 100}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        reader.sendall(head.encode() + body)
+        tasks = running.server.server_state.tasks
+        deadline = time.monotonic() + _PATIENCE
+        while (running.used_blocks() or tasks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not tasks
+        reader.settimeout(_PATIENCE)
+        received = b""
+        while part := reader.recv(1 << 16):
+            received += part
+        assert received.startswith(b"HTTP/1.1 200")
+        assert b"[DONE]" not in received
+        reader.close()
+
+
+def test_given_certificate_when_served_then_it_speaks_tls(tiny_model: Any, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    command = ["openssl", "req", *kind, *subject, "-keyout", str(key), "-out", str(certificate)]
+    made = subprocess.run(command, capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("openssl cannot make a certificate here")
+    with running_server(tiny_model, ssl_keyfile=str(key), ssl_certfile=str(certificate)) as running:
+        assert running.url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(f"{running.url}/health", verify=trusting, timeout=_PATIENCE).status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{running.url}/health", timeout=_PATIENCE)
+
+
+def test_given_json_logs_when_a_request_ends_then_its_lines_carry_its_id(tiny_model: Any, capsys: Any) -> None:
+    settings = ServerSettings(log_json=True)
+    set_up_logging(settings)
+    try:
+        with running_server(tiny_model) as running:
+            body = {"prompt": "hi", "max_tokens": 2, "request_id": "watched"}
+            headers = {"x-request-id": "outer"}
+            httpx.post(
+                f"{running.url}/v1/completions", json=body, headers=headers, timeout=_PATIENCE
+            ).raise_for_status()
+            running.wait_until_idle()
+    finally:
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+        for name in ("pellucid", "uvicorn"):
+            logging.getLogger(name).handlers.clear()
+    ended = next(line for line in lines if line["logger"] == "pellucid.requests")
+    access = next(line for line in lines if line["logger"] == "pellucid.access" and line["path"] == "/v1/completions")
+    assert (ended["request_id"], ended["completion_tokens"], ended["reasons"]) == ("watched", 2, "length")
+    assert (access["request_id"], access["status"], access["method"]) == ("outer", 200, "POST")
 
 
 def test_given_request_timeout_when_it_passes_then_whole_and_streamed_answers_say_so(long_model: Any) -> None:

@@ -2,7 +2,7 @@
 
 import { FONT, inspectable, palette } from "./inspect.js";
 
-const SPAN_S = 60;
+const SPANS_S = [15, 60]; // it grows with what is known
 const PAD = { top: 12, bottom: 16 };
 
 /** series: [{colour, value(sample)}], stacked from below. top(samples): the upper end. describe(sample) -> [lines]. */
@@ -24,8 +24,14 @@ export class AreaChart {
     return this.view.place() === null ? this.samples : this.held;
   }
 
+  get span() {
+    const samples = this.shown;
+    const known = samples.length ? samples.at(-1).seconds - samples[0].seconds : 0;
+    return Math.min(SPANS_S[1], Math.max(SPANS_S[0], known));
+  }
+
   x(sample) {
-    return this.view.width * (1 - (this.shown.at(-1).seconds - sample.seconds) / SPAN_S);
+    return this.view.width * (1 - (this.shown.at(-1).seconds - sample.seconds) / this.span);
   }
 
   y(value, top) {
@@ -90,7 +96,7 @@ export class AreaChart {
     context.fillStyle = colours.muted;
     context.textBaseline = "middle";
     context.textAlign = "left";
-    context.fillText("60 s ago", 0, height - 6);
+    context.fillText(`${Math.round(this.span)} s ago`, 0, height - 6);
     context.fillText(this.spell(top), 0, 5);
     context.textAlign = "right";
     context.fillText("now", width, height - 6);

@@ -9,7 +9,7 @@ import { Timeline, short } from "./timeline.js";
 
 const NEWEST = 24; // rows of the table, and steps that a mean is taken over
 const TABLE_PERIOD_MS = 1000;
-const BURST = ["a lighthouse", "a river", "an old clock", "the moon", "a violin", "a train", "a garden", "the north wind"];
+const BURST = ["lighthouse", "river", "clock", "moon", "violin", "train", "garden", "north wind"];
 const BURST_TOKENS = 96;
 
 let isPaused = false;
@@ -18,7 +18,7 @@ let drawn = {};
 /** Starts the view; gives its feed. `showHealth(state, text)` is told how the server is. */
 export function setUpEngine(showHealth) {
   const feed = new Feed({
-    isWatched: () => !isPaused && document.visibilityState === "visible" && $("live").getClientRects().length > 0,
+    isWatched: () => !isPaused && document.visibilityState === "visible" && $("engine").getClientRects().length > 0,
     onNews: (news) => {
       showAdmin(null);
       showHealth(news.last.draining ? "busy" : "well", news.last.draining ? "shutting down" : "ready");
@@ -64,8 +64,8 @@ export function setUpEngine(showHealth) {
   return feed;
 }
 
-/** Requests of this tab, their choices included. */
-const isOwn = (id) => ownRequests.has(id) || ownRequests.has(id.split("/")[0]);
+/** Requests of this tab, those of several prompts included. */
+const isOwn = (id) => ownRequests.has(id) || ownRequests.has(id.replace(/-\d+$/, ""));
 
 function pause(feed) {
   isPaused = !isPaused;
@@ -176,18 +176,18 @@ async function burst() {
   }
   const { signal } = (bursting = new AbortController());
   setText($("burst"), "Stop the 8");
-  const one = async (subject) => {
-    const body = {
-      messages: [{ role: "user", content: `Tell me a story about ${subject}.` }],
-      max_tokens: BURST_TOKENS,
-      stream: true,
-      request_id: newRequestId(),
-    };
-    for await (const chunk of postStream("v1/chat/completions", body, signal)) void chunk;
+  const body = {
+    prompt: BURST.map((subject) => `Once upon a time, the ${subject} began to speak.`),
+    max_tokens: BURST_TOKENS,
+    stream: true,
+    request_id: newRequestId(),
   };
-  const ends = await Promise.allSettled(BURST.map(one));
-  const failed = ends.find((end) => end.status === "rejected" && end.reason.name !== "AbortError");
-  if (failed) setText($("engine-says"), failed.reason.message);
+  try {
+    // One stream for all: browsers open few connections to a server, and the view needs one.
+    for await (const chunk of postStream("v1/completions", body, signal)) void chunk;
+  } catch (error) {
+    if (error.name !== "AbortError") setText($("engine-says"), error.message);
+  }
   bursting = null;
   setText($("burst"), "Send 8 at once");
 }

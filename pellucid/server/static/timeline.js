@@ -4,7 +4,8 @@ import { $, milliseconds, number, plural } from "./dom.js";
 import { FONT, inspectable, palette } from "./inspect.js";
 
 const WIDTHS = [2, 3, 4, 6, 9, 14]; // pixels of a step
-const MAX_ROWS = 32;
+const [MIN_ROWS, MAX_ROWS] = [8, 32];
+const ROW_HEIGHTS = [4, 22];
 const TOP = { band: 4, lanes: 18 };
 const TRACK = { height: 34, gap: 18 };
 const AXIS = 4;
@@ -76,7 +77,7 @@ export class Timeline {
   }
 
   rowHeight(rows) {
-    return Math.max(4, Math.min(18, Math.floor(this.lanesHeight / Math.max(1, rows))));
+    return Math.max(ROW_HEIGHTS[0], Math.min(ROW_HEIGHTS[1], Math.floor(this.lanesHeight / rows)));
   }
 
   /** Rows keep their request while one of its steps is in sight. */
@@ -87,6 +88,7 @@ export class Timeline {
       for (const id of step.waiting) inSight.add(id);
     }
     for (const id of this.rows.keys()) if (!inSight.has(id)) this.rows.delete(id);
+    if (Math.max(0, ...this.rows.values()) >= MIN_ROWS && this.rows.size <= MIN_ROWS / 2) this.rows.clear();
     const taken = new Set(this.rows.values());
     let free = 0;
     for (const id of inSight) {
@@ -96,7 +98,7 @@ export class Timeline {
       this.rows.set(id, free);
       taken.add(free);
     }
-    return Math.max(4, ...[...taken].map((row) => row + 1));
+    return Math.max(MIN_ROWS, ...[...taken].map((row) => row + 1));
   }
 
   // ---- looking at one place ----------------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ def bind(settings: ServerSettings) -> socket.socket:
     """
     host, port = settings.host, settings.port
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"host is {host!r}: {error.strerror}") from None
-    bound = socket.socket(family, kind)
+    bound = socket.socket(family, kind, protocol)  # asyncio sends at once (no Nagle) only where the protocol is named
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)

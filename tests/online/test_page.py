@@ -239,7 +239,7 @@ def test_live_view_when_requests_run_then_it_shows_their_steps_and_who_waits(pag
     assert "decode" in page.run("document.getElementById('steps-body').textContent")
     page.wait_for("document.getElementById('burst').textContent === 'Send 8 at once'")
     page.wait_for("document.getElementById('tile-waiting').textContent === '0'")
-    assert page.run("document.getElementById('kv-figure').textContent").startswith("0 in use · ")
+    page.wait_for("document.getElementById('kv-figure').textContent.startsWith('0 in use · ')")
     colours = page.run(
         """(() => {
           const canvas = document.querySelector('#timeline canvas');

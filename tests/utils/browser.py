@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,11 @@ class Browser:
 
     def close(self) -> None:
         """Ends the browser and all of its processes."""
-        try:
+        with suppress(OSError, subprocess.TimeoutExpired):
             self.send("Browser.close")
             self._process.wait(10)
-        except (OSError, subprocess.TimeoutExpired):
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._reader.join(10)
         os.close(self._command_write)

@@ -35,7 +35,8 @@ class ServerSettings:
         (), "Name of the model in the API; more than one are aliases. By default the model's own."
     )
     api_key: tuple[str, ...] = _setting(
-        (), f"Key that every request but /health must carry; may be given more than once, or as ${API_KEY_VARIABLE}."
+        (),
+        f"Key that every request must carry, but for /health and the files of the page; may be given more than once, or as ${API_KEY_VARIABLE}.",
     )
     admin_key: str | None = _setting(None, f"Key for /debug; or ${ADMIN_KEY_VARIABLE}.")
     allowed_hosts: tuple[str, ...] = _setting(

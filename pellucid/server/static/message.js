@@ -4,7 +4,7 @@ import { el, milliseconds, number, plural, setText } from "./dom.js";
 import { copyText, markdownView } from "./markdown.js";
 
 const FINISHES = {
-  stop: "ended by itself",
+  stop: "complete",
   length: "cut at its length",
   stopped: "stopped",
 };
@@ -105,7 +105,7 @@ function answerView(message, actions) {
   };
 }
 
-/** "31 prompt tokens (16 cached) · 45 tokens · 92.1 tokens/s · first after 38 ms · ended by itself" */
+/** "31 prompt tokens (16 cached) · 45 tokens · 92.1 tokens/s · first after 38 ms · complete" */
 function describe(figures) {
   if (!figures) return "";
   const { usage, began, first, last, firstTokens, finish } = figures;

@@ -36,7 +36,8 @@ class ServerSettings:
     )
     api_key: tuple[str, ...] = _setting(
         (),
-        f"Key that every request must carry, but for /health and the files of the page; may be given more than once, or as ${API_KEY_VARIABLE}.",
+        "Key that every request must carry, but for /health and the files of the page; may be given more than once, "
+        f"or as ${API_KEY_VARIABLE}.",
     )
     admin_key: str | None = _setting(None, f"Key for /debug; or ${ADMIN_KEY_VARIABLE}.")
     allowed_hosts: tuple[str, ...] = _setting(

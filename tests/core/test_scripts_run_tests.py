@@ -21,11 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (("--suite", "stage0", "-k", "test_uniform_when"), None, "[run] stage0: pytest tests/core tests/ops -k"),
         (("--suite", "stage1", "-k", "no_test_has_this_name"), 5, "[fail] stage1"),
-        (
-            ("--suite", "stage2", "-k", "no_test_has_this_name"),
-            5,
-            "[run] stage2: pytest tests/sampling tests/online -k",
-        ),
+        (("--suite", "stage2", "-k", "no_test_has_this_name"), 5, "[run] stage2: pytest tests/sampling tests/online -k"),
         (("--suite", "parity", "--run-hf", "never"), 1, "[skip] parity because --run-parity or --run-hf is never"),
         (("--suite", "parity", "--run-parity", "never"), 1, "[skip] parity because"),
         (("--suite", "stage0", "--device", "cuda"), 1, "[skip] stage0 because this version runs on the CPU alone"),

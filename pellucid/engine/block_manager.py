@@ -47,6 +47,7 @@ class BlockManager:
         self._hash_of_block: list[bytes | None] = [None] * num_blocks
         self._content_of_block: list[_Content | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
+        self._num_cached_free = 0
         self._peak_used = 0
         self._num_hits = 0
         self._num_misses = 0
@@ -63,6 +64,11 @@ class BlockManager:
     def num_used_blocks(self) -> int:
         """Blocks with at least one owner."""
         return self.num_blocks - len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks without an owner whose content can still be found: a part of the free ones."""
+        return self._num_cached_free
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -232,11 +238,13 @@ class BlockManager:
     def _acquire(self, block_id: int) -> None:
         if self._num_owners[block_id] == 0:
             del self._free[block_id]
+            self._num_cached_free -= self._hash_of_block[block_id] is not None
         self._num_owners[block_id] += 1
 
     def _take_free(self) -> int:
-        block_id, _ = self._free.popitem(last=False)
+        block_id = next(iter(self._free))
         self._forget_hash(block_id)
+        del self._free[block_id]
         self._num_owners[block_id] = 1
         return block_id
 
@@ -249,6 +257,8 @@ class BlockManager:
         self._free[block_id] = None
         if self._hash_of_block[block_id] is None:
             self._free.move_to_end(block_id, last=False)  # nobody can share it: reuse it before any cached block
+        else:
+            self._num_cached_free += 1
 
     def _forget_hash(self, block_id: int) -> None:
         digest = self._hash_of_block[block_id]
@@ -256,6 +266,7 @@ class BlockManager:
             del self._block_of_hash[digest]
             self._hash_of_block[block_id] = None
             self._content_of_block[block_id] = None
+            self._num_cached_free -= block_id in self._free
 
     # ---- self-check ------------------------------------------------------------------------------------------------
 
@@ -286,6 +297,9 @@ class BlockManager:
         hashed = [block_id for block_id, digest in enumerate(self._hash_of_block) if digest is not None]
         if sorted(self._block_of_hash.values()) != hashed:
             raise InvariantError(f"cached blocks {sorted(self._block_of_hash.values())} but hashes on {hashed}")
+        num_cached_free = sum(1 for block_id in hashed if block_id in self._free)
+        if self._num_cached_free != num_cached_free:
+            raise InvariantError(f"{self._num_cached_free} free blocks count as cached but {num_cached_free} are")
         for block_id in hashed:
             if not self.enable_prefix_caching and block_id in self._free:
                 raise InvariantError(f"free block {block_id} is cached although prefix caching is off")

@@ -196,6 +196,7 @@ class LLMEngine:
             prefix_hits=counted.prefix_hits,
             finished=dict(counted.finished),
             num_steps=counted.num_steps,
+            num_cached_blocks=self.block_manager.num_cached_blocks,
             histograms={name: histogram.stats() for name, histogram in counted.histograms.items()},
         )
 

@@ -58,6 +58,7 @@ class EngineStats:
     prefix_hits: int = 0  # those that were found
     finished: dict[str, int] = field(default_factory=dict)
     num_steps: int = 0
+    num_cached_blocks: int = 0  # free blocks that the prefix cache can still give away
     histograms: dict[str, HistogramStats] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""Who may ask: the Host and Origin headers and the keys. Deny by default; only /health is open."""
+"""Who may ask: the Host and Origin headers and the keys. Deny by default; only /health and the files of the page are open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _HOST = re.compile(r"^([A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]{2,4
 class Access:
     """Checks of every request before anything else sees it."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, open_paths: Iterable[str] = ()) -> None:
+        self._open_paths = OPEN_PATHS.union(open_paths)
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._any_host = "*" in self._hosts or not (self._hosts or settings.is_loopback)
         self._origins = frozenset(settings.allowed_origins)
@@ -31,7 +32,7 @@ class Access:
         """Raises HttpError: 400 for the Host header, 403 for a foreign page, 401 or 403 for the key."""
         host = self._check_host(values_of(headers, b"host"))
         self._check_origin(values_of(headers, b"origin"), host)
-        if path in OPEN_PATHS or not (self._keys or self._admin_key):
+        if path in self._open_paths or not (self._keys or self._admin_key):
             return
         given = given_key(headers)
         if path == ADMIN_PREFIX or path.startswith(ADMIN_PREFIX + "/"):

@@ -24,7 +24,9 @@ from pellucid.server.errors import HttpError, plain_error
 from pellucid.server.gate import Gate
 from pellucid.server.job import Job
 from pellucid.server.messages_api import MessagesEndpoints
+from pellucid.server.live import live_view
 from pellucid.server.openapi import json_body, publish
+from pellucid.server.page import Page
 from pellucid.server.protocol_base import Strict, shown
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
@@ -50,9 +52,12 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _query_error)
     endpoints = _Endpoints(context)
     endpoints.add_to(app)
+    page = Page() if settings.page else None
+    if page is not None:
+        page.add_to(app)
     app.add_middleware(
         Gate,
-        access=Access(settings),
+        access=Access(settings, page.paths if page else ()),
         metrics=context.metrics,
         tracing=context.tracing,
         log_requests=settings.log_requests,
@@ -120,6 +125,7 @@ class _Endpoints:
             ("/metrics", self.metrics),
             ("/debug/kv_cache_stats", self.kv_cache_stats),
             ("/debug/steps", self.steps),
+            ("/debug/live", self.live),
         ):
             app.get(path)(answer)
 
@@ -273,6 +279,10 @@ class _Endpoints:
         following = records[-1].step + 1 if records else since
         body = msgspec.json.encode({"steps": records, "next": following}, enc_hook=dict)  # reasons are lazy mappings
         return Response(body, media_type="application/json")
+
+    async def live(self, since: int | None = Query(None, ge=0, le=2**62)) -> Response:
+        """What the page draws: figures, the queue, and steps from number `since` on, or the newest where it is not given."""
+        return JsonResponse(await live_view(self._context, since))
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

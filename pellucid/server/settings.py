@@ -38,7 +38,9 @@ class ServerSettings:
         (), "Name of the model in the API; more than one are aliases. By default the model's own."
     )
     api_key: tuple[str, ...] = _setting(
-        (), f"Key that every request but /health must carry; may be given more than once, or as ${API_KEY_VARIABLE}."
+        (),
+        "Key that every request must carry, but for /health and the files of the page; may be given more than once, "
+        f"or as ${API_KEY_VARIABLE}.",
     )
     admin_key: str | None = _setting(None, f"Key for /debug; or ${ADMIN_KEY_VARIABLE}.")
     allowed_hosts: tuple[str, ...] = _setting(
@@ -70,6 +72,7 @@ class ServerSettings:
         AUTO,
         f"How the model marks its reasoning: {AUTO} (by its chat template), {OFF}, or {', '.join(REASONING_DIALECTS)}.",
     )
+    page: bool = _setting(True, "Serve the page at /: a chat and a live view of the engine.")
     engine_process: bool = _setting(False, "Run the engine in a process of its own; else in a thread.")
     capture: bool = _setting(False, "Let requests capture activations by name.")
     log_level: str = _setting("info", "Least level that is logged: debug, info, warning or error.")
@@ -185,6 +188,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "keep_alive_timeout": _seconds(0.1, 86_400),
     "request_timeout": _seconds(0.01, 864_000, optional=True),
     "drain_timeout": _seconds(0, 86_400),
+    "page": _flag,
     "engine_process": _flag,
     "tool_dialect": _one_of((AUTO, OFF, *TOOL_DIALECTS)),
     "reasoning_dialect": _one_of((AUTO, OFF, *REASONING_DIALECTS)),

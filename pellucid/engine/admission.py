@@ -30,6 +30,7 @@ class RequestChecker:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
+    pads_to: int = 1  # policy `padded`: a prompt takes the place of the next multiple of this many tokens
 
     def tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text, where it is one, and the token ids.
@@ -118,6 +119,9 @@ class RequestChecker:
     def max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens a prompt can bring at most."""
         room = self.max_model_len - num_prompt_tokens
+        if self.pads_to > 1:
+            padded = -(-num_prompt_tokens // self.pads_to) * self.pads_to
+            room = max(1, min(room, self.max_model_len - padded + 1))  # the last token is never computed
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pellucid.errors import InvalidRequestError
 from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
 from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
+from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from pellucid.sampling.grammar import CompiledGrammar
 
 Prompt = str | Sequence[int]
 
@@ -98,7 +95,7 @@ class RequestChecker:
             hidden_states.check(num_prompt, max_tokens, self.hidden_states)
         return () if capture is None else capture.resolve(num_prompt, max_tokens, self.hidden_states)
 
-    def grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+    def grammar(self, params: SamplingParams) -> Grammar | None:
         """The structure that is asked for, compiled; the last ones are kept, so that a server does it before its engine asks.
 
         Raises:
@@ -106,6 +103,8 @@ class RequestChecker:
         """
         if params.structured_outputs is None:
             return None
+        if isinstance(params.structured_outputs, CustomStructure):
+            return params.structured_outputs.compile(self.vocab_size)
         if self.tokenizer is None:
             raise InvalidRequestError(
                 "structured_outputs need a tokenizer, and the model has none", "structured_outputs"

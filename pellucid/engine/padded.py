@@ -164,13 +164,16 @@ class PaddedBatch:
         """Compare the batch with the requests that run.
 
         Raises:
-            InvariantError: a sequence holds more than it reserved, or all of them more than there is; or one runs uncounted.
+            InvariantError: a sequence holds more than it reserved, or all of them more than there is; or one that runs is not counted, or
+                does not end at `tkv`.
         """
         if self.n_reserved_blocks > self.num_blocks:
             raise InvariantError(f"{self.n_reserved_blocks} blocks are reserved; {self.num_blocks} exist")
         for name, one in self._sequences.items():
             if not 0 < one.n_used <= one.n_reserved or one.left_pad < 0:
                 raise InvariantError(f"{name!r} uses {one.n_used} of {one.n_reserved} blocks, padding {one.left_pad}")
+            if not one.request.is_finished and one.request.next_start != self.tkv - one.left_pad:
+                raise InvariantError(f"{one.request} does not end at tkv {self.tkv} with padding {one.left_pad}")
         counted = {name for name, one in self._sequences.items() if not one.request.is_finished}
         if counted != {request.request_id for request in running}:
             raise InvariantError(f"{sorted(counted)} are counted but {[r.request_id for r in running]} run")

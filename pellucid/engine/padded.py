@@ -130,13 +130,13 @@ class PaddedBatch:
             sequence.left_pad += num_tokens
 
     def _prefill(self, request: Request) -> None:
-        num_prompt, is_first = request.num_prompt_tokens, not self._sequences
-        if is_first:
-            self.tkv = self._padded(num_prompt)
-        else:
+        num_prompt = request.num_prompt_tokens
+        if self._sequences:
             self._shift(self._padded(max(0, num_prompt - self.tkv)))
+        else:
+            self.tkv = self._padded(num_prompt)
         left_pad = self.tkv - num_prompt
-        n_used = self._blocks_for(num_prompt if is_first else self.tkv) - left_pad // self.block_size
+        n_used = self._blocks_for(self.tkv) - left_pad // self.block_size
         n_reserved = self._reserved(self.tkv, num_prompt, request.core.max_tokens)
         self._sequences[request.request_id] = _Sequence(request, left_pad, n_reserved, n_used)
 

@@ -126,6 +126,30 @@ def test_padded_when_joining_would_push_a_running_request_too_far_then_the_reaso
     assert row_of(a_world.step())[3] == {"1": reason}
 
 
+@pytest.mark.parametrize(("limit", "joins"), [(40, True), (39, False)])
+def test_padded_when_three_end_one_after_the_other_then_the_largest_volume_on_the_way_counts(
+    limit: int, joins: bool
+) -> None:
+    """Final lengths 10, 20 and 21: 3 x 10 until the first ends, then 2 x 20."""
+    a_world = World(SchedulerConfig(3, 64, 48, "padded", max_batch_tkv_limit=limit), 32, 4, caching=False)
+    for name, max_tokens in (("a", 7), ("b", 17), ("c", 18)):
+        a_world.add(make_request(name, prompt_of(100 * ord(name), 4), max_tokens))
+    plans = [a_world.step() for _ in range(3)]
+    assert plans[2].kind == ("prefill" if joins else "decode")
+    reason = {"c": "max_batch_tkv_limit 39: the batch would come to 40 from tkv 4"}
+    assert plans[2].waiting == ({} if joins else reason)
+
+
+def test_padded_when_a_running_request_goes_to_the_very_end_then_one_that_moves_nothing_may_join() -> None:
+    """49 tokens, padded to 64, and 129 more but one: just max_model_len 192. The next prompt needs no shift."""
+    a_world = World(SchedulerConfig(2, 512, 192, "padded"), 8, 64, caching=False)
+    a_world.add(make_request("0", prompt_of(0, 49), max_tokens=129))
+    a_world.add(make_request("1", prompt_of(100, 20), max_tokens=3))
+    assert [next(iter(a_world.step().entries)).request_id for _ in range(2)] == ["0", "1"]
+    a_world.drain(200)
+    a_world.check_end()
+
+
 def test_padded_when_a_running_request_is_cancelled_then_its_blocks_count_until_the_next_step() -> None:
     a_world = world("padded", num_blocks=8, block_size=4, max_num_seqs=2)
     a_world.add(make_request("a", prompt_of(10, 3), max_tokens=6))

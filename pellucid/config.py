@@ -18,7 +18,14 @@ ALIASES = {"max_batch_size": "max_num_seqs", "model_path": "model"}
 DTYPES = ("auto", "float32", "bfloat16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
 QUANTIZATIONS = ("int8", "int8_channel", "int4")
-POLICIES = ("mixed", "prefill_first")
+POLICIES = ("mixed", "prefill_first", "padded")
+PADDED_BLOCK_SIZE = 64  # the unit in which static shapes grow
+# What cannot stand beside policy `padded`: field, its only value, why.
+PADDED_ONLY: tuple[tuple[str, object, str], ...] = (
+    ("kv_layout", "block", f"counts blocks of {PADDED_BLOCK_SIZE} tokens, and the cells of a slot hold 1"),
+    ("speculative_method", None, "computes exactly one token of each request in a decode"),
+    ("async_scheduling", False, "plans a step by what ended in the one before"),
+)
 SPECULATIVE_METHODS = ("ngram",)
 MAX_SPECULATIVE_TOKENS = 16
 
@@ -48,7 +55,10 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, "Longest prompt + output; by default what model and memory allow.")
     max_num_seqs: int = _setting(32, "Most requests that run at once, 1 to 1,024.")
     max_num_batched_tokens: int = _setting(512, "Most tokens computed in one step, 1 to 65,536.")
-    policy: str = _setting("mixed", "Scheduling: mixed or prefill_first.")
+    policy: str = _setting("mixed", "Scheduling: mixed, prefill_first, or padded (static shapes).")
+    max_batch_tkv_limit: int | None = _setting(
+        None, "policy padded: most requests x common length; by default max_num_seqs x max_model_len."
+    )
     async_scheduling: bool = _setting(False, "Plan the next step while the core executes this one.")
     speculative_method: str | None = _setting(None, "Guess tokens ahead: ngram, from the request's own text.")
     num_speculative_tokens: int = _setting(4, "Most tokens guessed at once, 1 to 16.")
@@ -82,6 +92,14 @@ class EngineConfig:
             if self.block_size not in (1, DEFAULT_BLOCK_SIZE):
                 raise ConfigError(f"block_size is {self.block_size}; with kv_layout 'slot' every cell holds 1 token")
             object.__setattr__(self, "block_size", 1)  # said or not, it is what the layout means
+        if self.policy == "padded":
+            _check_padded(self)
+            object.__setattr__(self, "block_size", PADDED_BLOCK_SIZE)  # said or not, it is what the policy means
+        elif self.max_batch_tkv_limit is not None:
+            raise ConfigError(
+                f"max_batch_tkv_limit is {self.max_batch_tkv_limit}; policy {self.policy!r} has no common length: only "
+                "policy 'padded' has"
+            )
 
     @classmethod
     def from_kwargs(cls, model: str | Path, kwargs: Mapping[str, Any]) -> EngineConfig:
@@ -101,6 +119,20 @@ class EngineConfig:
                 raise TypeError(f"LLM() got {name!r} twice: as {key!r} too")
             values[name] = str(value) if name == "model" else value
         return cls(**values)
+
+
+def _check_padded(config: EngineConfig) -> None:
+    for name, only, why in PADDED_ONLY:
+        value = getattr(config, name)
+        if value != only:
+            raise ConfigError(f"{name} is {value!r}; policy 'padded' {why}: it must be {only!r}")
+    if config.block_size not in (DEFAULT_BLOCK_SIZE, PADDED_BLOCK_SIZE):
+        raise ConfigError(f"block_size is {config.block_size}; with policy 'padded' it is {PADDED_BLOCK_SIZE}")
+    if config.max_num_seqs > config.max_num_batched_tokens:
+        raise ConfigError(
+            f"max_num_seqs is {config.max_num_seqs:,}; policy 'padded' decodes all requests in one step: it must be at most "
+            f"max_num_batched_tokens, {config.max_num_batched_tokens:,}"
+        )
 
 
 def _integer(low: int, high: int, *, optional: bool = False) -> Callable[[Any], str | None]:
@@ -152,6 +184,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_num_seqs": _integer(1, 1024),
     "max_num_batched_tokens": _integer(1, 65_536),
     "policy": _one_of(*POLICIES),
+    "max_batch_tkv_limit": _integer(1, 2**40, optional=True),
     "async_scheduling": _boolean,
     "speculative_method": lambda value: None if value is None else _one_of(*SPECULATIVE_METHODS)(value),
     "num_speculative_tokens": _integer(1, MAX_SPECULATIVE_TOKENS),

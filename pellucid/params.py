@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pellucid.errors import InvalidRequestError
-from pellucid.structured import StructuredOutputsParams
+from pellucid.structured import CustomStructure, StructuredOutputsParams
 
 MAX_N = 128
 MAX_STOPS = 32
@@ -119,7 +119,7 @@ class SamplingParams:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_TOKEN_ID))
             if not self.allowed_token_ids:
                 _refuse("allowed_token_ids", "allowed_token_ids is empty; it must name at least one token, or be None")
-        if self.structured_outputs is not None:
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, CustomStructure):
             self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
     def _set(self, name: str, value: object) -> None:

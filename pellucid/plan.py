@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,7 @@ import numpy.typing as npt
 from pellucid.hidden import HiddenStatesParams, SteeringParams
 from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
-
-if TYPE_CHECKING:
-    from pellucid.sampling.grammar import CompiledGrammar
+from pellucid.structured import Grammar
 
 StepKind = Literal["prefill", "decode", "mixed", "none"]
 
@@ -38,7 +36,7 @@ class NewRequest:
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations
     steering: SteeringParams | None = None
-    grammar: CompiledGrammar | None = None
+    grammar: Grammar | None = None
 
 
 class PlanEntry(NamedTuple):

@@ -1,11 +1,18 @@
-"""`StructuredOutputsParams`: the structure that an output must have. Plain data, checked when it is made."""
+"""`StructuredOutputsParams`: the structure that an output must have. Plain data, checked when it is made.
+
+Beside it, what follows an output token by token: `Matcher`, `Grammar`, and `CustomStructure` for those who bring their own.
+"""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError
 
@@ -88,7 +95,7 @@ class StructuredOutputsParams:
 
     @classmethod
     def of(cls, value: object) -> StructuredOutputsParams:
-        """From the parameters themselves or a mapping with their names; None counts as not given.
+        """From the parameters themselves or a mapping with their names, of which None counts as not given.
 
         Raises:
             InvalidRequestError: it is neither, a name is unknown, or as the constructor does.
@@ -106,6 +113,40 @@ class StructuredOutputsParams:
 
 
 _NAMES = frozenset(entry.name for entry in fields(StructuredOutputsParams))
+
+
+class Matcher(Protocol):
+    """Follows one output. `mask` [ceil(V / 32)] has bit i % 32 of word i / 32 set where token i may come next, as of `fill`;
+    `is_complete`: nothing can follow; `error`: why the output cannot go on."""
+
+    mask: npt.NDArray[np.uint32]
+    is_complete: bool
+    error: str | None
+
+    def fill(self) -> None:
+        """Bring `mask` to where the output stands."""
+
+    def accept(self, token_id: int) -> bool:
+        """Take the output's next token. False when it does not fit."""
+
+
+class Grammar(Protocol):
+    """What outputs are matched with."""
+
+    def matcher(self, output_token_ids: Sequence[int] = ()) -> Matcher:
+        """A matcher for one output, which has these tokens already."""
+
+
+class CustomStructure(ABC):
+    """A structure that says by itself which token may come next. It is code, so it reaches engines of this process alone."""
+
+    @abstractmethod
+    def compile(self, vocab_size: int) -> Grammar:
+        """The structure over a model's vocabulary.
+
+        Raises:
+            InvalidRequestError: it does not fit the vocabulary.
+        """
 
 
 def _refuse(name: str, problem: str) -> NoReturn:

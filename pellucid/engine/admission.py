@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pellucid.errors import InvalidRequestError
 from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams, SteeringParams
 from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
+from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from pellucid.sampling.grammar import CompiledGrammar
 
 Prompt = str | Sequence[int]
 
@@ -30,6 +27,7 @@ class RequestChecker:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
+    pads_to: int = 1  # policy `padded`: a prompt takes the place of the next multiple of this many tokens
 
     def tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text, where it is one, and the token ids.
@@ -101,7 +99,7 @@ class RequestChecker:
             hidden_states.check(num_prompt, max_tokens, self.hidden_states)
         return () if capture is None else capture.resolve(num_prompt, max_tokens, self.hidden_states)
 
-    def grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+    def grammar(self, params: SamplingParams) -> Grammar | None:
         """The structure that is asked for, compiled; the last ones are kept, so that a server does it before its engine asks.
 
         Raises:
@@ -109,6 +107,8 @@ class RequestChecker:
         """
         if params.structured_outputs is None:
             return None
+        if isinstance(params.structured_outputs, CustomStructure):
+            return params.structured_outputs.compile(self.vocab_size)
         if self.tokenizer is None:
             raise InvalidRequestError(
                 "structured_outputs need a tokenizer, and the model has none", "structured_outputs"
@@ -132,6 +132,9 @@ class RequestChecker:
     def max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens a prompt can bring at most."""
         room = self.max_model_len - num_prompt_tokens
+        if self.pads_to > 1:
+            padded = -(-num_prompt_tokens // self.pads_to) * self.pads_to
+            room = max(1, min(room, self.max_model_len - padded + 1))  # the last token is never computed
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
 

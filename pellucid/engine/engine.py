@@ -17,8 +17,8 @@ from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
-from pellucid.engine.step import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.engine.trace import StepRecord, Trace
+from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
@@ -80,7 +80,12 @@ class LLMEngine:
         self.vocab_size: int = model.config.vocab_size
         self.eos_token_ids: tuple[int, ...] = model.eos_token_ids
         self.checker = RequestChecker(
-            tokenizer, self.vocab_size, self.max_model_len, self.eos_token_ids, _hidden_limits(config, executor)
+            tokenizer,
+            self.vocab_size,
+            self.max_model_len,
+            self.eos_token_ids,
+            _hidden_limits(config, executor),
+            pads_to=config.block_size if config.policy == "padded" else 1,
         )
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
@@ -92,9 +97,10 @@ class LLMEngine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_model_len,
-            "prefill_first" if config.policy == "prefill_first" else "mixed",
+            config.policy,  # type: ignore[arg-type]  # one of them: EngineConfig has checked it
             async_scheduling=config.async_scheduling,
             drafts=_drafts(config),
+            max_batch_tkv_limit=config.max_batch_tkv_limit,
         )
         self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
         self.metrics = EngineMetrics()
@@ -212,8 +218,10 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        """True while a step could bring something. A step in flight for requests that have all ended does not."""
-        return self.scheduler.has_unfinished or bool(self._ended_outside)
+        """True while a step could bring something. A step in flight for requests that have all ended does not; the empty one
+        with which a padded batch ends does: its record."""
+        padded = self.scheduler.padded
+        return self.scheduler.has_unfinished or bool(self._ended_outside) or not (padded is None or padded.is_empty)
 
     def close(self) -> None:
         """Frees the executor and the trace; harmless when called again."""
@@ -287,6 +295,7 @@ class LLMEngine:
         outputs = self._process(events, began)
         if step.plan.entries:
             self._book_step(step.plan, events)
+        if step.plan.entries or self.scheduler.padded is not None:
             self.trace.record(self._record(step, executed, events, self._clock() - began))
         self._is_idle = not self.scheduler.has_unfinished
         return outputs
@@ -349,17 +358,19 @@ class LLMEngine:
     ) -> StepRecord:
         plan, output = step.plan, executed.output
         finished = [event.request_id for event in events if event.finish_status is not None]
-        used = self.block_manager.num_used_blocks
+        blocks, padded = self.block_manager, self.scheduler.padded
+        used = blocks.num_used_blocks if padded is None else padded.n_used_blocks
         return StepRecord(
             step=plan.step_id,
             kind=plan.kind,
+            tkv=0 if padded is None else padded.tkv,
             waiting=list(plan.waiting),
             running=[request_id for request_id in step.running if request_id not in finished],
             request_outputs=list(dict.fromkeys([event.request_id for event in events if event.token_id is not None])),
             finished_requests=finished,
-            n_reserved_blocks=used,
+            n_reserved_blocks=used if padded is None else padded.n_reserved_blocks,
             n_used_blocks=used,
-            n_free_blocks=self.block_manager.num_free_blocks,
+            n_free_blocks=blocks.num_free_blocks if padded is None else padded.n_free_blocks,
             n_prefix_hits=sum([1 for entry in plan.entries if entry.num_cached_tokens]) if plan.new_requests else 0,
             tokens={entry.request_id: entry.num_tokens for entry in plan.entries},
             preempted=list(plan.preempted),

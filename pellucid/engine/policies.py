@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from pellucid.engine.request import Request
@@ -22,8 +23,8 @@ class StepPasses(Protocol):
     def continue_running(self, requests: Iterable[Request]) -> None:
         """Take the pending tokens of running requests while the token budget lasts; preempt where blocks are short."""
 
-    def admit_waiting(self, whole_prompts: bool) -> None:
-        """Admit from the head of the queue until one cannot come in."""
+    def admit_waiting(self, whole_prompts: bool, one_prompt: bool = False) -> None:
+        """Admit from the head of the queue until one cannot come in, or one has."""
 
 
 def mixed(step: StepPasses) -> None:
@@ -44,4 +45,25 @@ def prefill_first(step: StepPasses) -> None:
         step.continue_running(step.running)
 
 
-POLICIES: dict[str, Callable[[StepPasses], None]] = {"mixed": mixed, "prefill_first": prefill_first}
+def padded(step: StepPasses) -> None:
+    """One whole prompt, as soon as the static shapes let it in (`engine/padded.py`); else a decode of all that runs."""
+    step.admit_waiting(whole_prompts=True, one_prompt=True)
+    if step.is_empty:
+        step.continue_running(step.running)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a step is put together, and what holds for its requests."""
+
+    take: Callable[[StepPasses], None]
+    whole_prompts: bool = False  # a prompt is never cut, so it must fit a step
+    newest_first: bool = False  # the order of those that run: by admission, or the other way round
+    pads: bool = False  # static shapes are accounted for
+
+
+POLICIES: dict[str, Policy] = {
+    "mixed": Policy(mixed),
+    "prefill_first": Policy(prefill_first, whole_prompts=True),
+    "padded": Policy(padded, whole_prompts=True, newest_first=True, pads=True),
+}

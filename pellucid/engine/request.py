@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from pellucid.errors import InvariantError
 from pellucid.hidden import HiddenStatesParams, SteeringParams, WantedRows
 from pellucid.outputs import FinishReason
 from pellucid.params import SamplingParams
 from pellucid.sampling.speculative import PromptLookup
-
-if TYPE_CHECKING:
-    from pellucid.sampling.grammar import CompiledGrammar
+from pellucid.structured import Grammar
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class EngineCoreRequest:
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations, resolved
     steering: SteeringParams | None = None
-    grammar: CompiledGrammar | None = None
+    grammar: Grammar | None = None
 
 
 def first_wanted_row(core: EngineCoreRequest) -> int | None:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pellucid.engine.block_manager import BlockManager
+from pellucid.engine.padded import PaddedBatch
 from pellucid.engine.policies import POLICIES
 from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus, queue_key
-from pellucid.engine.step import WAIT_REASONS, Step
+from pellucid.engine.step import Step
+from pellucid.engine.wait import WAIT_REASONS
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
 from pellucid.outputs import TokenLogprobs
 from pellucid.plan import AcceptedDraft, ModelRunnerOutput, PlanEntry, StepPlan
@@ -44,18 +46,20 @@ class SchedulerConfig:
     `max_num_seqs`: requests running at once. `max_num_batched_tokens`: tokens computed in one step. `max_model_len`:
     prompt + outputs of one request. `max_prefill_chunk`: most tokens of one prompt in one step (policy `mixed` only;
     None: the budget). `async_scheduling`: plans may count on tokens that plans in flight sample. `drafts`: None for none.
+    `max_batch_tkv_limit`: see `PaddedBatch`.
 
     Raises:
-        ConfigError: a limit is below 1, or the policy is not known or does not cut prompts.
+        ConfigError: a limit is below 1, or the policy is not known or cannot honour what stands beside it.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    policy: Literal["mixed", "prefill_first"] = "mixed"
+    policy: Literal["mixed", "prefill_first", "padded"] = "mixed"
     max_prefill_chunk: int | None = None
     async_scheduling: bool = False
     drafts: DraftConfig | None = None
+    max_batch_tkv_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_prefill_chunk"):
@@ -64,8 +68,16 @@ class SchedulerConfig:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy {self.policy!r} is not known; policies: {', '.join(sorted(POLICIES))}")
-        if self.policy == "prefill_first" and self.max_prefill_chunk is not None:
-            raise ConfigError(f"max_prefill_chunk {self.max_prefill_chunk}: prefill_first computes whole prompts")
+        policy = POLICIES[self.policy]
+        if policy.whole_prompts and self.max_prefill_chunk is not None:
+            raise ConfigError(f"max_prefill_chunk {self.max_prefill_chunk}: {self.policy} computes whole prompts")
+        if policy.pads and (self.async_scheduling or self.drafts is not None):
+            raise ConfigError(f"{self.policy} plans step by step: neither ahead nor with drafts")
+        if policy.pads and self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs is {self.max_num_seqs}; {self.policy} decodes all requests in one step, and "
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}"
+            )
 
 
 class TokenEvent(NamedTuple):
@@ -88,11 +100,13 @@ class RequestScheduler:
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
         self.config = config
+        self.policy = POLICIES[config.policy]
         self.block_manager = block_manager
+        self.padded = self._padded_batch() if self.policy.pads else None
         self._requests: dict[str, Request] = {}  # all records, finished ones until they are forgotten
         self._waiting: list[Request] = []  # sorted by queue_key
         self._waiting_ids: tuple[str, ...] | None = ()  # of the same; None when they have changed
-        self._running: list[Request] = []  # in order of admission
+        self._running: list[Request] = []  # in the policy's order
         self._finished: list[str] = []  # ended since the last plan
         self._in_flight: dict[int, dict[str, Request]] = {}  # step id -> living requests of a plan not yet applied
         self._num_arrivals = 0
@@ -120,7 +134,7 @@ class RequestScheduler:
 
     @property
     def running(self) -> tuple[Request, ...]:
-        """Running requests in order of admission."""
+        """Running requests in the policy's order."""
         return tuple(self._running)
 
     @property
@@ -166,6 +180,8 @@ class RequestScheduler:
         num_living = sum(1 for request in self._requests.values() if not request.is_finished)
         if num_living != len({request.request_id for request in self}) or num_living != len(list(self)):
             raise InvariantError(f"{num_living} requests live but the queues hold {[r.request_id for r in self]}")
+        if self.padded is not None:
+            self.padded.check_invariants(self._running)
 
     # ---- commands --------------------------------------------------------------------------------------------------
 
@@ -225,10 +241,19 @@ class RequestScheduler:
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """The next step; of kind `none` when nothing can run. Executors drop `finished`, then take `new_requests`."""
+        """The next step; of kind `none` when nothing can run. Executors drop `finished`, then take `new_requests`.
+
+        Raises:
+            InvariantError: the policy pads, and a plan before was not applied.
+        """
+        if self.padded is not None and self._in_flight:
+            raise InvariantError(f"{self.config.policy} plans step by step; in flight: {sorted(self._in_flight)}")
         step = Step(self)
-        POLICIES[self.config.policy](step)
+        self.policy.take(step)
         plan = step.plan(self._next_step_id, tuple(self._finished))
+        if self.padded is not None:
+            admitted = self._requests[plan.new_requests[0].request_id] if plan.new_requests else None
+            self.padded.advance(admitted, decodes=plan.kind == "decode")
         self._next_step_id += 1
         self._finished.clear()
         if plan.entries:
@@ -410,7 +435,17 @@ class RequestScheduler:
         request.transition(RequestStatus.RUNNING)
         self._waiting.pop(0)
         self._waiting_ids = None
-        self._running.append(request)
+        self._running.insert(0 if self.policy.newest_first else len(self._running), request)
+
+    def _padded_batch(self) -> PaddedBatch:
+        limits, manager = self.config, self.block_manager
+        return PaddedBatch(
+            manager.block_size,
+            manager.num_blocks,
+            limits.max_num_seqs,
+            limits.max_model_len,
+            limits.max_batch_tkv_limit,
+        )
 
     def _refuse_impossible(self, core: EngineCoreRequest) -> None:
         num_prompt, limits, manager = len(core.prompt_token_ids), self.config, self.block_manager
@@ -432,9 +467,11 @@ class RequestScheduler:
                 f"{manager.num_blocks} exist",
                 param="prompt",
             )
-        if limits.policy == "prefill_first" and num_prompt > limits.max_num_batched_tokens:
+        if self.padded is not None:
+            self.padded.refuse_impossible(core)
+        if self.policy.whole_prompts and num_prompt > limits.max_num_batched_tokens:
             raise InvalidRequestError(
-                f"prompt has {num_prompt} tokens; policy prefill_first computes whole prompts and "
+                f"prompt has {num_prompt} tokens; policy {limits.policy} computes whole prompts and "
                 f"max_num_batched_tokens is {limits.max_num_batched_tokens}",
                 param="prompt",
             )

@@ -6,48 +6,21 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pellucid.engine.request import Request, RequestStatus, queue_key
+from pellucid.engine.wait import (
+    WAIT_BUDGET_SHORT,
+    WAIT_BUDGET_SPENT,
+    WAIT_MAX_NUM_SEQS,
+    WAIT_NO_BLOCKS,
+    WAIT_ONE_PROMPT,
+    WAIT_PREEMPTING,
+    WAIT_SHARED_PROMPT,
+)
 from pellucid.errors import InvariantError
 from pellucid.plan import WAIT_BEHIND_HEAD, NewRequest, PlanEntry, StepKind, StepPlan, WaitingReasons
 from pellucid.sampling.speculative import PromptLookup
 
 if TYPE_CHECKING:
     from pellucid.engine.scheduler import RequestScheduler
-
-# Why a waiting request waits: the closed set of reasons, with their numbers.
-WAIT_NO_BLOCKS = "no free blocks: needs {needs}, {free} free"
-WAIT_MAX_NUM_SEQS = "max_num_seqs {limit} reached"
-WAIT_BUDGET_SPENT = "token budget of {budget} spent"
-WAIT_BUDGET_SHORT = "token budget of {budget}: needs {needs}, {left} left"
-WAIT_SHARED_PROMPT = "waits for the shared prompt of its first choice"
-WAIT_PREEMPTING = "blocks are short: {preempted} preempted in this step"
-WAIT_REASONS = (
-    WAIT_NO_BLOCKS,
-    WAIT_MAX_NUM_SEQS,
-    WAIT_BUDGET_SPENT,
-    WAIT_BUDGET_SHORT,
-    WAIT_SHARED_PROMPT,
-    WAIT_PREEMPTING,
-    WAIT_BEHIND_HEAD,
-)
-# The same for metrics: a label for each beginning of a reason.
-WAIT_BEHIND_HEAD_LABEL = "behind_head"
-_WAIT_LABELS = {
-    WAIT_NO_BLOCKS: "no_blocks",
-    WAIT_MAX_NUM_SEQS: "max_num_seqs",
-    WAIT_BUDGET_SPENT: "token_budget",
-    WAIT_BUDGET_SHORT: "token_budget",
-    WAIT_SHARED_PROMPT: "shared_prompt",
-    WAIT_PREEMPTING: "preempting",
-    WAIT_BEHIND_HEAD: WAIT_BEHIND_HEAD_LABEL,
-}
-_WAIT_LABEL_OF_BEGINNING = {reason.partition("{")[0]: label for reason, label in _WAIT_LABELS.items()}
-
-
-def wait_label(reason: str | None) -> str:
-    """The label of a reason; `just_arrived` where there is none yet."""
-    if reason is None:
-        return "just_arrived"
-    return next(label for beginning, label in _WAIT_LABEL_OF_BEGINNING.items() if reason.startswith(beginning))
 
 
 class Step:
@@ -87,11 +60,12 @@ class Step:
             if new_block_ids is not None:
                 self._take(request, num_tokens, new_block_ids, drafts=drafts)
 
-    def admit_waiting(self, whole_prompts: bool) -> None:
+    def admit_waiting(self, whole_prompts: bool, one_prompt: bool = False) -> None:
         """Admit from the head of the queue; the first that cannot come in keeps those behind it waiting."""
         while self._scheduler.num_waiting:
             request = self._scheduler.head
-            reason = self._why_not(request, whole_prompts)
+            is_enough = one_prompt and bool(self._new_requests)
+            reason = WAIT_ONE_PROMPT if is_enough else self._why_not(request, whole_prompts)
             if reason is not None:
                 self._head_reason = reason
                 return
@@ -205,7 +179,8 @@ class Step:
         needs = blocks.num_blocks_needed(request, request.num_tokens)
         if needs > blocks.num_free_blocks:
             return WAIT_NO_BLOCKS.format(needs=needs, free=blocks.num_free_blocks)
-        return None
+        padded = self._scheduler.padded
+        return None if padded is None else padded.why_not(request, self._scheduler.running)
 
     def _waits_for_first_choice(self, request: Request) -> bool:
         """True while a choice of the same request computes the prompt that this one can share afterwards."""

@@ -254,6 +254,8 @@ class LLM:
                         advance()
         finally:
             done()
+        if self.client.has_unfinished and not self.engine.scheduler.has_unfinished:
+            self.client.step()  # the empty step with which a padded batch ends
         outputs = [self.client.collect(request_id) for request_id in ids]
         for request_id in ids:
             self.client.release(request_id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,7 @@ from pellucid.outputs import TokenLogprobs
 from pellucid.params import SamplingParams
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray, IdArray
-
-if TYPE_CHECKING:
-    from pellucid.sampling.grammar import GrammarMatcher
+from pellucid.structured import Matcher
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class SamplingRow:
     output_token_ids: list[int] = field(default_factory=list)
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    matcher: GrammarMatcher | None = None
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         params = self.sampling_params

@@ -180,7 +180,7 @@ def test_preempted_request_when_admitted_again_then_the_executor_gets_all_of_it_
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
         ({"max_model_len": 0}, "max_model_len is 0"),
         ({"max_prefill_chunk": 0}, "max_prefill_chunk is 0"),
-        ({"policy": "best"}, "policy 'best' is not known; policies: mixed, prefill_first"),
+        ({"policy": "best"}, "policy 'best' is not known; policies: mixed, padded, prefill_first"),
         (
             {"policy": "prefill_first", "max_prefill_chunk": 4},
             "max_prefill_chunk 4: prefill_first computes whole prompts",

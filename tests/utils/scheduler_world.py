@@ -300,7 +300,7 @@ class World:
             known = request.num_tokens + request.num_placeholders
             known -= int(entry.samples and self.config.async_scheduling)  # the token that this entry brings
             assert entry.samples == (entry.start + entry.num_tokens - len(entry.draft_token_ids) == known)
-        if self.config.policy == "prefill_first":
+        if self.scheduler.policy.whole_prompts:
             whole = {r.request_id for r in plan.new_requests if not r.output_token_ids}
             assert all(entry.samples for entry in plan.entries if entry.request_id in whole)
 

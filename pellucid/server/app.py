@@ -23,8 +23,8 @@ from pellucid.server.context import ServerContext
 from pellucid.server.errors import HttpError, plain_error
 from pellucid.server.gate import Gate
 from pellucid.server.job import Job
-from pellucid.server.messages_api import MessagesEndpoints
 from pellucid.server.live import live_view
+from pellucid.server.messages_api import MessagesEndpoints
 from pellucid.server.openapi import json_body, publish
 from pellucid.server.page import Page
 from pellucid.server.protocol_base import Strict, shown

@@ -172,6 +172,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "preempted": {"num_blocks": 24, "max_model_len": 160},
     "slots": {"kv_layout": "slot", "num_blocks": 4096},
     "prefill first": {"policy": "prefill_first"},
+    "padded": {"policy": "padded", "num_blocks": 64},
     "eager": {"enforce_eager": True},
     "one thread": {"num_threads": 1},
     "ahead": {"async_scheduling": True},

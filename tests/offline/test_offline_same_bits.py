@@ -135,6 +135,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "slots, prefix cache": {"kv_layout": "slot", "num_blocks": 4096, "enable_prefix_caching": True},
     "slots, chunks of 16": {"kv_layout": "slot", "num_blocks": 4096, "max_num_batched_tokens": 16},
     "prefill first": {"policy": "prefill_first"},
+    "padded": {"policy": "padded"},
     "one thread": {"num_threads": 1},
     "sixteen threads": {"num_threads": 16},
     "prefix cache": {"enable_prefix_caching": True},

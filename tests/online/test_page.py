@@ -128,7 +128,7 @@ def test_message_when_sent_then_the_answer_grows_and_its_figures_are_told(page: 
     assert " prompt · 200 tokens · " in told
     assert " tokens/s · first after " in told
     assert told.endswith("cut at its length")
-    assert page.run("document.getElementById('announcer').textContent.length") > 0
+    page.wait_for("document.getElementById('announcer').textContent.length > 0")
     assert page.problems == []
 
 
@@ -201,6 +201,7 @@ def test_phone_of_360_pixels_when_used_then_nothing_has_to_be_scrolled_sideways(
         page.run("document.getElementById('steps-details').open = true")
         assert page.run(_NO_SCROLL)
         page.click("#to-chat")
+        page.wait_for("getComputedStyle(document.getElementById('chat')).display !== 'none'")
         page.click("#open-settings")
         page.wait_for("document.getElementById('settings').open")
         assert page.run("document.querySelector('#settings').scrollWidth") <= 360

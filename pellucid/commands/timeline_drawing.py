@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from pellucid.commands.timeline_text import ENDS
-from pellucid.engine.timeline import KIND_TEXTS, KINDS, Kind, Row, Timeline
+from pellucid.engine.timeline import KIND_TEXTS, Kind, Row, Timeline
 from pellucid.errors import ConfigError
 
 WIDTH, LEFT, RIGHT, TOP = 1120.0, 132.0, 24.0, 92.0
@@ -174,7 +175,9 @@ def _strips(timeline: Timeline, scale: _Scale, bottom: float) -> Iterator[Shape]
     yield Label(LEFT - 10, tokens_at - _STRIP / 2 - 6, "tokens a step", 11, _INK, "end")
     yield Label(LEFT - 10, tokens_at - _STRIP / 2 + 8, f"at most {most:,.0f}", 10, _FAINT, "end")
     yield Label(LEFT - 10, blocks_at - _STRIP / 2 - 6, "blocks held", 11, _INK, "end")
-    yield Label(LEFT - 10, blocks_at - _STRIP / 2 + 8, f"at most {max(some[2] for some in buckets):.0%}", 10, _FAINT, "end")
+    yield Label(
+        LEFT - 10, blocks_at - _STRIP / 2 + 8, f"at most {max(some[2] for some in buckets):.0%}", 10, _FAINT, "end"
+    )
     yield Box(LEFT, tokens_at, WIDTH - LEFT - RIGHT, 1, _FAINT)
     yield Box(LEFT, blocks_at, WIDTH - LEFT - RIGHT, 1, _FAINT)
     yield Box(LEFT, blocks_at - _STRIP, WIDTH - LEFT - RIGHT, 0.6, _RULE)
@@ -219,11 +222,13 @@ def _label_svg(label: Label) -> str:
 
 def _cross_svg(cross: Cross) -> str:
     half, x, y = cross.size / 2, cross.x, cross.y
-    path = f"M{x - half:.2f} {y - half:.2f}l{2 * half:.2f} {2 * half:.2f}m0 {-2 * half:.2f}l{-2 * half:.2f} {2 * half:.2f}"
+    path = (
+        f"M{x - half:.2f} {y - half:.2f}l{2 * half:.2f} {2 * half:.2f}m0 {-2 * half:.2f}l{-2 * half:.2f} {2 * half:.2f}"
+    )
     return f'<path d="{path}" stroke="{cross.fill}" stroke-width="1.8" stroke-linecap="round"/>'
 
 
-_SVG = {Box: _box_svg, Label: _label_svg, Cross: _cross_svg}
+_SVG: dict[type[Any], Callable[[Any], str]] = {Box: _box_svg, Label: _label_svg, Cross: _cross_svg}
 
 
 def _xml(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from pellucid.engine.timeline import choice_ids, is_choice_of
-from pellucid.engine.trace_lines import CancelLine, Line, ResetLine, StepLine, SubmitLine
+from pellucid.engine.trace_lines import CancelLine, Header, Line, ResetLine, StepLine, SubmitLine
 
 HEAD = ("step", "kind", "tokens", "run", "wait", "blocks", "ms", "what happens")
 _MOST_NAMES = 4
@@ -36,7 +36,7 @@ class StepRow:
             str(len(line.waiting or ())),
             f"{line.n_used_blocks:,}/{blocks:,}",
             f"{1e3 * self.seconds / self.num_steps:.1f}",
-            "; ".join([*([f"{self.num_steps:,} steps alike"] if many else []), *self.events]),
+            "; ".join([*([f"{self.num_steps:,} steps alike"] if many else []), *self.events, *_head(line)]),
         )
 
 
@@ -59,7 +59,7 @@ def table_rows(
                         yield pending
                     pending = row
             news = []
-        elif line.step >= first:
+        elif not isinstance(line, Header) and line.step >= first:
             news += _news(line, only)
     if pending is not None:
         yield pending
@@ -72,7 +72,7 @@ def _row(line: StepLine, news: list[str]) -> StepRow:
 
 def _is_alike(before: StepRow, row: StepRow) -> bool:
     same = ("kind", "running", "waiting")
-    is_plain = row.first.kind == "decode" and not row.events and not before.events[1:]
+    is_plain = row.first.kind == "decode" and not row.events and not before.events
     return is_plain and all(getattr(before.last, name) == getattr(row.first, name) for name in same)
 
 
@@ -88,7 +88,9 @@ def _news(line: Line, only: Collection[str]) -> list[str]:
         return [f"{line.request_id} cancelled"]
     if isinstance(line, SubmitLine) and (not only or line.request_id in only):
         many = len(choice_ids(line))
-        return [f"{line.request_id} comes: {len(line.prompt_token_ids):,} tokens{f', {many} choices' if many > 1 else ''}"]
+        return [
+            f"{line.request_id} comes: {len(line.prompt_token_ids):,} tokens{f', {many} choices' if many > 1 else ''}"
+        ]
     return []
 
 
@@ -102,9 +104,11 @@ def _events(line: StepLine) -> list[str]:
     if line.finished:
         ends = [f"{name} ({ending.reason})" for name, ending in line.finished.items()]
         events.append(f"ended: {_names(ends)}")
-    if line.head_reason and line.kind != "decode":
-        events.append(f"{(line.waiting or ['?'])[0]} waits: {line.head_reason}")
     return events
+
+
+def _head(line: StepLine) -> list[str]:
+    return [f"{line.waiting[0]} waits: {line.head_reason}"] if line.waiting and line.head_reason else []
 
 
 def _names(names: list[str]) -> str:

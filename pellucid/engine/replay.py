@@ -129,9 +129,7 @@ def replay(
     try:
         _check_model(trace.header, engine)
         has_logits = bool(trace.header.config.get("trace_logits")) and config.trace_logits
-        report = ReplayReport(
-            _keeps_plans(trace.header, config), has_logits, recorded_by=trace.header.pellucid
-        )
+        report = ReplayReport(_keeps_plans(trace.header, config), has_logits, recorded_by=trace.header.pellucid)
         kind = _PlanReplay if report.compares_plans else _TokenReplay
         kind(trace, engine, lines, report).run()
         return report

@@ -102,7 +102,7 @@ class Timeline:
     def all_rows(self) -> list[Row]:
         """In the order in which the requests came."""
         rows = [row for row in (*self._ended, *self.rows.values()) if row.spans or row.end]
-        return sorted(rows, key=lambda row: (row.spans[0].first if row.spans else (row.end or (0,))[0]))
+        return sorted(rows, key=lambda row: row.spans[0].first if row.spans else (row.end or (0,))[0])
 
     def _submit(self, line: SubmitLine) -> None:
         for name in choice_ids(line):

@@ -25,7 +25,6 @@ COLOURS: dict[Kind, str] = {
 # Part of a row's height: what computes is thick, what waits is thin.
 _THICKNESS: dict[Kind, float] = {"waiting": 0.16, "stalled": 0.4, "decode": 0.62, "prefill": 0.86, "preempted": 0.28}
 _END_COLOURS = {"●": "#1b6b4f", "✕": "#c0392b", "!": "#c0392b"}
-_NUM_BUCKETS = 320  # of the strips
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Drawing:
 
 def draw(timeline: Timeline, title: str, subtitle: str) -> Drawing:
     """The rows of a timeline, and below them the tokens of each step and the blocks that were held."""
-    rows = timeline.all_rows()
+    rows = timeline.rows
     pitch = min(18.0, max(5.0, 900.0 / max(1, len(rows))))
     bottom = TOP + pitch * len(rows)
     height = bottom + 2 * (_STRIP + _GAP) + 40
@@ -89,7 +88,7 @@ def draw(timeline: Timeline, title: str, subtitle: str) -> Drawing:
     shapes += _grid(scale, TOP, height - 34)
     for index, row in enumerate(rows):
         shapes += _row(row, scale, TOP + pitch * index, pitch)
-    shapes += _strips(timeline, scale, bottom)
+    shapes += _strips(timeline, bottom)
     return Drawing(WIDTH, height, shapes)
 
 
@@ -155,41 +154,35 @@ def _row(row: Row, scale: _Scale, top: float, pitch: float) -> Iterator[Shape]:
 def _end_mark(mark: str, x: float, y: float, size: float) -> Shape:
     if mark == "●":
         return Box(x - size / 2, y - size / 2, size, size, _END_COLOURS[mark], size / 2)
+    if mark == "!":
+        return Label(x, y, mark, 2 * size, _END_COLOURS[mark], "middle", "bold")
     return Cross(x, y, size, _END_COLOURS[mark])
 
 
-def _strips(timeline: Timeline, scale: _Scale, bottom: float) -> Iterator[Shape]:
+def _strips(timeline: Timeline, bottom: float) -> Iterator[Shape]:
     """Tokens a step, prompts over answers; then the part of all blocks that is held."""
-    span = scale.last - scale.first + 1
-    count = min(span, _NUM_BUCKETS)
-    # [tokens of prompts, of answers, usage, steps]
-    buckets = [[0.0, 0.0, 0.0, 0.0] for _ in range(count)]
-    for load in timeline.loads:
-        bucket = buckets[(load.step - scale.first) * count // span]
-        bucket[0] += load.prefill_tokens
-        bucket[1] += load.decode_tokens
-        bucket[2] = max(bucket[2], load.usage)
-        bucket[3] += 1
-    most = max([(some[0] + some[1]) / some[3] for some in buckets if some[3]], default=1.0) or 1.0
+    loads = timeline.loads
+    width = (WIDTH - LEFT - RIGHT) / len(loads)
+    most = max(
+        1.0, *[(load.prefill_tokens + load.decode_tokens) / load.num_steps for load in loads if load.num_steps], 0
+    )
+    usage = max(load.usage for load in loads)
     tokens_at, blocks_at = bottom + _GAP + _STRIP, bottom + 2 * (_GAP + _STRIP)
     yield Label(LEFT - 10, tokens_at - _STRIP / 2 - 6, "tokens a step", 11, _INK, "end")
     yield Label(LEFT - 10, tokens_at - _STRIP / 2 + 8, f"at most {most:,.0f}", 10, _FAINT, "end")
     yield Label(LEFT - 10, blocks_at - _STRIP / 2 - 6, "blocks held", 11, _INK, "end")
-    yield Label(
-        LEFT - 10, blocks_at - _STRIP / 2 + 8, f"at most {max(some[2] for some in buckets):.0%}", 10, _FAINT, "end"
-    )
+    yield Label(LEFT - 10, blocks_at - _STRIP / 2 + 8, f"at most {usage:.0%}", 10, _FAINT, "end")
     yield Box(LEFT, tokens_at, WIDTH - LEFT - RIGHT, 1, _FAINT)
     yield Box(LEFT, blocks_at, WIDTH - LEFT - RIGHT, 1, _FAINT)
     yield Box(LEFT, blocks_at - _STRIP, WIDTH - LEFT - RIGHT, 0.6, _RULE)
-    for index, (prefill, decode, usage, steps) in enumerate(buckets):
-        if not steps:
-            continue
-        x, width = LEFT + index * span / count * scale.step_width, span / count * scale.step_width
-        width = max(0.4, width - min(1.0, width * 0.15))
-        low, high = decode / steps / most * _STRIP, prefill / steps / most * _STRIP
-        yield Box(x, tokens_at - low, width, low, COLOURS["decode"])
-        yield Box(x, tokens_at - low - high, width, high, COLOURS["prefill"])
-        yield Box(x, blocks_at - usage * _STRIP, width, usage * _STRIP, "#8e7cc3")
+    gap = min(1.0, width * 0.15)
+    for index, load in enumerate(loads):
+        if load.num_steps:
+            x, per_token = LEFT + index * width, _STRIP / most / load.num_steps
+            low, high = load.decode_tokens * per_token, load.prefill_tokens * per_token
+            yield Box(x, tokens_at - low, width - gap, low, COLOURS["decode"])
+            yield Box(x, tokens_at - low - high, width - gap, high, COLOURS["prefill"])
+            yield Box(x, blocks_at - load.usage * _STRIP, width - gap, load.usage * _STRIP, "#8e7cc3")
 
 
 # ---- SVG --------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def legend() -> list[Cell]:
 
 def lines(timeline: Timeline, width: int) -> Iterator[list[Cell]]:
     """A scale, then a line for each row; at most `width` characters wide."""
-    rows = timeline.all_rows()
+    rows = timeline.rows
     label = min(24, max([len(row.request_id) for row in rows], default=0))
     columns = Columns(timeline.first, timeline.last, max(10, width - label - 3))
     yield [(" " * (label + 1) + columns.scale(), "bright_black")]

@@ -211,7 +211,7 @@ def _draw(trace: TraceReader, steps: tuple[int, int], only: list[str], output: P
 
     timeline = _timeline(trace, steps, only, _MAX_PICTURE_ROWS)
     hidden = f", {timeline.num_hidden:,} more not drawn" if timeline.num_hidden else ""
-    count = len(timeline.all_rows())
+    count = len(timeline.rows)
     drawing = draw(timeline, _title(trace), f"{count:,} requests{hidden}; steps {steps[0]:,} to {steps[1]:,}")
     try:
         if output.suffix == ".png":

@@ -16,6 +16,7 @@ from typing import Any
 from pellucid.config import EngineConfig
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.recorder import identity_of
+from pellucid.engine.timeline import choice_ids
 from pellucid.engine.trace_lines import (
     CancelLine,
     Ending,
@@ -168,6 +169,9 @@ class _Replay:
         """Steps until the engine stands where it stood when the command came."""
         raise NotImplementedError
 
+    def submitted(self, line: SubmitLine) -> None:
+        """A request was queued."""
+
     def compare(self, place: str, line: StepLine) -> None:
         """Takes in a step of the trace."""
         raise NotImplementedError
@@ -194,6 +198,7 @@ class _Replay:
         except (InvalidRequestError, TypeError) as error:
             raise TraceError(f"{place}: the request cannot be queued: {error}") from None
         self._known.add(line.request_id)
+        self.submitted(line)
 
     def _cancel(self, place: str, line: CancelLine) -> None:
         self.come_to(place, line)
@@ -296,11 +301,9 @@ class _TokenReplay(_Replay):
 
     def come_to(self, place: str, line: SubmitLine | CancelLine | ResetLine | EndLine) -> None:
         self._catch_up()
-        if isinstance(line, SubmitLine):
-            many = line.params.get("n", 1)
-            many = many if isinstance(many, int) else 1  # what it may be is for the engine to say
-            names = [f"{line.request_id}/{i}" for i in range(many)] if many > 1 else [line.request_id]
-            self._streams.update((name, _Stream()) for name in names)
+
+    def submitted(self, line: SubmitLine) -> None:
+        self._streams.update((name, _Stream()) for name in choice_ids(line))
 
     def compare(self, place: str, line: StepLine) -> None:
         self.report.num_steps += 1
@@ -427,5 +430,5 @@ def _tag(line: Line) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -19,6 +19,8 @@ KIND_TEXTS: dict[Kind, str] = {
     "prefill": "prefill chunk",
     "preempted": "preempted: waits without blocks",
 }
+NUM_LOADS = 320  # most that are told apart
+_NUM_GONE = 4096
 _LASTS: frozenset[Kind] = frozenset({"waiting", "preempted"})  # until something else comes
 
 
@@ -37,6 +39,7 @@ class Row:
 
     request_id: str
     num_prompt: int | None  # None: it was submitted before the trace begins
+    number: int = 0  # in the order in which requests came
     spans: list[Span] = field(default_factory=list)
     end: tuple[int, str] | None = None  # step, finish reason
 
@@ -56,14 +59,22 @@ class Row:
                 self.spans.pop()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Load:
-    """Of one step: tokens of prompts and of answers, and the part of all blocks that is held."""
+    """What one step, or several side by side, had to do. `usage` is the largest part of all blocks that was held."""
 
-    step: int
-    prefill_tokens: int
-    decode_tokens: int
-    usage: float
+    num_steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    usage: float = 0.0
+
+    def add(self, line: StepLine, prefill_tokens: int) -> None:
+        """Takes in a step."""
+        blocks = line.n_used_blocks + line.n_free_blocks
+        self.num_steps += 1
+        self.prefill_tokens += prefill_tokens
+        self.decode_tokens += sum(entry.num_tokens for entry in line.entries) - prefill_tokens
+        self.usage = max(self.usage, line.n_used_blocks / blocks if blocks else 0.0)
 
 
 def is_prefill(entry: PlanEntry, num_prompt: int | None) -> bool:
@@ -72,16 +83,17 @@ def is_prefill(entry: PlanEntry, num_prompt: int | None) -> bool:
 
 
 class Timeline:
-    """Takes lines in, and has the rows of all requests that did something in steps `first` to `last`.
-
-    Rows beyond `max_rows` are counted in `num_hidden` and left out. With `only`, so are all whose request is not named.
+    """Takes lines in; then `rows` has a row for each choice that did something in steps `first` to `last`, and `loads` what the
+    steps had to do. Rows beyond `max_rows` are counted in `num_hidden` and left out. With `only`, so are all others.
     """
 
     def __init__(self, first: int, last: int, max_rows: int, only: Collection[str] = ()) -> None:
         self.first, self.last, self._max_rows, self._only = first, last, max_rows, frozenset(only)
-        self.rows: dict[str, Row] = {}
-        self.loads: list[Load] = []
-        self.num_hidden = 0
+        self._living: dict[str, Row] = {}
+        self.rows: list[Row] = []
+        self.loads = [Load() for _ in range(min(NUM_LOADS, last - first + 1))]
+        self._gone: dict[str, None] = {}  # the newest that have ended
+        self.num_hidden = self._num_rows = 0
         self._ended: list[Row] = []
 
     def feed(self, lines: Iterable[Line]) -> Timeline:
@@ -95,32 +107,38 @@ class Timeline:
                 self._step(line)
             elif isinstance(line, CancelLine):
                 self._cancel(line)
-        for row in self.rows.values():
+        for row in self._living.values():
             row.close(self.last)
+        self.rows = self._choose()
         return self
 
-    def all_rows(self) -> list[Row]:
-        """In the order in which the requests came."""
-        rows = [row for row in (*self._ended, *self.rows.values()) if row.spans or row.end]
-        return sorted(rows, key=lambda row: row.spans[0].first if row.spans else (row.end or (0,))[0])
+    def _choose(self) -> list[Row]:
+        """The rows of the picture, in the order in which the requests came."""
+        rows = self._ended + [row for row in self._living.values() if row.spans and self._is_wanted(row.request_id)]
+        rows.sort(key=lambda row: row.number)
+        self.num_hidden += max(0, len(rows) - self._max_rows)
+        return rows[: self._max_rows]
 
     def _submit(self, line: SubmitLine) -> None:
         for name in choice_ids(line):
+            self._gone.pop(name, None)
             self._row(name, len(line.prompt_token_ids)).be("waiting", line.step)
 
     def _row(self, name: str, num_prompt: int | None = None) -> Row:
-        row = self.rows.get(name)
+        row = self._living.get(name)
         if row is None or (num_prompt is not None and row.end is not None):
-            row = self.rows[name] = Row(name, num_prompt)
+            row = self._living[name] = Row(name, num_prompt, self._num_rows)
+            self._num_rows += 1
         return row
 
     def _step(self, line: StepLine) -> None:
-        step, tokens = line.step, [0, 0]
+        step, prefill_tokens = line.step, 0
         for entry in line.entries:
-            row = self._row(entry.request_id)
-            prefill = is_prefill(entry, row.num_prompt)
-            row.be("prefill" if prefill else "decode", step)
-            tokens[not prefill] += entry.num_tokens
+            if entry.request_id not in self._gone:  # else it ended while this step was in flight
+                row = self._row(entry.request_id)
+                prefill = is_prefill(entry, row.num_prompt)
+                row.be("prefill" if prefill else "decode", step)
+                prefill_tokens += entry.num_tokens * prefill
         for name in line.preempted:
             self._row(name).be("preempted", step)
         if len(line.running or ()) > len(line.entries):
@@ -131,17 +149,19 @@ class Timeline:
         for name, ending in line.finished.items():
             self._end(name, step, ending.reason)
         if step >= self.first:
-            blocks = line.n_used_blocks + line.n_free_blocks
-            self.loads.append(Load(step, tokens[0], tokens[1], line.n_used_blocks / blocks if blocks else 0.0))
+            self.loads[(step - self.first) * len(self.loads) // (self.last - self.first + 1)].add(line, prefill_tokens)
 
     def _cancel(self, line: CancelLine) -> None:
-        for name in [name for name in self.rows if is_choice_of(name, line.request_id)]:
-            self.rows[name].close(line.step - 1)
+        for name in [name for name in self._living if is_choice_of(name, line.request_id)]:
+            self._living[name].close(line.step - 1)
             self._end(name, line.step, "abort")
 
     def _end(self, name: str, step: int, reason: str) -> None:
         """What ended before the steps that are wanted is forgotten, and so is what there is no room for."""
-        row = self.rows.pop(name, None)
+        row = self._living.pop(name, None)
+        self._gone[name] = None
+        if len(self._gone) > _NUM_GONE:
+            del self._gone[next(iter(self._gone))]
         if row is None or step < self.first or not self._is_wanted(name):
             return
         row.end = (step, reason)

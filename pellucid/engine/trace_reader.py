@@ -50,15 +50,8 @@ class TraceReader:
                 yield from self._lines_of(file, part, order, is_last)
 
     def last_step(self) -> int:
-        """The number of the newest step, from the end of the newest file; 0 when there is none there."""
-        with _opened(self.path) as file:
-            size = file.seek(0, os.SEEK_END)
-            for reach in (1 << 16, 1 << 20, MAX_LINE_BYTES):
-                file.seek(max(0, size - reach))
-                steps = [line.step for line in map(_try_decode, file.readlines()) if isinstance(line, StepLine)]
-                if steps:
-                    return steps[-1]
-        return 0
+        """The number of the newest step, from the ends of the files; 0 when there is none."""
+        return next((step for part in reversed(self._parts) if (step := _last_step_of(part)) is not None), 0)
 
     def _lines_of(self, file: BinaryIO, part: str, order: _Order, is_last: bool) -> Iterator[Placed]:
         number = 0
@@ -151,6 +144,17 @@ def _opened(path: str) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _last_step_of(path: str) -> int | None:
+    with _opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        for reach in (1 << 16, 1 << 20, MAX_LINE_BYTES):
+            file.seek(max(0, size - reach))
+            steps = [line.step for line in map(_try_decode, file.readlines()) if isinstance(line, StepLine)]
+            if steps:
+                return steps[-1]
+    return None
 
 
 def _try_decode(text: bytes) -> Line | None:

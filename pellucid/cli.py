@@ -13,7 +13,7 @@ import typer
 
 import pellucid
 from pellucid.bench.serve_options import API_KEY_HELP, api_key_of
-from pellucid.commands import bench
+from pellucid.commands import bench, trace
 from pellucid.commands.options import (
     engine_kwargs,
     engine_parameters,
@@ -37,6 +37,7 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Folder, .gguf file, hub id or packaged name; a small model by default."),
 ]
 app.add_typer(bench.app, name="bench")
+app.add_typer(trace.app, name="trace")
 # Bad input exits with 2; anything else that goes wrong, with 1.
 _BAD_INPUT = (ValueError, TypeError, FileNotFoundError)
 

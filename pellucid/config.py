@@ -30,8 +30,9 @@ SPECULATIVE_METHODS = ("ngram",)
 MAX_SPECULATIVE_TOKENS = 16
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, *flags: str) -> Any:
+    """A field with its help, and what its option is called beside the field's own name."""
+    return field(default=default, metadata={"help": text, "flags": flags})
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class EngineConfig:
     hidden_states: bool = _setting(True, "Whether requests may ask for hidden states.")
     hidden_states_max_mb: int = _setting(64, "Most megabytes (10^6 bytes) of hidden states a request may ask for.")
     seed: int = _setting(0, "Seed from which requests without one draw theirs.")
-    trace_path: str | None = _setting(None, "File that gets one JSON line for each scheduler step.")
+    trace_path: str | None = _setting(None, "File that gets all that happens, as JSON lines: docs/trace.md.", "--trace")
+    trace_max_mb: int = _setting(
+        1024, "Most megabytes (10^6 bytes) of trace that are kept; the oldest part goes first."
+    )
+    trace_logits: bool = _setting(False, "Trace a checksum of all logits that are sampled from.")
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -202,4 +207,6 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "hidden_states_max_mb": _integer(1, 1_000_000),
     "seed": _integer(0, 2**63 - 1),
     "trace_path": _text(optional=True),
+    "trace_max_mb": _integer(1, 1_000_000),
+    "trace_logits": _boolean,
 }

@@ -35,6 +35,10 @@ class TokenizerError(PellucidError, ValueError):
     """A vocabulary, tokenizer file or chat template cannot be used."""
 
 
+class TraceError(PellucidError, ValueError):
+    """A trace cannot be read or run again: the text names the file, the line and what is wrong."""
+
+
 class DownloadError(PellucidError, OSError):
     """A model could not be fetched; the text says whether the network, the checksum or the disk failed."""
 

@@ -143,6 +143,8 @@ class ModelRunnerOutput:
     last_hidden_states: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     hidden_states_positions: dict[str, list[int]] = field(default_factory=dict)
     captured: dict[str, CapturedRows] = field(default_factory=dict)
+    # where they are traced: of the rows that were sampled from, one for each accepted draft and for the token behind them
+    logits_checksums: dict[str, list[int]] = field(default_factory=dict)
     execute_seconds: float = 0.0
     sample_seconds: float = 0.0
     idle_seconds: float = 0.0  # between the end of the step before and the beginning of this one's forward pass

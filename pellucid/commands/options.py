@@ -45,9 +45,11 @@ def _option_type(hint: Any, name: str) -> Any:
     return hint if name == "ignore_eos" else hint | None
 
 
-def _parameter(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.Parameter:
+def _parameter(
+    name: str, hint: Any, default: Any, text: str, panel: str, flags: tuple[str, ...] = ()
+) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
-    names = [f"{flag}/--no-{name.replace('_', '-')}"] if hint is bool else [flag]
+    names = [f"{flag}/--no-{name.replace('_', '-')}"] if hint is bool else [flag, *flags]
     option = typer.Option(default, *names, help=text, rich_help_panel=panel, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
 
@@ -73,7 +75,8 @@ def _dataclass_parameters(kind: Any, panel: str, without: tuple[str, ...] = ()) 
         hint: Any = list[str] if hints[field.name] == tuple[str, ...] else hints[field.name]
         hint = bool if hint is bool else hint | None
         value = field.default if hint is bool else None
-        made.append(_parameter(field.name, hint, value, field.metadata["help"] + default, panel))
+        flags = field.metadata.get("flags", ())
+        made.append(_parameter(field.name, hint, value, field.metadata["help"] + default, panel, flags))
     return made
 
 

@@ -120,7 +120,7 @@ class EngineClient:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached blocks; False while requests hold blocks."""
-        return self.engine.block_manager.reset_prefix_cache()
+        return self.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Frees the engine."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker, check_options
@@ -29,6 +30,10 @@ from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pellucid.engine.recorder import Recorder
+    from pellucid.engine.trace_lines import Line
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +78,9 @@ class LLMEngine:
         *,
         clock: Callable[[], float] = time.perf_counter,
         check_every_step: bool = False,
+        trace_sink: Callable[[Line], None] | None = None,
     ) -> None:
+        """`trace_sink` is given the lines of the trace in place of a file."""
         self.config, self.executor, self.tokenizer = config, executor, tokenizer
         model = executor.model
         self.max_model_len: int = model.max_model_len
@@ -105,7 +112,7 @@ class LLMEngine:
         self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
         self.metrics = EngineMetrics()
         self.output = OutputProcessor(tokenizer, self.metrics.observe_gap)
-        self.trace = Trace(path=config.trace_path)
+        self.trace = Trace()
         self._clock, self._check_every_step = clock, check_every_step
         self._numbers = itertools.count()
         self._choice_ids: dict[str, list[str]] = {}
@@ -115,6 +122,8 @@ class LLMEngine:
         self._execute = partial(_execute, executor, clock)
         self._worker = PlanWorker(self._execute) if config.async_scheduling else None
         self._closed = False
+        self._turn = 0
+        self._recorder = _recorder(self, trace_sink, clock)
 
     # ---- commands -------------------------------------------------------------------------------------------------
 
@@ -168,6 +177,10 @@ class LLMEngine:
         state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
         self.output.add(state, added)
+        if self._recorder is not None:
+            self._recorder.submitted(
+                self, request_id, token_ids, params, seed, priority, cache_salt, hidden_states, names
+            )
         return request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -175,10 +188,19 @@ class LLMEngine:
         choice_ids = self._choice_ids.get(request_id)
         if choice_ids is None:
             return False
-        for choice_id in choice_ids:
-            if self.scheduler.finish(choice_id, RequestStatus.FINISHED_ABORTED):
-                self._ended_outside.append(TokenEvent(choice_id, None, RequestStatus.FINISHED_ABORTED))
+        aborted = RequestStatus.FINISHED_ABORTED
+        ended = [TokenEvent(name, None, aborted) for name in choice_ids if self.scheduler.finish(name, aborted)]
+        self._ended_outside += ended
+        if ended and self._recorder is not None:
+            self._recorder.cancelled(self, request_id)
         return True
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached blocks; False while requests hold blocks."""
+        is_reset = self.block_manager.reset_prefix_cache()
+        if is_reset and self._recorder is not None:
+            self._recorder.was_reset(self)
+        return is_reset
 
     def take_ended(self) -> StepOutputs:
         """The outputs of requests that were cancelled since the last step, without a step."""
@@ -223,6 +245,18 @@ class LLMEngine:
         padded = self.scheduler.padded
         return self.scheduler.has_unfinished or bool(self._ended_outside) or not (padded is None or padded.is_empty)
 
+    @property
+    def turn(self) -> int:
+        """How many calls of `step` there were that had something to do. It says where, between two of them, a command came."""
+        return self._turn
+
+    @property
+    def can_step(self) -> bool:
+        """True while `step` has something to do: a request to serve, or a step in flight to book."""
+        padded = self.scheduler.padded
+        is_account_open = padded is not None and not padded.is_empty
+        return bool(self._in_flight) or self.scheduler.has_unfinished or is_account_open
+
     def close(self) -> None:
         """Frees the executor and the trace; harmless when called again."""
         if not self._closed:
@@ -230,7 +264,8 @@ class LLMEngine:
             if self._worker is not None:
                 self._worker.close()
             self.executor.close()
-            self.trace.close()
+            if self._recorder is not None:
+                self._recorder.close(self)
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -245,6 +280,9 @@ class LLMEngine:
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
+        if not self.can_step:
+            return self.take_ended()
+        self._turn += 1
         if not self._in_flight:
             self._launch()
         if self._worker is not None and self._in_flight and not self.scheduler.drafts_now:
@@ -296,7 +334,10 @@ class LLMEngine:
         if step.plan.entries:
             self._book_step(step.plan, events)
         if step.plan.entries or self.scheduler.padded is not None:
-            self.trace.record(self._record(step, executed, events, self._clock() - began))
+            record = self._record(step, executed, events, self._clock() - began)
+            self.trace.record(record)
+            if self._recorder is not None:
+                self._recorder.stepped(self, record, step.plan, result, events)
         self._is_idle = not self.scheduler.has_unfinished
         return outputs
 
@@ -446,6 +487,15 @@ def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> 
         reason = str(error) if isinstance(error, NativeError) else f"the step failed: {type(error).__name__}: {error}"
         output, failed = ModelRunnerOutput({}, errors={entry.request_id: reason for entry in plan.entries}), True
     return _Executed(output, clock() - began, failed)
+
+
+def _recorder(engine: LLMEngine, sink: Callable[[Line], None] | None, clock: Callable[[], float]) -> Recorder | None:
+    """What writes the trace, where there is one."""
+    if sink is None and engine.config.trace_path is None:
+        return None
+    from pellucid.engine.recorder import Recorder  # not imported for nothing
+
+    return Recorder(engine, sink, clock)
 
 
 def _hidden_limits(config: EngineConfig, executor: Executor) -> HiddenStatesLimits | None:

@@ -180,7 +180,7 @@ class EngineOwner:
 
     @staticmethod
     def _reset_prefix_cache(engine: LLMEngine, command: ResetPrefixCache) -> Iterable[Event]:
-        return [Done(command.call, int(engine.block_manager.reset_prefix_cache()))]
+        return [Done(command.call, int(engine.reset_prefix_cache()))]
 
     def _shutdown(self, engine: LLMEngine, command: Shutdown) -> Iterable[Event]:
         self._is_open = False

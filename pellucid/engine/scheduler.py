@@ -138,6 +138,11 @@ class RequestScheduler:
         return tuple(self._running)
 
     @property
+    def next_step_id(self) -> int:
+        """The number of the plan that `schedule` makes next."""
+        return self._next_step_id
+
+    @property
     def head(self) -> Request:
         """The waiting request that comes in next. There must be one."""
         return self._waiting[0]

@@ -1,21 +1,13 @@
-"""What every step did, kept in memory and, where asked for, written as JSON lines."""
+"""What every step did, kept in memory. `recorder.py` writes it, and what else happens, into a file."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import TextIO
 
 from pellucid.errors import ConfigError
 from pellucid.plan import StepKind
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,26 +43,20 @@ class StepRecord:
 
 
 class Trace:
-    """The last `capacity` records; with `path`, all of them as one JSON object a line, flushed step by step.
+    """The last `capacity` records.
 
     Raises:
-        ConfigError: `capacity` is below 1, or the file cannot be opened.
+        ConfigError: `capacity` is below 1.
     """
 
-    def __init__(self, capacity: int = 4096, path: str | Path | None = None) -> None:
+    def __init__(self, capacity: int = 4096) -> None:
         if capacity < 1:
             raise ConfigError(f"trace capacity is {capacity}; it must be at least 1")
         self._records: deque[StepRecord] = deque(maxlen=capacity)
-        self._file: TextIO | None = None
-        if path is not None:
-            try:
-                self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed by close())
-            except OSError as error:
-                raise ConfigError(f"trace file {path} cannot be written: {error.strerror}") from error
 
     @property
     def records(self) -> list[StepRecord]:
-        """The records in memory, oldest first."""
+        """The records, oldest first."""
         return list(self._records)
 
     @property
@@ -79,26 +65,5 @@ class Trace:
         return self._records[-1] if self._records else None
 
     def record(self, record: StepRecord) -> None:
-        """Add a step. After `close()` it is kept in memory alone."""
+        """Adds a step."""
         self._records.append(record)
-        if self._file is not None:
-            try:
-                self._file.write(json.dumps(vars(record), separators=(",", ":"), default=dict) + "\n")
-            except OSError as error:  # a full disk is no reason to stop serving
-                _log.error("the trace ends at step %d: %s cannot be written: %s", record.step, self._file.name, error)
-                self.close()
-
-    def close(self) -> None:
-        """Close the file; harmless when called again."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # what was not written before cannot be written now
-                self._file.close()
-            self._file = None
-
-    def __enter__(self) -> Trace:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

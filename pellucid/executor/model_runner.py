@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,9 +35,10 @@ class ModelRunner:
         max_blocks_per_request: int,
         max_num_seqs: int,
         max_logit_rows: int,
+        trace_logits: bool = False,
     ) -> None:
         self.executable, self.row_stats = executable, native_row_stats(context)
-        self.max_logit_rows = max_logit_rows
+        self.max_logit_rows, self._trace_logits = max_logit_rows, trace_logits
         self._rows = RequestRows(block_size, max_blocks_per_request, max_num_seqs)
         self._native = NativeSampler(context, vocab_size, max_num_seqs)
         self._requests: dict[str, RunnerRequest] = {}
@@ -69,6 +71,7 @@ class ModelRunner:
             prompt_logprobs=prompt_logprobs,
             errors=sampled.errors,
             accepted_drafts=sampled.accepted_drafts,
+            logits_checksums=sampled.checksums,
             execute_seconds=computed - began,
             sample_seconds=self._ended_at - computed,
             idle_seconds=idle,
@@ -125,6 +128,9 @@ class ModelRunner:
         while pending:
             rows = [one.row + one.num_accepted for one in pending]
             some = logits if len(rows) == len(logits) else logits[rows]
+            if self._trace_logits:
+                for one, row in zip(pending, some, strict=True):
+                    found.checksums.setdefault(one.entry.request_id, []).append(zlib.crc32(row))  # type: ignore[arg-type]
             outcomes = self._native.sample(some, [one.request.native_row for one in pending])
             pending = [one for one, token in zip(pending, outcomes, strict=True) if one.take(token, found)]
         if sampling:
@@ -164,6 +170,7 @@ class _Sampled:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     accepted_drafts: dict[str, list[AcceptedDraft]] = field(default_factory=dict)
+    checksums: dict[str, list[int]] = field(default_factory=dict)
 
 
 class _Pending:

@@ -47,6 +47,7 @@ class UniProcExecutor:
             max_blocks_per_request=math.ceil(max_model_len / config.block_size),
             max_num_seqs=config.max_num_seqs,
             max_logit_rows=max_logit_rows(config),
+            trace_logits=config.trace_logits,
         )
 
     def _executable(self, config: EngineConfig, kv: abi.KVCache) -> Executable:

@@ -233,6 +233,8 @@ def test_trace_when_a_path_is_given_then_one_json_line_a_step(checkpoint: Path, 
     with LLM(checkpoint, num_blocks=16, trace_path=str(path)) as llm:
         llm.generate([[5, 6, 7]], GREEDY)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["prefill", *["decode"] * 5]
-    assert lines[0]["tokens"] == {"req-0": 3}
-    assert lines[-1]["finished_requests"] == ["req-0"]
+    assert [line["tag"] for line in lines] == ["header", "submit", *["step"] * 6, "end"]
+    steps = lines[2:-1]
+    assert [line["kind"] for line in steps] == ["prefill", *["decode"] * 5]
+    assert steps[0]["entries"][0][:3] == ["req-0", 0, 3]
+    assert list(steps[-1]["finished"]) == ["req-0"]

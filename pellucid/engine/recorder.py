@@ -1,0 +1,153 @@
+"""`Recorder`: tells a trace what an engine is asked and what it does, as lines that suffice to run it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pellucid
+from pellucid.engine.scheduler import TokenEvent
+from pellucid.engine.trace import StepRecord
+from pellucid.engine.trace_file import TraceFile
+from pellucid.engine.trace_lines import (
+    FORMAT,
+    CancelLine,
+    EndLine,
+    Header,
+    Line,
+    ModelIdentity,
+    ResetLine,
+    Resolved,
+    SubmitLine,
+    step_line,
+)
+from pellucid.hidden import HiddenStatesParams
+from pellucid.params import SamplingParams
+from pellucid.plan import ModelRunnerOutput, StepPlan
+
+if TYPE_CHECKING:
+    from pellucid.engine.engine import LLMEngine
+
+# Bytes of each weight that its digest reads: at its beginning, in its middle and at its end.
+_SAMPLE_BYTES = 1024
+
+
+class Recorder:
+    """Makes the lines of one engine and gives them to `sink`; without one, to the file that the config names.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
+
+    def __init__(self, engine: LLMEngine, sink: Callable[[Line], None] | None, clock: Callable[[], float]) -> None:
+        self._clock, self._began = clock, clock()
+        self._salt_key = secrets.token_bytes(16)  # kept nowhere: a trace names no salt
+        self._traces_logits = engine.config.trace_logits
+        self._file: TraceFile | None = None
+        if sink is None:
+            self._file = TraceFile(str(engine.config.trace_path), engine.config.trace_max_mb, header_of(engine))
+            sink = self._file.write
+        self._write = sink
+
+    def submitted(
+        self,
+        engine: LLMEngine,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        priority: int,
+        cache_salt: str | None,
+        hidden_states: HiddenStatesParams | None,
+        capture: tuple[str, ...],
+    ) -> None:
+        """A request was queued."""
+        salt = None if cache_salt is None else self._hash(cache_salt)
+        values = {**dataclasses.asdict(params), "seed": seed}
+        line = SubmitLine(
+            **self._place(engine),
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=values,
+            priority=priority,
+            cache_salt=salt,
+            hidden_states=hidden_states,
+            capture=capture,
+        )
+        self._write(line)
+
+    def cancelled(self, engine: LLMEngine, request_id: str) -> None:
+        """A request was ended."""
+        self._write(CancelLine(**self._place(engine), request_id=request_id))
+
+    def was_reset(self, engine: LLMEngine) -> None:
+        """The prefix cache was emptied."""
+        self._write(ResetLine(**self._place(engine)))
+
+    def stepped(
+        self,
+        engine: LLMEngine,
+        record: StepRecord,
+        plan: StepPlan,
+        output: ModelRunnerOutput,
+        events: Sequence[TokenEvent],
+    ) -> None:
+        """A step was booked."""
+        checksums = output.logits_checksums if self._traces_logits else None
+        self._write(step_line(record, plan.entries, list(events), checksums, engine.turn, self._at()))
+
+    def close(self, engine: LLMEngine) -> None:
+        """The engine was closed."""
+        self._write(EndLine(**self._place(engine)))
+        if self._file is not None:
+            self._file.close()
+
+    def _place(self, engine: LLMEngine) -> dict[str, Any]:
+        return {"turn": engine.turn, "step": engine.scheduler.next_step_id, "at": self._at()}
+
+    def _at(self) -> float:
+        return round(self._clock() - self._began, 6)
+
+    def _hash(self, salt: str) -> str:
+        return hashlib.blake2b(salt.encode(), key=self._salt_key, digest_size=16).hexdigest()
+
+
+def header_of(engine: LLMEngine) -> Header:
+    """Under which conditions an engine runs."""
+    executor, config = engine.executor, engine.config
+    context = getattr(executor, "context", None)
+    return Header(
+        format=FORMAT,
+        pellucid=pellucid.__version__,
+        run=secrets.token_hex(8),
+        part=0,
+        created=time.time(),
+        model=identity_of(executor.model, config.model),
+        config=dataclasses.asdict(config),
+        resolved=Resolved(
+            max_model_len=engine.max_model_len,
+            num_blocks=executor.kv_cache.num_blocks,
+            block_size=executor.kv_cache.block_size,
+            num_threads=0 if context is None else context.num_threads,
+            isa="auto" if context is None else context.isa,
+        ),
+    )
+
+
+def identity_of(model: Any, name: str) -> ModelIdentity:
+    """Which model this is: a digest of its configuration, tokenizer, and samples of all its weights as they are packed."""
+    digest = hashlib.blake2b(digest_size=16)
+    tokenizer = "" if model.tokenizer is None else model.tokenizer.fingerprint
+    digest.update(repr((tokenizer, model.dtype, model.eos_token_ids, model.config)).encode())
+    data = model.file.sections["data"]
+    for weight, rows, cols, dtype, _, offset, nbytes in model.file.meta["weights"]:
+        digest.update(repr((weight, rows, cols, dtype)).encode())
+        for begin in (0, nbytes // 2, max(0, nbytes - _SAMPLE_BYTES)):
+            sample = data[offset + begin : offset + min(nbytes, begin + _SAMPLE_BYTES)]
+            digest.update(sample.tobytes())
+    return ModelIdentity(os.path.basename(os.path.normpath(name)) or name, digest.hexdigest(), model.fingerprint)

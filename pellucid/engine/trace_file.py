@@ -1,0 +1,101 @@
+"""`TraceFile`: writes the lines of a trace into files of bounded size, and gives up rather than stop the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from typing import BinaryIO
+
+from msgspec.structs import replace
+
+from pellucid.engine.trace_lines import Header, Line, StepLine, encode
+from pellucid.errors import ConfigError
+
+# A trace has at most this many files: FILE, the newest, then FILE.1 and so on, the older the larger the number.
+NUM_PARTS = 4
+
+_log = logging.getLogger(__name__)
+
+
+class TraceFile:
+    """Each line is with the operating system when `write` returns, so that a crash of the process loses none.
+
+    When a file has its share of `max_mb` megabytes it is renamed to FILE.1, FILE.1 to FILE.2 and so on; what was the oldest is
+    lost. The first failure to write ends the trace with a line in the log: a full disk is no reason to stop serving. Only its
+    owner can read the file, for it holds all prompts.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str, max_mb: int, header: Header) -> None:
+        self._path, self._limit, self._header = path, max_mb * 1_000_000 // NUM_PARTS, header
+        self._file: BinaryIO | None = None
+        self._num_bytes = 0
+        self._waiting: list[str] | None = None
+        self._running: list[str] | None = None
+        try:
+            self._file = _open(path)
+        except OSError as error:
+            raise ConfigError(f"trace file {path} cannot be written: {error.strerror}") from error
+        self._turns = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has no parts
+        self.write(header)
+
+    def write(self, line: Line) -> None:
+        """Appends a line. Raises nothing: see above."""
+        if self._file is None:
+            return
+        try:
+            text = encode(self._shortened(line))
+            if self._turns and self._num_bytes and self._num_bytes + len(text) > self._limit:
+                self._turn_over()
+                text = encode(self._shortened(line))
+            self._put(text)
+        except OSError as error:
+            _log.error("the trace ends here: %s cannot be written: %s", self._path, error)
+            self.close()
+
+    def close(self) -> None:
+        """Closes the file; harmless when called again."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what was not written before cannot be written now
+                self._file.close()
+            self._file = None
+
+    def _put(self, text: bytes) -> None:
+        if self._file is not None:
+            self._file.write(text)
+            self._file.flush()
+            self._num_bytes += len(text)
+
+    def _turn_over(self) -> None:
+        """Begins the next file. It says all queues anew."""
+        self.close()
+        for number in range(NUM_PARTS - 1, 0, -1):
+            older = part_path(self._path, number - 1)
+            if os.path.exists(older):
+                os.replace(older, part_path(self._path, number))
+        self._file = _open(self._path)
+        self._num_bytes, self._waiting, self._running = 0, None, None
+        self._header = replace(self._header, part=self._header.part + 1)
+        self._put(encode(self._header))
+
+    def _shortened(self, line: Line) -> Line:
+        """Queues that are as in the line before are left out: under load they are the most of a line, and rarely change."""
+        if not isinstance(line, StepLine):
+            return line
+        waiting = None if line.waiting == self._waiting else line.waiting
+        running = None if line.running == self._running else line.running
+        self._waiting, self._running = line.waiting, line.running
+        return replace(line, waiting=waiting, running=running)
+
+
+def part_path(path: str, number: int) -> str:
+    """Where the part stands that `number` newer ones have followed."""
+    return f"{path}.{number}" if number else path
+
+
+def _open(path: str) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")

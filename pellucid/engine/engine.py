@@ -179,7 +179,7 @@ class LLMEngine:
         self.output.add(state, added)
         if self._recorder is not None:
             self._recorder.submitted(
-                self, request_id, token_ids, params, seed, priority, cache_salt, hidden_states, names
+                self, request_id, token_ids, params, seed, priority, cache_salt, hidden_states, names, steering
             )
         return request_id
 

@@ -26,7 +26,7 @@ from pellucid.engine.trace_lines import (
     SubmitLine,
     step_line,
 )
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import HiddenStatesParams, SteeringParams
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
 
@@ -65,6 +65,7 @@ class Recorder:
         cache_salt: str | None,
         hidden_states: HiddenStatesParams | None,
         capture: tuple[str, ...],
+        steering: SteeringParams | None,
     ) -> None:
         """A request was queued."""
         salt = None if cache_salt is None else self._hash(cache_salt)
@@ -78,6 +79,7 @@ class Recorder:
             cache_salt=salt,
             hidden_states=hidden_states,
             capture=capture,
+            steering=None if steering is None else {name: v.tolist() for name, v in steering.vectors.items()},
         )
         self._write(line)
 

@@ -30,7 +30,7 @@ from pellucid.engine.trace_lines import (
 from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import ConfigError, InvalidRequestError, TraceError
 from pellucid.executor.uniproc import UniProcExecutor
-from pellucid.hidden import CaptureParams
+from pellucid.hidden import CaptureParams, SteeringParams
 from pellucid.params import SamplingParams
 
 # Settings that change no plan: with any of them changed, steps are still compared one by one.
@@ -194,6 +194,7 @@ class _Replay:
                 stream=False,
                 hidden_states=line.hidden_states,
                 capture=CaptureParams(line.capture) if line.capture else None,
+                steering=SteeringParams.from_request(line.steering),
             )
         except (InvalidRequestError, TypeError) as error:
             raise TraceError(f"{place}: the request cannot be queued: {error}") from None

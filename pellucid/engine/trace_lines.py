@@ -73,6 +73,7 @@ class SubmitLine(Struct, frozen=True, tag="submit", tag_field="tag", omit_defaul
     cache_salt: str | None = None
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()
+    steering: dict[str, list[float]] | None = None
 
 
 class CancelLine(Struct, frozen=True, tag="cancel", tag_field="tag"):

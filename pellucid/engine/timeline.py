@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -165,9 +166,9 @@ class Timeline:
         if row is None or step < self.first or not self._is_wanted(name):
             return
         row.end = (step, reason)
-        if len(self._ended) < self._max_rows:
-            self._ended.append(row)
-        else:
+        insort(self._ended, row, key=lambda other: other.number)
+        if len(self._ended) > self._max_rows:
+            self._ended.pop()
             self.num_hidden += 1
 
     def _is_wanted(self, name: str) -> bool:

@@ -113,7 +113,7 @@ class StepLine(Struct, frozen=True, tag="step", tag_field="tag", omit_defaults=T
     kind: StepKind
     entries: list[PlanEntry]
     new_token_ids: list[list[int]]
-    logits: list[list[int]] | None = None  # CRC-32 of the rows that were sampled from
+    logits: list[list[int]] | None = None  # checksums of the rows that were sampled from (executor/checksum.py)
     finished: dict[str, Ending] = {}
     preempted: list[str] = []
     waiting: list[str] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RequestRows, RunnerRequest
+from pellucid.executor.checksum import row_checksums
 from pellucid.executor.hidden_rows import HiddenRows
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
@@ -129,8 +129,8 @@ class ModelRunner:
             rows = [one.row + one.num_accepted for one in pending]
             some = logits if len(rows) == len(logits) else logits[rows]
             if self._trace_logits:
-                for one, row in zip(pending, some, strict=True):
-                    found.checksums.setdefault(one.entry.request_id, []).append(zlib.crc32(row))  # type: ignore[arg-type]
+                for one, checksum in zip(pending, row_checksums(some), strict=True):
+                    found.checksums.setdefault(one.entry.request_id, []).append(checksum)
             outcomes = self._native.sample(some, [one.request.native_row for one in pending])
             pending = [one for one, token in zip(pending, outcomes, strict=True) if one.take(token, found)]
         if sampling:

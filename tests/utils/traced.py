@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,20 @@ async def _serve(engine: AsyncLLMEngine, numbers: range) -> None:
     shared = [random_.randrange(3, 290) for _ in range(30)]
 
     async def one(index: int) -> None:
-        await asyncio.sleep(random_.random() * 0.5)
+        await asyncio.sleep(
+            random_.random() * 0.02
+        )  # close together, so that they stand in each other's way on any machine
         own = [random_.randrange(3, 290) for _ in range(random_.randrange(1, 50))]
+        leaves, params = index % 6 == 0, some_params(random_, index)
         request_id = await engine.submit(
             (shared[: random_.randrange(30)] if index % 3 == 0 else []) + own,
-            some_params(random_, index),
+            replace(params, max_tokens=150, ignore_eos=True, stop=()) if leaves else params,
             request_id=f"r{index}",
             priority=random_.choice([0, 0, 1]),
             cache_salt="a secret" if index % 4 == 0 else None,
         )
-        if index % 6 == 0:
-            await asyncio.sleep(random_.random() * 0.05)
+        if leaves:
+            await asyncio.sleep(random_.random() * 0.02)
             await engine.cancel(request_id)
         else:
             await engine.wait(request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tracemalloc
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -299,8 +300,9 @@ def test_picture_as_png_when_matplotlib_is_there_or_not_then_written_or_said(
     story: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "t.png"
-    assert run("show", story, "-o", str(output))[0] == 0
-    assert output.read_bytes().startswith(b"\x89PNG")
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert run("show", story, "-o", str(output))[0] == 0
+        assert output.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install"):
         drawing.write_png(drawing.Drawing(1, 1, []), output)

@@ -8,7 +8,6 @@ rows of each prompt begin) and `lines` [prompts] (its line in the input, from 1)
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pellucid
-from pellucid.commands.jsonl import LOOKAHEAD, Line, is_done, submitted
+from pellucid.commands.jsonl import Line, ended_lines
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import ConfigError, InvalidRequestError
 from pellucid.hidden import CaptureParams
@@ -132,25 +131,14 @@ def _capture(
     write_error: Callable[[str], object],
     advance: Callable[[], None],
 ) -> int:
-    client, failed = llm.client, 0
-    lines = submitted(llm, source, defaults, first_line=writer.first_line, stream=False, capture=wanted)
-    pending: deque[Line] = deque()
-    capacity, exhausted = LOOKAHEAD + 2 * llm.config.max_num_seqs, False
-    while not exhausted or pending:
-        while not exhausted and len(pending) < capacity:
-            line = next(lines, None)
-            exhausted = line is None
-            if line is not None:
-                pending.append(line)
-        if client.has_unfinished:
-            client.step()
-        while pending and is_done(client, pending[0]):
-            problem = _take(llm, pending[0], writer)
-            if problem is not None:
-                failed += 1
-                write_error(json.dumps({"line": pending[0].number, "error": problem}) + "\n")
-            pending.popleft()
-            advance()
+    failed = 0
+    lines = ended_lines(llm, source, defaults, first_line=writer.first_line, stream=False, capture=wanted)
+    for line in lines:
+        problem = _take(llm, line, writer)
+        if problem is not None:
+            failed += 1
+            write_error(json.dumps({"line": line.number, "error": problem}) + "\n")
+        advance()
     writer.flush()
     return failed
 

@@ -35,11 +35,26 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
     A line is an object with `prompt` (text or token ids) or `messages`, and any sampling parameters. A line that cannot be run gives
     {"error": …, "line": n}; the others run all the same.
     """
-    client, failed = llm.client, 0
-    pending: deque[Line] = deque()
-    lines = submitted(llm, source, defaults)
+    failed = 0
+    # Other encodings may lack a character; JSON can spell all of them.
+    is_utf8 = codecs.lookup(target.encoding or "utf-8").name == "utf-8"
+    for line in ended_lines(llm, source, defaults):
+        result = _result(llm.client, line)
+        failed += "error" in result
+        target.write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
+        target.flush()
+        advance()
+    return failed
+
+
+def ended_lines(
+    llm: LLM, source: BinaryIO, defaults: dict[str, Any], *, first_line: int = 1, **options: Any
+) -> Iterator[Line]:
+    """Lines from `first_line` on, in order, each when its request has ended or was refused; a few run ahead, so that batches
+    stay full. `options` are those of `EngineClient.submit`."""
+    client, pending, exhausted = llm.client, deque[Line](), False
+    lines = _submitted(llm, source, defaults, first_line, options)
     capacity = LOOKAHEAD + 2 * llm.config.max_num_seqs
-    exhausted = False
     while not exhausted or pending:
         while not exhausted and len(pending) < capacity:
             line = next(lines, None)
@@ -48,21 +63,13 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
                 pending.append(line)
         if client.has_unfinished:
             client.step()
-        while pending and is_done(client, pending[0]):
-            result = _result(client, pending.popleft())
-            failed += "error" in result
-            # Other encodings may lack a character; JSON can spell all of them.
-            is_utf8 = codecs.lookup(target.encoding or "utf-8").name == "utf-8"
-            target.write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
-            target.flush()
-            advance()
-    return failed
+        while pending and _is_done(client, pending[0]):
+            yield pending.popleft()
 
 
-def submitted(
-    llm: LLM, source: BinaryIO, defaults: dict[str, Any], *, first_line: int = 1, **options: Any
+def _submitted(
+    llm: LLM, source: BinaryIO, defaults: dict[str, Any], first_line: int, options: dict[str, Any]
 ) -> Iterator[Line]:
-    """Lines from `first_line` on, each submitted when it is asked for, with `options` of `EngineClient.submit`."""
     for number, raw in enumerate(source, start=1):
         if not raw.strip() or number < first_line:
             continue
@@ -91,8 +98,7 @@ def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: dict[str,
     return llm.client.submit(prompt, params, **options)
 
 
-def is_done(client: EngineClient, line: Line) -> bool:
-    """True when the line's request has ended, or never began."""
+def _is_done(client: EngineClient, line: Line) -> bool:
     return line.request_id is None or client.is_finished(line.request_id)
 
 

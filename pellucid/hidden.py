@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
@@ -175,11 +177,17 @@ def _name(name: object) -> str:
     return name
 
 
+def _are_numbers(values: object) -> bool:
+    """Texts that read as numbers and truths are none."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    return is_list and all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
+
+
 def _vector(name: object, values: object) -> npt.NDArray[np.float32]:
-    try:
-        vector = np.array(values, np.float32)
-    except (TypeError, ValueError, OverflowError):
-        vector = np.zeros(0, np.float32)
+    vector = np.zeros(0, np.float32)
+    if isinstance(values, np.ndarray) or _are_numbers(values):
+        with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
+            vector = np.array(values, np.float32)
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
         raise InvalidRequestError(f"steering[{name!r}] is {_shown(values)}; it must be finite numbers", "steering")
     return vector

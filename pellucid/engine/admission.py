@@ -6,16 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams, SteeringParams
-from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
+from pellucid.hidden import HiddenStatesLimits
+from pellucid.options import NO_OPTIONS, RequestOptions
+from pellucid.params import SamplingParams, check_vocabulary
 from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-MAX_REQUEST_ID_CHARACTERS = 512
-MAX_CACHE_SALT_CHARACTERS = 512
-_PRIORITIES = range(-(2**31), 2**31)
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,7 @@ class RequestChecker:
         self,
         token_ids: list[int],
         params: SamplingParams,
-        hidden_states: HiddenStatesParams | None = None,
-        capture: CaptureParams | None = None,
-        steering: SteeringParams | None = None,
+        options: RequestOptions = NO_OPTIONS,
     ) -> tuple[str, ...]:
         """Checks lengths and what the parameters ask of the model; gives the names of the activations to capture.
 
@@ -86,6 +81,7 @@ class RequestChecker:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
         if params.bad_words and self.tokenizer is None:
             raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+        hidden_states, capture, steering = options.hidden_states, options.capture, options.steering
         asked = {"return_hidden_states": hidden_states, "capture": capture, "steering": steering}
         fields = [name for name, value in asked.items() if value is not None]
         if not fields:
@@ -136,24 +132,3 @@ class RequestChecker:
             padded = -(-num_prompt_tokens // self.pads_to) * self.pads_to
             room = max(1, min(room, self.max_model_len - padded + 1))  # the last token is never computed
         return room if params.max_tokens is None else min(params.max_tokens, room)
-
-
-def check_options(request_id: str | None, priority: int, cache_salt: str | None) -> None:
-    """Checks what a request says beside its prompt and its parameters.
-
-    Raises:
-        InvalidRequestError: naming the field, the value and the limit.
-    """
-    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
-        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer of 32 bits", "priority")
-    if request_id is not None:
-        _check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
-    if cache_salt is not None:
-        _check_name("cache_salt", cache_salt, MAX_CACHE_SALT_CHARACTERS)
-
-
-def _check_name(name: str, value: object, limit: int) -> None:
-    if not isinstance(value, str) or not 0 < len(value) <= limit:
-        shown = f"has {len(value):,} characters" if isinstance(value, str) else f"is a {type(value).__name__}"
-        raise InvalidRequestError(f"{name} {shown}; it must be a text of 1 to {limit} characters", name)
-    check_well_formed(name, value)

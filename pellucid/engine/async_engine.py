@@ -12,7 +12,8 @@ from threading import Lock, Semaphore
 from typing import Any
 
 from pellucid.config import EngineConfig
-from pellucid.engine.admission import Prompt, RequestChecker, check_options
+from pellucid.engine.admission import Prompt, RequestChecker
+from pellucid.engine.engine import MAX_REQUEST_ID_CHARACTERS
 from pellucid.engine.messages import (
     CLOSED,
     AbortAll,
@@ -36,7 +37,7 @@ from pellucid.engine.streams import RequestStream
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
 from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
-from pellucid.hidden import CaptureParams, HiddenStatesParams
+from pellucid.options import NO_OPTIONS, RequestOptions, check_name, check_options
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -115,11 +116,8 @@ class AsyncLLMEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        options: RequestOptions = NO_OPTIONS,
         stream: bool = True,
-        hidden_states: HiddenStatesParams | None = None,
-        capture: CaptureParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` its watchers get it whole, when it has ended: that is cheaper.
 
@@ -128,9 +126,7 @@ class AsyncLLMEngine:
             QueueFullError: as many wait as may; `retry_after` says when to try again.
             EngineDrainingError, EngineDeadError: nothing more is taken.
         """
-        return (
-            await self._submit(prompt, params, request_id, priority, cache_salt, stream, hidden_states, capture)
-        ).request_id
+        return (await self._submit(prompt, params, request_id, options, stream)).request_id
 
     async def stream(
         self,
@@ -138,13 +134,10 @@ class AsyncLLMEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        hidden_states: HiddenStatesParams | None = None,
-        capture: CaptureParams | None = None,
+        options: RequestOptions = NO_OPTIONS,
     ) -> AsyncIterator[StreamChunk]:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
-        stream = await self._submit(prompt, params, request_id, priority, cache_salt, True, hidden_states, capture)
+        stream = await self._submit(prompt, params, request_id, options, True)
         try:
             async with aclosing(self._watch(stream)) as chunks:
                 async for chunk in chunks:
@@ -158,13 +151,10 @@ class AsyncLLMEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        hidden_states: HiddenStatesParams | None = None,
-        capture: CaptureParams | None = None,
+        options: RequestOptions = NO_OPTIONS,
     ) -> RequestOutput:
         """The output of one request, of which nothing is kept. A caller who is cancelled cancels it. Raises as `submit`."""
-        stream = await self._submit(prompt, params, request_id, priority, cache_salt, False, hidden_states, capture)
+        stream = await self._submit(prompt, params, request_id, options, False)
         try:
             return await self._wait(stream)
         finally:
@@ -291,41 +281,32 @@ class AsyncLLMEngine:
         prompt: Prompt,
         params: SamplingParams | None,
         request_id: str | None,
-        priority: int,
-        cache_salt: str | None,
+        options: RequestOptions,
         is_stream: bool,
-        hidden_states: HiddenStatesParams | None,
-        capture: CaptureParams | None,
     ) -> RequestStream:
         params = SamplingParams() if params is None else params
-        check_options(request_id, priority, cache_salt)
+        if request_id is not None:
+            check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
+        check_options(options)
         self._book.refuse_when_closed()
-        text, token_ids = await self._tokenised(prompt, params, hidden_states, capture)
+        text, token_ids = await self._tokenised(prompt, params, options)
         stream = self._book.open(request_id, params.n)
         name = stream.request_id
         try:
-            await self._call(
-                lambda call: Submit(
-                    call, name, token_ids, params, text, priority, cache_salt, is_stream, hidden_states, capture
-                )
-            )
+            await self._call(lambda call: Submit(call, name, token_ids, params, text, options, is_stream))
         except BaseException:
             self._abandon(stream)
             raise
         return stream
 
     async def _tokenised(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        hidden_states: HiddenStatesParams | None,
-        capture: CaptureParams | None,
+        self, prompt: Prompt, params: SamplingParams, options: RequestOptions
     ) -> tuple[str | None, list[int]]:
         """Checks, tokenises and compiles on threads that neither the loop nor the owner waits for."""
         loop = asyncio.get_running_loop()
         try:
             text, token_ids, is_compiled = await loop.run_in_executor(
-                self._tokenisers, self._prepare, prompt, params, hidden_states, capture
+                self._tokenisers, self._prepare, prompt, params, options
             )
             if not is_compiled:
                 await self._compile(params)
@@ -335,14 +316,10 @@ class AsyncLLMEngine:
             raise
 
     def _prepare(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        hidden_states: HiddenStatesParams | None,
-        capture: CaptureParams | None,
+        self, prompt: Prompt, params: SamplingParams, options: RequestOptions
     ) -> tuple[str | None, list[int], bool]:
         text, token_ids = self._checker.tokenise(prompt)
-        self._checker.check(token_ids, params, hidden_states, capture)
+        self._checker.check(token_ids, params, options)
         is_compiled = self._checker.has_grammar(params)
         if is_compiled:
             self._checker.grammar(params)  # what was refused before is refused again

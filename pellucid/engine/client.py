@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from pellucid.engine.admission import Prompt
 from pellucid.engine.engine import LLMEngine, StepOutputs
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -28,25 +28,11 @@ class EngineClient:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        options: RequestOptions = NO_OPTIONS,
         stream: bool = True,
-        hidden_states: HiddenStatesParams | None = None,
-        capture: CaptureParams | None = None,
-        steering: SteeringParams | None = None,
     ) -> str:
         """Queues one request and gives its id. Without `stream` it has no chunks. Raises as `LLMEngine.add_request` does."""
-        request_id = self.engine.add_request(
-            inputs,
-            params,
-            request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
-            stream=stream,
-            hidden_states=hidden_states,
-            capture=capture,
-            steering=steering,
-        )
+        request_id = self.engine.add_request(inputs, params, request_id=request_id, options=options, stream=stream)
         self._finished.pop(request_id, None)
         self._history[request_id] = ["waiting"]
         return request_id

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pellucid.config import EngineConfig
-from pellucid.engine.admission import Prompt, RequestChecker, check_options
+from pellucid.engine.admission import Prompt, RequestChecker
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
@@ -23,7 +23,8 @@ from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
-from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams, SteeringParams
+from pellucid.hidden import HiddenStatesLimits
+from pellucid.options import NO_OPTIONS, RequestOptions, check_name, check_options
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from pellucid.engine.trace_lines import Line
 
 _log = logging.getLogger(__name__)
+
+MAX_REQUEST_ID_CHARACTERS = 512
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,9 @@ class LLMEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        options: RequestOptions = NO_OPTIONS,
         stream: bool = True,
         prompt_text: str | None = None,
-        hidden_states: HiddenStatesParams | None = None,
-        capture: CaptureParams | None = None,
-        steering: SteeringParams | None = None,
     ) -> str:
         """Queues a request and gives its id. Without `stream` nobody reads its chunks: it has none, and its text is made when
         it ends. `prompt_text` is what a caller made a prompt of token ids from; the output names it.
@@ -153,15 +152,14 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         number = next(self._numbers)
         request_id = f"req-{number}" if request_id is None else request_id
-        check_options(request_id, priority, cache_salt)
+        check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
+        check_options(options)
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
-        names = self.checker.check(token_ids, params, hidden_states, capture, steering)
+        names = self.checker.check(token_ids, params, options)
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
-        cores = self._choices(
-            request_id, tuple(token_ids), params, seed, priority, cache_salt, hidden_states, names, steering
-        )
+        cores = self._choices(request_id, tuple(token_ids), params, seed, options, names)
         added: list[str] = []
         try:
             for core in cores:
@@ -172,15 +170,14 @@ class LLMEngine:
                 self.scheduler.cancel(choice_id)
                 self.scheduler.forget(choice_id)
             raise
-        choices = [self.output.new_choice(i, params, seed, token_ids, hidden_states, names) for i in range(params.n)]
+        hidden = options.hidden_states
+        choices = [self.output.new_choice(i, params, seed, token_ids, hidden, names) for i in range(params.n)]
         text = prompt_text if text is None else text
         state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
         self.output.add(state, added)
         if self._recorder is not None:
-            self._recorder.submitted(
-                self, request_id, token_ids, params, seed, priority, cache_salt, hidden_states, names, steering
-            )
+            self._recorder.submitted(self, request_id, token_ids, params, seed, options, names)
         return request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -433,11 +430,8 @@ class LLMEngine:
         token_ids: tuple[int, ...],
         params: SamplingParams,
         seed: int,
-        priority: int,
-        cache_salt: str | None,
-        hidden_states: HiddenStatesParams | None,
+        options: RequestOptions,
         capture: tuple[str, ...],
-        steering: SteeringParams | None,
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
         now, many, bad_words, grammar = (
@@ -455,14 +449,14 @@ class LLMEngine:
                 max_tokens=max_tokens,
                 choice_index=index,
                 group_id=request_id if many else None,
-                priority=priority,
-                cache_salt=cache_salt,
+                priority=options.priority,
+                cache_salt=options.cache_salt,
                 arrival_time=now,
                 eos_token_ids=self.eos_token_ids,
                 bad_words_token_ids=bad_words,
-                hidden_states=hidden_states,
+                hidden_states=options.hidden_states,
                 capture=capture,
-                steering=steering,
+                steering=options.steering,
                 grammar=grammar,
             )
             for index in range(params.n)

@@ -15,7 +15,8 @@ from pellucid.config import EngineConfig
 from pellucid.engine.metrics import EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
-from pellucid.hidden import CaptureParams, HiddenStatesLimits, HiddenStatesParams
+from pellucid.hidden import HiddenStatesLimits
+from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 
@@ -88,11 +89,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt: str | None = None
-    priority: int = 0
-    cache_salt: str | None = None
+    options: RequestOptions = NO_OPTIONS
     stream: bool = True
-    hidden_states: HiddenStatesParams | None = None
-    capture: CaptureParams | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -137,12 +137,9 @@ class EngineOwner:
                 command.prompt_token_ids,
                 command.params,
                 request_id=command.request_id,
-                priority=command.priority,
-                cache_salt=command.cache_salt,
+                options=command.options,
                 stream=command.stream,
                 prompt_text=command.prompt,
-                hidden_states=command.hidden_states,
-                capture=command.capture,
             )
         except Exception as error:
             if not isinstance(error, PellucidError):  # a bug, but nothing was queued: no reason to end all others

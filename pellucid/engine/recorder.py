@@ -26,7 +26,7 @@ from pellucid.engine.trace_lines import (
     SubmitLine,
     step_line,
 )
-from pellucid.hidden import HiddenStatesParams, SteeringParams
+from pellucid.options import RequestOptions
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
 
@@ -61,23 +61,20 @@ class Recorder:
         token_ids: list[int],
         params: SamplingParams,
         seed: int,
-        priority: int,
-        cache_salt: str | None,
-        hidden_states: HiddenStatesParams | None,
+        options: RequestOptions,
         capture: tuple[str, ...],
-        steering: SteeringParams | None,
     ) -> None:
         """A request was queued."""
-        salt = None if cache_salt is None else self._hash(cache_salt)
+        salt, steering = options.cache_salt, options.steering
         values = {**dataclasses.asdict(params), "seed": seed}
         line = SubmitLine(
             **self._place(engine),
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=values,
-            priority=priority,
-            cache_salt=salt,
-            hidden_states=hidden_states,
+            priority=options.priority,
+            cache_salt=None if salt is None else self._hash(salt),
+            hidden_states=options.hidden_states,
             capture=capture,
             steering=None if steering is None else {name: v.tolist() for name, v in steering.vectors.items()},
         )

@@ -31,6 +31,7 @@ from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import ConfigError, InvalidRequestError, TraceError
 from pellucid.executor.uniproc import UniProcExecutor
 from pellucid.hidden import CaptureParams, SteeringParams
+from pellucid.options import RequestOptions
 from pellucid.params import SamplingParams
 
 # Settings that change no plan: with any of them changed, steps are still compared one by one.
@@ -189,12 +190,14 @@ class _Replay:
                 line.prompt_token_ids,
                 SamplingParams.from_dict(line.params),
                 request_id=line.request_id,
-                priority=line.priority,
-                cache_salt=line.cache_salt,
+                options=RequestOptions(
+                    line.priority,
+                    line.cache_salt,
+                    line.hidden_states,
+                    CaptureParams(line.capture) if line.capture else None,
+                    SteeringParams.from_request(line.steering),
+                ),
                 stream=False,
-                hidden_states=line.hidden_states,
-                capture=CaptureParams(line.capture) if line.capture else None,
-                steering=SteeringParams.from_request(line.steering),
             )
         except (InvalidRequestError, TypeError) as error:
             raise TraceError(f"{place}: the request cannot be queued: {error}") from None

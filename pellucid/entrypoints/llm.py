@@ -16,6 +16,7 @@ from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -101,7 +102,8 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, one, rank in zip(prompts, params, priorities, strict=True):
-                ids.append(self._submit(prompt, one, rank, cache_salt, hidden, captured, steered))
+                options = RequestOptions(rank, cache_salt, hidden, captured, steered)
+                ids.append(self.client.submit(prompt, one, options=options, stream=False))
             return _as_tensors(self._finish(ids, use_tqdm)) if hidden or captured else self._finish(ids, use_tqdm)
         except BaseException:
             self._abandon(ids)
@@ -143,7 +145,7 @@ class LLM:
         """Yields news of one request as it is made; leaving the loop early cancels it."""
         if not isinstance(prompt, str):
             prompt = _prompts([prompt])[0]
-        request_id = self.client.submit(prompt, sampling_params, cache_salt=cache_salt)
+        request_id = self.client.submit(prompt, sampling_params, options=RequestOptions(cache_salt=cache_salt))
         try:
             while not self.client.is_finished(request_id):
                 for chunk in self.client.step_outputs().chunks:
@@ -214,27 +216,6 @@ class LLM:
         self.close()
 
     # ---- parts ----------------------------------------------------------------------------------------------------
-
-    def _submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        priority: int,
-        cache_salt: str | None,
-        hidden: HiddenStatesParams | None,
-        capture: CaptureParams | None,
-        steering: SteeringParams | None,
-    ) -> str:
-        return self.client.submit(
-            prompt,
-            params,
-            priority=priority,
-            cache_salt=cache_salt,
-            stream=False,
-            hidden_states=hidden,
-            capture=capture,
-            steering=steering,
-        )
 
     def _ids(self, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if isinstance(text, str):

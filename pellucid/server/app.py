@@ -171,9 +171,9 @@ class _Endpoints:
             prompt if isinstance(prompt, list) else await context.prompts.encode(prompt, add_special_tokens=special)
             for prompt in request.prompts()
         ]
-        wanted = embeddings.wanted_rows(request, prompts, self._engine.model.hidden_size)
+        options = embeddings.wanted_options(request, prompts, self._engine.model.hidden_size)
         name = context.job_name(http, request.request_id)
-        job = Job(name, prompts, embeddings.ONE_TOKEN, request.priority or 0, stream=False, hidden_states=tuple(wanted))
+        job = Job(name, prompts, embeddings.ONE_TOKEN, options, stream=False)
         generation = await context.submit(http, job)
         outputs = await context.whole(http, generation)
         return JsonResponse(embeddings.answer(request, request.model or context.names[0], outputs, generation.usage))

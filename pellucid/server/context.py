@@ -27,7 +27,7 @@ from pellucid.server.protocol_base import RequestFields, Strict
 from pellucid.server.response_store import Owner, ResponseStore
 from pellucid.server.settings import ServerSettings
 from pellucid.server.sse import unless_gone
-from pellucid.server.states import wanted_capture, wanted_states
+from pellucid.server.states import wanted_options
 from pellucid.server.tracing import Tracing
 
 MAX_CHOICES = 1024  # of one HTTP request
@@ -136,17 +136,13 @@ class ServerContext:
                 "n",
             )
         name = self.job_name(http, request.request_id)
-        wanted = wanted_states(request)
         return Job(
             name,
             prompts,
             params,
-            request.priority or 0,
-            request.cache_salt,
+            [wanted_options(request, self.settings)] * len(prompts),
             structure_field=request.structure_field if structure_field is None else structure_field,
             stream=bool(request.stream),
-            hidden_states=() if wanted is None else (wanted,) * len(prompts),
-            capture=wanted_capture(request, self.settings.capture),
         )
 
     def job_name(self, http: Request, asked: str | None) -> str:

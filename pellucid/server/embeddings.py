@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError
 from pellucid.hidden import HiddenStatesParams
+from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 from pellucid.server.generation import Usage
@@ -21,10 +22,10 @@ F32 = npt.NDArray[np.float32]
 ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
 
-def wanted_rows(
+def wanted_options(
     request: EmbeddingRequest, prompts: Sequence[Sequence[int]], hidden_size: int
-) -> list[HiddenStatesParams]:
-    """The rows that each input's embedding is pooled from.
+) -> list[RequestOptions]:
+    """Of each input: the rows that its embedding is pooled from.
 
     Raises:
         InvalidRequestError: `dimensions` is not the model's width.
@@ -33,9 +34,8 @@ def wanted_rows(
         raise InvalidRequestError(
             f"dimensions is {request.dimensions:,}; embeddings are not cut: it must be {hidden_size:,}", "dimensions"
         )
-    if request.pooling == "last":
-        return [HiddenStatesParams((-1,)) for _ in prompts]
-    return [HiddenStatesParams(tuple(range(len(prompt)))) for prompt in prompts]
+    rows = [(-1,) if request.pooling == "last" else tuple(range(len(prompt))) for prompt in prompts]
+    return [RequestOptions(request.priority or 0, hidden_states=HiddenStatesParams(wanted)) for wanted in rows]
 
 
 def pooled(rows_RD: F32, normalize: bool) -> F32:

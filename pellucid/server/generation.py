@@ -129,18 +129,8 @@ class Generation:
     async def submit(self) -> None:
         """Queues every prompt."""
         job = self.job
-        wanted = job.hidden_states or (None,) * len(job.prompts)
-        for engine_id, prompt, hidden_states in zip(job.engine_ids, job.prompts, wanted, strict=True):
-            await self._engine.submit(
-                prompt,
-                job.params,
-                request_id=engine_id,
-                priority=job.priority,
-                cache_salt=job.cache_salt,
-                stream=job.stream,
-                hidden_states=hidden_states,
-                capture=job.capture,
-            )
+        for engine_id, prompt, options in zip(job.engine_ids, job.prompts, job.options, strict=True):
+            await self._engine.submit(prompt, job.params, request_id=engine_id, options=options, stream=job.stream)
             self._submitted.append(engine_id)
         timeout = self._generator.request_timeout
         if timeout is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from pellucid.hidden import CaptureParams, HiddenStatesParams
+from pellucid.options import RequestOptions
 from pellucid.params import SamplingParams
 from pellucid.structured import FIELD
 
@@ -17,12 +17,9 @@ class Job:
     request_id: str
     prompts: list[list[int]]
     params: SamplingParams
-    priority: int = 0
-    cache_salt: str | None = None
+    options: list[RequestOptions]  # of each prompt
     structure_field: str = FIELD  # what the request calls the structure of its answer
     stream: bool = True  # deltas are read; without it only the whole
-    hidden_states: tuple[HiddenStatesParams, ...] = ()  # of each prompt; none: nobody wants any
-    capture: CaptureParams | None = None
     arrived: float = field(default_factory=time.perf_counter)
 
     @property

@@ -119,6 +119,9 @@ class RequestFields(SamplingFields):
     capture: Annotated[list[str] | None, SkipValidation] = Field(
         None, description="Activations by name at every position, with * between dots; only where the server allows it."
     )
+    steering: Annotated[dict[str, list[float]] | None, SkipValidation] = Field(
+        None, description="Vectors added to activations at every position, by name; only where the server allows it."
+    )
     hidden_states_stream: Flag = Field(
         None, description="While streaming, each chunk has a row for each of its tokens."
     )
@@ -159,6 +162,7 @@ NO_HIDDEN_STATES: Mapping[str, tuple[tuple[Any, ...], str]] = dict.fromkeys(
         "hidden_states_format",
         "hidden_states_stream",
         "capture",
+        "steering",
     ),
     ((None, False), "not available here: use /v1/chat/completions"),
 )

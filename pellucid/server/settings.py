@@ -75,6 +75,7 @@ class ServerSettings:
     page: bool = _setting(True, "Serve the page at /: a chat and a live view of the engine.")
     engine_process: bool = _setting(False, "Run the engine in a process of its own; else in a thread.")
     capture: bool = _setting(False, "Let requests capture activations by name.")
+    steering: bool = _setting(False, "Let requests add vectors to activations.")
     log_level: str = _setting("info", "Least level that is logged: debug, info, warning or error.")
     log_json: bool = _setting(False, "Log one JSON object a line.")
     log_requests: bool = _setting(True, "Log a line for each request.")
@@ -189,6 +190,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "request_timeout": _seconds(0.01, 864_000, optional=True),
     "drain_timeout": _seconds(0, 86_400),
     "page": _flag,
+    "capture": _flag,
+    "steering": _flag,
     "engine_process": _flag,
     "tool_dialect": _one_of((AUTO, OFF, *TOOL_DIALECTS)),
     "reasoning_dialect": _one_of((AUTO, OFF, *REASONING_DIALECTS)),

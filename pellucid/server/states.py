@@ -9,22 +9,37 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import CaptureParams, HiddenStatesParams
+from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.options import RequestOptions
 from pellucid.outputs import CompletionOutput
 from pellucid.server.generation import Delta
 from pellucid.server.protocol_base import RequestFields, shown
+from pellucid.server.settings import ServerSettings
 
 F32 = npt.NDArray[np.float32]
 Format = Literal["float", "base64"]
 FORMATS: tuple[Format, ...] = ("float", "base64")
 
 
-def wanted_states(request: RequestFields) -> HiddenStatesParams | None:
-    """What the fields of a request ask for.
+def wanted_options(request: RequestFields, settings: ServerSettings) -> RequestOptions:
+    """What a request says beside its prompt and its sampling parameters.
 
     Raises:
-        InvalidRequestError: naming the field.
+        InvalidRequestError: naming the field; also where the server does not allow what it asks for.
     """
+    for name, is_allowed in (("capture", settings.capture), ("steering", settings.steering)):
+        if getattr(request, name) is not None and not is_allowed:
+            raise InvalidRequestError(f"{name}: this server does not allow it (see its option --{name})", name)
+    return RequestOptions(
+        request.priority or 0,
+        request.cache_salt,
+        _hidden_states(request),
+        CaptureParams.from_request(request.capture),
+        SteeringParams.from_request(request.steering),
+    )
+
+
+def _hidden_states(request: RequestFields) -> HiddenStatesParams | None:
     flag = False if request.return_hidden_states is None else request.return_hidden_states
     streamed = False if request.hidden_states_stream is None else request.hidden_states_stream
     if request.hidden_states_format is not None and request.hidden_states_format not in FORMATS:
@@ -37,18 +52,6 @@ def wanted_states(request: RequestFields) -> HiddenStatesParams | None:
     )
     if found is not None and found.stream and not request.stream:
         raise InvalidRequestError("hidden_states_stream is true, but stream is not", "hidden_states_stream")
-    return found
-
-
-def wanted_capture(request: RequestFields, is_allowed: bool) -> CaptureParams | None:
-    """What the field asks for.
-
-    Raises:
-        InvalidRequestError: it is no list of names, or the server does not allow it.
-    """
-    found = CaptureParams.from_request(request.capture)
-    if found is not None and not is_allowed:
-        raise InvalidRequestError("capture: this server hands out no activations (see its option --capture)", "capture")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import InvalidRequestError
+from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -137,7 +138,10 @@ class _Run:
         prompt = self._prompt(index, request.prompt) if isinstance(request.prompt, int) else list(request.prompt)
         try:
             self._engine.add_request(
-                prompt, request.sampling_params(), request_id=request.request_id, priority=request.priority
+                prompt,
+                request.sampling_params(),
+                request_id=request.request_id,
+                options=RequestOptions(priority=request.priority),
             )
         except InvalidRequestError as error:
             if request.refused is None or request.refused not in str(error):

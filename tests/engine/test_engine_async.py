@@ -30,7 +30,8 @@ from pellucid import LLM
 from pellucid.engine import request_book
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, QueueFullError
-from pellucid.hidden import HiddenStatesParams
+from pellucid.hidden import HiddenStatesParams, SteeringParams
+from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
 
@@ -368,10 +369,11 @@ async def test_storm_of_cancels_when_it_is_over_then_no_block_is_held_and_memory
         ("\ud800", {}, "surrogate"),
         ([1], {"params": SamplingParams(stop_token_ids=[300])}, "vocabulary has 300"),
         ([1], {"params": 3}, "params"),
-        ([1], {"priority": 2**40}, "priority"),
-        ([1], {"priority": "high"}, "priority"),
-        ([1], {"cache_salt": 5}, "cache_salt"),
-        ([1], {"cache_salt": "\ud800"}, "surrogate"),
+        ([1], {"options": RequestOptions(2**40)}, "priority"),
+        ([1], {"options": RequestOptions("high")}, "priority"),
+        ([1], {"options": RequestOptions(cache_salt=5)}, "cache_salt"),
+        ([1], {"options": RequestOptions(cache_salt="\ud800")}, "surrogate"),
+        ([1], {"options": 3}, "options is a int"),
         ([1], {"request_id": ""}, "request_id"),
         ([1], {"request_id": "x" * 513}, "request_id"),
         ([1], {"request_id": "\ud800"}, "surrogate"),
@@ -528,18 +530,20 @@ async def test_hidden_states_when_they_cross_to_the_front_end_then_the_bits_of_t
     }
     with LLM(model, **SETTINGS) as llm:
         for name, wanted in wants.items():
-            request_id = llm.client.submit(prompt, SHORT, stream=False, hidden_states=wanted)
+            request_id = llm.client.submit(prompt, SHORT, stream=False, options=RequestOptions(hidden_states=wanted))
             while not llm.client.is_finished(request_id):
                 llm.client.step()
             whole = llm.client.collect(request_id)
             assert whole is not None
             expected = whole.outputs[0]
-            found = (await engine.generate(prompt, SHORT, hidden_states=wanted)).outputs[0]
+            found = (await engine.generate(prompt, SHORT, options=RequestOptions(hidden_states=wanted))).outputs[0]
             assert found.hidden_states is not None, name
             assert expected.hidden_states is not None
             assert torch.equal(torch.tensor(found.hidden_states), torch.tensor(expected.hidden_states)), name
             assert found.hidden_states_positions == expected.hidden_states_positions
-            chunks = [chunk async for chunk in engine.stream(prompt, SHORT, hidden_states=wanted)]
+            chunks = [
+                chunk async for chunk in engine.stream(prompt, SHORT, options=RequestOptions(hidden_states=wanted))
+            ]
             carrying = [chunk for chunk in chunks if chunk.hidden_states is not None]
             assert carrying == chunks[-1:], name
             assert torch.equal(torch.tensor(carrying[0].hidden_states), torch.tensor(expected.hidden_states))
@@ -547,11 +551,14 @@ async def test_hidden_states_when_they_cross_to_the_front_end_then_the_bits_of_t
 
 async def test_streamed_hidden_states_when_chunks_are_joined_then_one_row_a_token(engine: AsyncLLMEngine) -> None:
     prompt, wanted = list(range(5, 45)), HiddenStatesParams(stream=True)
-    request_id = await engine.submit(prompt, SHORT, hidden_states=wanted)
+    request_id = await engine.submit(prompt, SHORT, options=RequestOptions(hidden_states=wanted))
     await engine.wait(request_id)
     late = [chunk async for chunk in engine.watch_stream(request_id)]
     await engine.release(request_id)
-    rows = [chunk.hidden_states async for chunk in engine.stream(prompt, SHORT, hidden_states=wanted)]
+    rows = [
+        chunk.hidden_states
+        async for chunk in engine.stream(prompt, SHORT, options=RequestOptions(hidden_states=wanted))
+    ]
     assert len(late) == 1
     assert late[0].hidden_states is not None
     assert len(late[0].hidden_states) == len(late[0].token_ids) == 5
@@ -562,4 +569,25 @@ async def test_streamed_hidden_states_when_chunks_are_joined_then_one_row_a_toke
 
 async def test_hidden_states_when_they_are_refused_then_at_once_and_by_name(engine: AsyncLLMEngine) -> None:
     with pytest.raises(InvalidRequestError, match="names layer 99"):
-        await engine.generate([5, 6], SHORT, hidden_states=HiddenStatesParams(None, (99,)))
+        await engine.generate([5, 6], SHORT, options=RequestOptions(hidden_states=HiddenStatesParams(None, (99,))))
+
+
+async def test_steering_when_it_crosses_to_the_owner_then_the_bits_of_the_offline_engine(
+    engine: AsyncLLMEngine, model: Path
+) -> None:
+    prompt, wanted = list(range(5, 45)), HiddenStatesParams(tuple(range(40)))
+    vectors = {"layers.0": [0.25] * 64, "layers.1.mlp": [-0.5] * 64}
+    with LLM(model, **SETTINGS) as llm:
+        asked = {"return_hidden_states": True, "hidden_states_for_tokens": list(range(40))}
+        expected = [llm.generate([prompt], SHORT, steering=one, **asked)[0].outputs[0] for one in (None, vectors)]
+    steered = RequestOptions(hidden_states=wanted, steering=SteeringParams.from_request(vectors))
+    found = await asyncio.gather(
+        *[engine.generate(prompt, SHORT, options=one) for one in (RequestOptions(hidden_states=wanted), steered)]
+    )
+    assert not torch.equal(expected[0].hidden_states, expected[1].hidden_states)  # type: ignore[arg-type]
+    for output, whole in zip(found, expected, strict=True):
+        assert torch.equal(torch.tensor(output.outputs[0].hidden_states), whole.hidden_states)  # type: ignore[arg-type]
+        assert output.outputs[0].token_ids == whole.token_ids
+    unknown = SteeringParams.from_request({"layers.9": [1.0]})
+    with pytest.raises(InvalidRequestError, match="'layers.9'"):
+        await engine.submit(prompt, SHORT, options=RequestOptions(steering=unknown))

@@ -36,6 +36,7 @@ from pellucid.engine.messages import (
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.wire import CoreStart, decode_command, decode_events, decode_start, encode
+from pellucid.options import RequestOptions
 from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
 from pellucid.params import MAX_SEED, MIN_SEED, SamplingParams
 from pellucid.plan import WaitingReasons
@@ -70,7 +71,7 @@ OUTPUT = RequestOutput(
 RECORD = StepRecord(1, "mixed", tokens={"a": 3}, waiting=["b", "c"], waiting_reasons={"b": "full", "c": "behind"})
 ERROR = ErrorInfo("InvalidRequestError", "no", "prompt")
 COMMANDS: list[Command] = [
-    Submit(1, "x", [1, 2], PARAMS, "text", -5, "salt", False),
+    Submit(1, "x", [1, 2], PARAMS, "text", RequestOptions(-5, "salt"), False),
     Submit(2, "x", [1], SamplingParams(seed=MIN_SEED)),
     Cancel(2, "x"),
     AbortAll(3),

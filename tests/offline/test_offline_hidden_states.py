@@ -13,6 +13,7 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.errors import ConfigError, InvalidRequestError
 from pellucid.hidden import HiddenStatesParams
+from pellucid.options import RequestOptions
 
 BASE: dict[str, Any] = {
     "max_num_batched_tokens": 512,
@@ -140,7 +141,11 @@ def rows_of(model: str, *, asking: str = "all", alone: bool = False, **config: A
             for index in group:
                 wants = asking == "all" or index % 2 == 1
                 hidden = HiddenStatesParams(tuple(all_positions(texts[index])), layers) if wants else None
-                ids.append(llm.client.submit(texts[index], stammer(index), stream=False, hidden_states=hidden))
+                ids.append(
+                    llm.client.submit(
+                        texts[index], stammer(index), stream=False, options=RequestOptions(hidden_states=hidden)
+                    )
+                )
             while llm.client.has_unfinished:
                 llm.client.step()
             for request_id in ids:
@@ -223,7 +228,7 @@ def test_prompt_rows_when_the_prompt_is_cached_then_computed_again_and_equal(mod
 def test_streamed_rows_when_joined_then_those_of_the_whole_and_one_a_token(llm: LLM) -> None:
     prompt = prompts()[8]
     wanted = HiddenStatesParams(stream=True)
-    request_id = llm.client.submit(prompt, GREEDY, hidden_states=wanted)
+    request_id = llm.client.submit(prompt, GREEDY, options=RequestOptions(hidden_states=wanted))
     rows, num_tokens = [], 0
     while not llm.client.is_finished(request_id):
         for chunk in llm.client.step_outputs().chunks:
@@ -239,7 +244,7 @@ def test_streamed_rows_when_joined_then_those_of_the_whole_and_one_a_token(llm: 
 
 
 def test_stream_without_the_switch_then_the_last_chunk_alone_carries_the_rows(llm: LLM) -> None:
-    request_id = llm.client.submit(prompts()[8], GREEDY, hidden_states=HiddenStatesParams())
+    request_id = llm.client.submit(prompts()[8], GREEDY, options=RequestOptions(hidden_states=HiddenStatesParams()))
     chunks = []
     while not llm.client.is_finished(request_id):
         chunks += llm.client.step_outputs().chunks

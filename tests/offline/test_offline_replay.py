@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from utils.async_engines import build_model
 from utils.real_model import real_model
@@ -19,6 +20,7 @@ from pellucid import LLM, SamplingParams
 from pellucid.engine.replay import ReplayReport, replay
 from pellucid.errors import PellucidError, TraceError
 from pellucid.hidden import HiddenStatesParams
+from pellucid.options import RequestOptions
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +115,17 @@ def test_inline_run_when_requests_want_states_structure_and_choices_then_it_repl
             [prompt], SamplingParams(n=3, max_tokens=5, prompt_logprobs=1, bad_words=["ab"], logit_bias={9: 2})
         )
         llm.generate([prompt], SamplingParams(max_tokens=20, structured_outputs={"regex": "[ab]{3}"}))
+        vector = np.linspace(-3, 3, llm.engine.checker.hidden_states.steerable["layers.0"], dtype=np.float32)  # type: ignore[union-attr]
+        llm.generate([prompt, prompt[:20]], SamplingParams(max_tokens=6), steering={"layers.0": vector})
         for _ in zip(llm.stream(prompt), range(2), strict=False):  # left early: cancelled
             pass
         llm.client.step()  # nothing to do
         assert llm.reset_prefix_cache()
-        llm.client.submit(prompt, hidden_states=HiddenStatesParams((0,)))  # the engine is closed while it waits
+        llm.client.submit(
+            prompt, options=RequestOptions(hidden_states=HiddenStatesParams((0,)))
+        )  # the engine is closed while it waits
     report = again(path)
-    assert (report.num_requests, report.num_cancelled) == (8, 1)
+    assert (report.num_requests, report.num_cancelled) == (10, 1)
     assert not report.compares_logits
     again(path, max_num_batched_tokens=64, num_threads=2)
 

@@ -11,6 +11,7 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.errors import InvalidRequestError
 from pellucid.hidden import CaptureParams, SteeringParams
+from pellucid.options import RequestOptions
 
 BASE: dict[str, Any] = {
     "max_num_seqs": 16,
@@ -84,9 +85,9 @@ def run(model: str, *, alone: bool = False, steer: bool = True, **config: Any) -
             for index in group:
                 own = {name: [value * (index + 1) / 4 for value in values] for name, values in STEERING.items()}
                 steering = SteeringParams.from_request(own) if steer and index % 2 else None
-                capture = CaptureParams(("norm",))
+                options = RequestOptions(capture=CaptureParams(("norm",)), steering=steering)
                 params = SamplingParams(temperature=0.7, seed=index, max_tokens=NUM_TOKENS, ignore_eos=True)
-                ids.append(llm.client.submit(texts[index], params, stream=False, capture=capture, steering=steering))
+                ids.append(llm.client.submit(texts[index], params, stream=False, options=options))
             while llm.client.has_unfinished:
                 llm.client.step()
             for request_id in ids:

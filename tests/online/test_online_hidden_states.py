@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import numpy as np
 import openai
 import pytest
 import torch
+from utils.hidden_pairs import FEATURES, every_position
+from utils.hidden_pairs import PROMPT as PAIRS_PROMPT
 from utils.http_server import RunningServer, running_server
 
 from pellucid import LLM, SamplingParams
 
 PROMPT = list(range(20, 60))
+WIDTH = 64
 NUM_TOKENS = 6
 LAYERS = [0, 2, -1]
 POSITIONS = [0, 7, -1, -2]
@@ -247,12 +251,32 @@ def test_bad_embedding_when_sent_then_400_by_name(server: RunningServer, case: s
     server.wait_until_idle()
 
 
+# ---- beside every other feature -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature_when_states_are_asked_for_too_then_the_bits_of_the_offline_engine(
+    server: RunningServer, llm: LLM, feature: str
+) -> None:
+    asked = {"return_hidden_states": True, "hidden_states_for_tokens": every_position(feature)}
+    expected = llm.generate([PAIRS_PROMPT], SamplingParams(**FEATURES[feature]), **asked)[0].outputs
+    body = {**FEATURES[feature], **asked, "prompt": PAIRS_PROMPT, "hidden_states_format": "base64"}
+    body |= {"return_token_ids": True}
+    choices = post(server, "/v1/completions", body).json()["choices"]
+    assert len(choices) == len(expected)
+    for choice, whole in zip(choices, expected, strict=True):
+        assert choice["token_ids"] == whole.token_ids
+        assert choice["hidden_states_positions"] == whole.hidden_states_positions
+        assert torch.equal(decoded(choice), whole.hidden_states)  # type: ignore[arg-type]
+    server.wait_until_idle()
+
+
 # ---- activations ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def open_server(tiny_model: Path) -> Iterator[RunningServer]:
-    with running_server(tiny_model, capture=True, in_process=True) as running:
+    with running_server(tiny_model, capture=True, steering=True, in_process=True) as running:
         yield running
 
 
@@ -281,3 +305,62 @@ def test_activations_when_not_allowed_or_unknown_then_400_by_name(
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "capture"
     assert "captured" not in post(open_server, "/v1/completions", BODY).text
+
+
+# ---- steering ------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_when_some_are_steered_then_each_has_the_bits_of_the_offline_engine(
+    open_server: RunningServer, llm: LLM
+) -> None:
+    vectors = {"layers.0": [0.1 * (column % 7 - 3) for column in range(WIDTH)]}
+    asked: dict[str, Any] = {"return_hidden_states": True, "hidden_states_for_tokens": POSITIONS}
+    ways: list[dict[str, Any]] = [asked, {**asked, "steering": vectors}] * 4
+    expected = [expected_of(llm, PROMPT, way) for way in ways[:2]] * 4
+    assert not torch.equal(expected[0].hidden_states, expected[1].hidden_states)
+    with ThreadPoolExecutor(len(ways)) as pool:
+        bodies = [{**BODY, **way, "hidden_states_format": "base64"} for way in ways]
+        answers = list(pool.map(lambda body: post(open_server, "/v1/completions", body).json(), bodies))
+    for answer, whole in zip(answers, expected, strict=True):
+        assert torch.equal(decoded(answer["choices"][0]), whole.hidden_states)
+    steered = events(open_server, "/v1/chat/completions", {**CHAT, "steering": vectors})
+    plain = events(open_server, "/v1/chat/completions", CHAT)
+    text = ["".join(e["choices"][0]["delta"].get("content") or "" for e in one) for one in (steered, plain)]
+    assert text[0] != text[1]
+
+
+BAD_STEERING: dict[str, Any] = {
+    "unknown": {"layers.99": [0.0] * WIDTH},
+    "short": {"layers.0": [0.0]},
+    "texts": {"layers.0": ["1"] * WIDTH},
+    "truths": {"layers.0": [True] * WIDTH},
+    "too great": {"layers.0": [1e300] * WIDTH},
+    "no list": {"layers.0": 1.0},
+    "a list": [1.0],
+    "empty": {},
+    "many": {f"layers.{index}": [0.0] * WIDTH for index in range(300)},
+}
+
+
+@pytest.mark.parametrize("case", BAD_STEERING)
+def test_bad_steering_when_sent_then_400_by_name(open_server: RunningServer, case: str) -> None:
+    answer = post(open_server, "/v1/completions", {**BODY, "steering": BAD_STEERING[case]})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "steering"
+    open_server.wait_until_idle()
+
+
+def test_steering_when_not_allowed_then_400_that_names_the_option(server: RunningServer) -> None:
+    answer = post(server, "/v1/completions", {**BODY, "steering": {"layers.0": [0.0] * WIDTH}})
+    assert answer.status_code == 400
+    assert "--steering" in answer.json()["error"]["message"]
+
+
+def test_steering_when_it_overflows_then_that_request_ends_alone(open_server: RunningServer, llm: LLM) -> None:
+    huge = {**BODY, "steering": {"layers.0": [3e38] * WIDTH, "layers.1": [3e38] * WIDTH}}
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = pool.map(lambda body: post(open_server, "/v1/completions", body), (huge, BODY))
+    assert bad.status_code == 500
+    assert "not finite" in bad.json()["error"]["message"]
+    assert good.json()["choices"][0]["text"] == expected_of(llm, PROMPT, {}).text
+    assert post(open_server, "/v1/completions", BODY).json()["choices"] == good.json()["choices"]

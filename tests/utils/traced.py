@@ -11,6 +11,7 @@ from typing import Any
 from utils.async_engines import start_engine
 
 from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.options import RequestOptions
 from pellucid.params import SamplingParams
 
 
@@ -51,8 +52,7 @@ async def _serve(engine: AsyncLLMEngine, numbers: range) -> None:
             (shared[: random_.randrange(30)] if index % 3 == 0 else []) + own,
             replace(params, max_tokens=150, ignore_eos=True, stop=()) if leaves else params,
             request_id=f"r{index}",
-            priority=random_.choice([0, 0, 1]),
-            cache_salt="a secret" if index % 4 == 0 else None,
+            options=RequestOptions(random_.choice([0, 0, 1]), "a secret" if index % 4 == 0 else None),
         )
         if leaves:
             await asyncio.sleep(random_.random() * 0.02)

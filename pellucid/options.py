@@ -1,0 +1,49 @@
+"""`RequestOptions`: what a request says beside its prompt and its sampling parameters. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pellucid.errors import InvalidRequestError
+from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.params import check_well_formed
+
+MAX_CACHE_SALT_CHARACTERS = 512
+_PRIORITIES = range(-(2**31), 2**31)
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """A lower `priority` is served first. Requests share cached prompt blocks only where their `cache_salt` is the same."""
+
+    priority: int = 0
+    cache_salt: str | None = None
+    hidden_states: HiddenStatesParams | None = None
+    capture: CaptureParams | None = None
+    steering: SteeringParams | None = None
+
+
+NO_OPTIONS = RequestOptions()
+
+
+def check_options(options: RequestOptions) -> None:
+    """Checks what needs no model.
+
+    Raises:
+        InvalidRequestError: naming the field, the value and the limit.
+    """
+    if not isinstance(options, RequestOptions):
+        raise InvalidRequestError(f"options is a {type(options).__name__}; it must be RequestOptions", "options")
+    priority = options.priority
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
+        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer of 32 bits", "priority")
+    if options.cache_salt is not None:
+        check_name("cache_salt", options.cache_salt, MAX_CACHE_SALT_CHARACTERS)
+
+
+def check_name(name: str, value: object, limit: int) -> None:
+    """Raises InvalidRequestError for what is no text of 1 to `limit` characters."""
+    if not isinstance(value, str) or not 0 < len(value) <= limit:
+        shown = f"has {len(value):,} characters" if isinstance(value, str) else f"is a {type(value).__name__}"
+        raise InvalidRequestError(f"{name} {shown}; it must be a text of 1 to {limit} characters", name)
+    check_well_formed(name, value)

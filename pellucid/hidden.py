@@ -179,8 +179,9 @@ def _name(name: object) -> str:
 
 def _are_numbers(values: object) -> bool:
     """Texts that read as numbers and truths are none."""
-    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
-    return is_list and all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        return False
+    return all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
 
 
 def _vector(name: object, values: object) -> npt.NDArray[np.float32]:

@@ -78,9 +78,10 @@ class ServerContext:
             ClientLeftError: it left.
         """
         submitting = self.generator.submit(job)
-        if job.params.structured_outputs is None:
-            return await submitting
-        return await unless_gone(http.receive, submitting)
+        is_slow = job.params.structured_outputs is not None
+        generation = await (unless_gone(http.receive, submitting) if is_slow else submitting)
+        http.state.generation = generation
+        return generation
 
     async def whole(self, http: Request, generation: Generation) -> list[RequestOutput]:
         """The outputs of a generation, which ends when the client leaves."""

@@ -60,7 +60,9 @@ class Gate:
             "request_id": answer.request_id,
             "client": client[0] if client else "-",
         }
-        self._tracing.note(fields, began_ns, began_ns + round(seconds * 1e9))
+        generation = scope["state"].get("generation")
+        generated = {} if generation is None else generation.fields
+        self._tracing.note(fields, generated, scope["headers"], began_ns, began_ns + round(seconds * 1e9))
         if self._log_requests:
             log_access(fields)
 

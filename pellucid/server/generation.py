@@ -17,7 +17,7 @@ from pellucid.errors import InvalidRequestError, PellucidError
 from pellucid.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
 from pellucid.server.errors import RequestFailedError, RequestTimeoutError
 from pellucid.server.job import Job
-from pellucid.server.logs import log_generation
+from pellucid.server.logs import generation_fields, log_generation
 from pellucid.server.metrics import Metrics
 from pellucid.server.protocol_structure import renamed
 
@@ -111,6 +111,7 @@ class Generation:
     def __init__(self, generator: Generator, job: Job) -> None:
         self.job = job
         self.outputs: list[RequestOutput] = []
+        self.fields: dict[str, object] = {}  # for logs and spans, once it has closed
         self._generator, self._engine = generator, generator.engine
         self._submitted: list[str] = []
         self._num_tokens = 0
@@ -177,7 +178,8 @@ class Generation:
 
     async def _close(self) -> None:
         self._generator.forget(self)
-        log_generation(self.job, self.outputs)
+        self.fields = generation_fields(self.job, self.outputs)
+        log_generation(self.fields)
         if self._timer is not None:
             self._timer.cancel()
         if not self.outputs:

@@ -59,8 +59,8 @@ def log_access(fields: dict[str, object]) -> None:
     access_logger.info(text, fields, extra=fields)
 
 
-def log_generation(job: Job, outputs: Sequence[RequestOutput]) -> None:
-    """A line for one job that ended; without outputs it was left before its end."""
+def generation_fields(job: Job, outputs: Sequence[RequestOutput]) -> dict[str, object]:
+    """What is told of one job that ended; without outputs it was left before its end."""
     fields: dict[str, object] = {
         "request_id": job.request_id,
         "prompt_tokens": sum(map(len, job.prompts)),
@@ -71,6 +71,11 @@ def log_generation(job: Job, outputs: Sequence[RequestOutput]) -> None:
     metrics = outputs[0].metrics if outputs else None
     fields["queue_seconds"] = metrics.queue_time if metrics else None
     fields["first_token_seconds"] = metrics.time_to_first_token if metrics else None
+    return fields
+
+
+def log_generation(fields: dict[str, object]) -> None:
+    """A line for one job that ended; `fields` as `generation_fields` gives them."""
     generation_logger.info(
         "ended: %(prompt_tokens)d prompt tokens, %(completion_tokens)d made, %(reasons)s, %(seconds).3fs id=%(request_id)s",
         fields,

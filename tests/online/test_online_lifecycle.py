@@ -168,7 +168,6 @@ def test_given_key_in_the_environment_when_served_then_it_is_needed(tiny_model: 
     ("options", "words"),
     [
         (("--port", "70000"), "port is 70000"),
-        (("--otlp-endpoint", "http://127.0.0.1:1"), "pip install 'pellucid[otel]'"),
         (("--host", "no.such.host.invalid"), "no.such.host.invalid"),
         (("--ssl-certfile", "cert.pem"), "ssl_keyfile"),
     ],

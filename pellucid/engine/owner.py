@@ -7,11 +7,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from pellucid.config import EngineConfig
+from pellucid.engine.compiling import Compiled, Compiling
 from pellucid.engine.engine import LLMEngine, StepOutputs
 from pellucid.engine.load import load_engine
 from pellucid.engine.messages import (
@@ -39,7 +41,7 @@ from pellucid.engine.messages import (
     Submit,
 )
 from pellucid.engine.trace import StepRecord
-from pellucid.errors import PellucidError, QueueFullError
+from pellucid.errors import InvalidRequestError, PellucidError, QueueFullError
 
 Emit = Callable[[Sequence[Event]], None]
 
@@ -56,14 +58,18 @@ class EngineOwner:
     event is `Died` or `LoadFailed`. With `sends_tokenizer` the front end is sent one, because it cannot have the engine's.
     """
 
-    def __init__(self, start: Start, inbox: SimpleQueue[Command], emit: Emit, *, sends_tokenizer: bool = False) -> None:
+    def __init__(
+        self, start: Start, inbox: SimpleQueue[Command | Compiled], emit: Emit, *, sends_tokenizer: bool = False
+    ) -> None:
         self.engine: LLMEngine | None = None
         self._sends_tokenizer = sends_tokenizer
         self._start, self._inbox, self._emit = start, inbox, emit
         self._is_open = True
         self._endings: deque[float] = deque(maxlen=_NUM_ENDINGS)
+        self._compiling = Compiling(inbox)
         self._handlers: dict[type[Any], Callable[[LLMEngine, Any], Iterable[Event]]] = {
             Submit: self._submit,
+            Compiled: self._compiled,
             Cancel: self._cancel,
             AbortAll: self._abort_all,
             ReadStats: lambda engine, command: [Stats(command.call, engine.stats())],
@@ -110,7 +116,7 @@ class EngineOwner:
             if news:
                 self._emit(news)
 
-    def _handle(self, engine: LLMEngine, command: Command) -> Iterable[Event]:
+    def _handle(self, engine: LLMEngine, command: Command | Compiled) -> Iterable[Event]:
         return self._handlers[type(command)](engine, command)
 
     def _news(self, engine: LLMEngine, outputs: StepOutputs) -> list[Event]:
@@ -121,8 +127,8 @@ class EngineOwner:
             self._endings.extend([time.monotonic()] * len(outputs.finished))
         return [News(outputs.chunks, outputs.finished, moved)]
 
-    @staticmethod
-    def _free(engine: LLMEngine) -> None:
+    def _free(self, engine: LLMEngine) -> None:
+        self._compiling.close()
         try:
             engine.close()
         except Exception as error:
@@ -131,6 +137,15 @@ class EngineOwner:
     # ---- commands -------------------------------------------------------------------------------------------------
 
     def _submit(self, engine: LLMEngine, command: Submit) -> Iterable[Event]:
+        if engine.checker.has_grammar(command.params):
+            return self._add(engine, command)
+        self._compiling.put(command, partial(engine.checker.grammar, command.params))
+        return []
+
+    def _compiled(self, engine: LLMEngine, compiled: Compiled) -> Iterable[Event]:
+        return self._add(engine, compiled.submit) if self._compiling.take(compiled) else []
+
+    def _add(self, engine: LLMEngine, command: Submit) -> Iterable[Event]:
         try:
             self._refuse_when_full(engine)
             engine.add_request(
@@ -166,14 +181,21 @@ class EngineOwner:
         return min(high, max(low, self._start.max_waiting / 2 / rate))
 
     def _cancel(self, engine: LLMEngine, command: Cancel) -> Iterable[Event]:
-        is_known = engine.cancel(command.request_id)
-        return [*self._news(engine, engine.take_ended()), Done(command.call, int(is_known))]
+        dropped = self._dropped(command.request_id)
+        is_known = engine.cancel(command.request_id) or bool(dropped)
+        return [*dropped, *self._news(engine, engine.take_ended()), Done(command.call, int(is_known))]
 
     def _abort_all(self, engine: LLMEngine, command: AbortAll) -> Iterable[Event]:
         ids = list(engine.output.requests)
         for request_id in ids:
             engine.cancel(request_id)
-        return [*self._news(engine, engine.take_ended()), Done(command.call, len(ids))]
+        dropped = self._dropped()
+        return [*dropped, *self._news(engine, engine.take_ended()), Done(command.call, len(ids) + len(dropped))]
+
+    def _dropped(self, request_id: str | None = None) -> list[Event]:
+        """Refuses what is not queued yet."""
+        error = ErrorInfo.of(InvalidRequestError("the request was cancelled before it was queued", "request_id"))
+        return [Refused(submit.call, error) for submit in self._compiling.drop(request_id)]
 
     @staticmethod
     def _reset_prefix_cache(engine: LLMEngine, command: ResetPrefixCache) -> Iterable[Event]:

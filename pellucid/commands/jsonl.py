@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TextIO
 from pellucid.engine.client import EngineClient
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import PellucidError
+from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.params import SamplingParams
 
 # Lines read ahead of what runs: enough to keep the batch full, few enough to bound memory.
@@ -48,10 +49,10 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
 
 
 def ended_lines(
-    llm: LLM, source: BinaryIO, defaults: dict[str, Any], *, first_line: int = 1, **options: Any
+    llm: LLM, source: BinaryIO, defaults: dict[str, Any], *, first_line: int = 1, options: RequestOptions = NO_OPTIONS
 ) -> Iterator[Line]:
     """Lines from `first_line` on, in order, each when its request has ended or was refused; a few run ahead, so that batches
-    stay full. `options` are those of `EngineClient.submit`."""
+    stay full. The requests have no chunks."""
     client, pending, exhausted = llm.client, deque[Line](), False
     lines = _submitted(llm, source, defaults, first_line, options)
     capacity = LOOKAHEAD + 2 * llm.config.max_num_seqs
@@ -68,7 +69,7 @@ def ended_lines(
 
 
 def _submitted(
-    llm: LLM, source: BinaryIO, defaults: dict[str, Any], first_line: int, options: dict[str, Any]
+    llm: LLM, source: BinaryIO, defaults: dict[str, Any], first_line: int, options: RequestOptions
 ) -> Iterator[Line]:
     for number, raw in enumerate(source, start=1):
         if not raw.strip() or number < first_line:
@@ -82,7 +83,7 @@ def _submitted(
             yield Line(number, error=str(error))
 
 
-def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: dict[str, Any]) -> str:
+def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: RequestOptions) -> str:
     if not isinstance(request, dict):
         raise TypeError(f"a line must be a JSON object; it is a {type(request).__name__}")
     given = [key for key in _OWN_KEYS if key in request]
@@ -95,7 +96,7 @@ def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: dict[str,
         prompt = llm.get_tokenizer().encode_chat(request["messages"])
     elif not isinstance(prompt, (str, list)):
         raise TypeError(f"prompt is {prompt!r}; it must be a text or a list of token ids")
-    return llm.client.submit(prompt, params, **options)
+    return llm.client.submit(prompt, params, options=options, stream=False)
 
 
 def _is_done(client: EngineClient, line: Line) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serve_compare import FIRST_TOKENS, LENGTHS, Place, Running, Server, own_environment, free_port, running
+from serve_compare import FIRST_TOKENS, LENGTHS, Place, Running, Server, free_port, own_environment, running
 
 from pellucid.bench.serve_bench import run_bench
 from pellucid.bench.serve_options import ServeOptions

@@ -83,7 +83,8 @@ def peak_mb(pid: str, *, reset: bool) -> float:
 
 
 def measure(cases: Mapping[str, Callable[[], None]], pid: str, rounds: int, tokens: int) -> None:
-    """Runs all cases in every round, in another order each, and prints medians beside the first case's."""
+    """Runs all cases in every round, in another order each; prints medians, of which `of_plain` is of the share of the first
+    case's rate in the same round."""
     rates: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, float] = dict.fromkeys(cases, 0.0)
     for turn in range(-1, rounds):
@@ -95,11 +96,12 @@ def measure(cases: Mapping[str, Callable[[], None]], pid: str, rounds: int, toke
             if turn >= 0:
                 rates[name].append(tokens / took)
                 peaks[name] = max(peaks[name], peak_mb(pid, reset=False))
-    plain = statistics.median(next(iter(rates.values())))
+    plain = next(iter(rates.values()))
     for name, found in rates.items():
         median = statistics.median(found)
+        share = statistics.median(rate / beside for rate, beside in zip(found, plain, strict=True))
         print(json.dumps({"case": name, "tokens_s": round(median), "least": round(min(found)), "most": round(max(found)),
-                          "of_plain": round(median / plain, 3), "peak_mb": round(peaks[name])}), flush=True)  # fmt: skip
+                          "of_plain": round(share, 3), "peak_mb": round(peaks[name])}), flush=True)  # fmt: skip
 
 
 def main() -> None:

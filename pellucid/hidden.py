@@ -255,10 +255,10 @@ class WantedRows:
     def __init__(self, params: HiddenStatesParams, num_prompt_tokens: int) -> None:
         positions = (-1,) if params.positions is None else params.positions
         self._exact = frozenset(position for position in positions if position >= 0)
-        self._num_last = max((-position for position in positions if position < 0), default=0)
+        self.num_last = max((-position for position in positions if position < 0), default=0)
         self._tail: int | None = None  # all from here on may be among the last
-        if self._num_last:
-            self._tail = max(0, num_prompt_tokens - self._num_last)
+        if self.num_last:
+            self._tail = max(0, num_prompt_tokens - self.num_last)
         if params.stream:
             self._tail = min(num_prompt_tokens - 1, num_prompt_tokens - 1 if self._tail is None else self._tail)
         self._keeps_all = params.stream
@@ -276,9 +276,9 @@ class WantedRows:
         tail = end if self._tail is None else self._tail
         return [position for position in range(begin, end) if position >= tail or position in self._exact]
 
-    def is_passed(self, position: int, last: int) -> bool:
-        """Whether a row can no longer be among the last, now that one for position `last` is there."""
-        return not self._keeps_all and position not in self._exact and position <= last - self._num_last
+    def is_passing(self, position: int) -> bool:
+        """Whether a row is wanted only while it is among the last `num_last`."""
+        return not self._keeps_all and position not in self._exact
 
 
 def resolve(params: HiddenStatesParams, num_rows: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,17 +22,26 @@ class HiddenStatesOfChoice:
         self.params, self._num_prompt_tokens = params, num_prompt_tokens
         self._wanted = WantedRows(params, num_prompt_tokens)
         self._rows: dict[int, F32] = {}  # [layers, D]
+        self._passing: deque[int] = deque()  # positions that are among the last for a while
         self._num_sent = 0  # generated tokens whose rows went out with a chunk
 
     def add(self, positions: Sequence[int], rows: F32) -> None:
-        """Takes in rows [n, layers, D] of ascending positions; forgets those that can no longer be handed out."""
+        """Takes in rows [n, layers, D] of ascending positions; forgets those that can no longer be handed out.
+
+        `rows` is a part of what the step kept for all requests. What stays is copied out of it, so that it does not hold the rest.
+        """
         if not positions:
             return
-        self._rows.update(zip(positions, rows, strict=True))
+        known, wanted = self._rows, self._wanted
+        for position, row in zip(positions, rows, strict=True):
+            is_passing = wanted.is_passing(position)
+            if is_passing and position not in known:
+                self._passing.append(position)
+            known[position] = row if is_passing else row.copy()
         # A text may end before the newest row: at most by the drafts that were accepted with it.
-        last = positions[-1] - MAX_SPECULATIVE_TOKENS
-        for position in [position for position in self._rows if self._wanted.is_passed(position, last)]:
-            del self._rows[position]
+        last = positions[-1] - MAX_SPECULATIVE_TOKENS - wanted.num_last
+        while self._passing and self._passing[0] <= last:
+            del known[self._passing.popleft()]
 
     def result(self, num_tokens: int) -> tuple[F32 | None, list[int] | None]:
         """The states of a choice that ended with `num_tokens` generated ones, and their positions where those were asked for:

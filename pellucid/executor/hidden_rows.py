@@ -26,9 +26,6 @@ class _Part:
     def end(self) -> int:
         return self.entry.start + self.entry.num_tokens
 
-    def rows(self, positions: Sequence[int]) -> npt.NDArray[np.int64]:
-        return np.array(positions, np.int64) + self.offset
-
 
 class HiddenRows:
     """What a step has to keep, found before it runs; what it kept, copied once, behind sampling."""
@@ -52,26 +49,38 @@ class HiddenRows:
                     self.steering.setdefault(name, []).append(span)
 
     @property
+    def _layers(self) -> set[int]:
+        return {layer for part, _ in self._hidden for layer in _layers(part)}
+
+    @property
     def activations(self) -> set[str]:
         """Those that the program has to keep for it."""
-        layers = {layer for part, _ in self._hidden for layer in _layers(part) if layer != FINAL_LAYER}
+        layers = self._layers - {FINAL_LAYER}
         return {*map(layer_name, layers), *(name for part in self._captured for name in part.request.capture)}
 
     def gather_hidden(
         self, executable: Executable, accepted_drafts: Mapping[str, Sized]
     ) -> tuple[dict[str, F32], dict[str, list[int]]]:
-        """Rows [n, layers, D] and their positions, by request id."""
-        states: dict[str, F32] = {}
+        """Rows [n, layers, D] and their positions, by request id. Requests that want the same layers share one array."""
+        layers = {layer: _layer(executable, layer) for layer in self._layers}
         positions: dict[str, list[int]] = {}
+        alike: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
         for part, wanted in self._hidden:
             end = _end_of_text(part, accepted_drafts)
             kept = wanted if wanted[-1] < end else [position for position in wanted if position < end]
-            rows = part.rows(kept)
-            layers = [_layer(executable, layer) for layer in _layers(part)]
-            found = np.empty((len(rows), len(layers), layers[0].shape[1]), np.float32)
-            for index, layer_TD in enumerate(layers):
-                found[:, index] = layer_TD[rows]
-            states[part.entry.request_id], positions[part.entry.request_id] = found, kept
+            positions[part.entry.request_id] = kept
+            rows = [position + part.offset for position in kept]
+            alike.setdefault(_layers(part), []).append((part.entry.request_id, rows))
+        states: dict[str, F32] = {}
+        for wanted_layers, requests in alike.items():
+            rows_N = np.array([row for _, rows in requests for row in rows], np.int64)
+            found_NLD = np.empty((len(rows_N), len(wanted_layers), layers[wanted_layers[0]].shape[1]), np.float32)
+            for index, layer in enumerate(wanted_layers):
+                np.take(layers[layer], rows_N, axis=0, out=found_NLD[:, index], mode="clip")  # "raise" would copy twice
+            begin = 0
+            for name, rows in requests:
+                states[name] = found_NLD[begin : begin + len(rows)]
+                begin += len(rows)
         return states, positions
 
     def gather_captured(self, executable: Executable, accepted_drafts: Mapping[str, Sized]) -> dict[str, CapturedRows]:

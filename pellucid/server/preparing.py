@@ -115,7 +115,9 @@ class Preparer:
         """The parameters with the structure that calls, reasoning and the request's own make together; and its field."""
         forced = turn.tools.choice == "required" and style.tools is not None
         structure_field = turn.structure_field
-        if forced and params.structured_outputs is not None:
+        # A response_format speaks of the answer's text. A forced call has none, so that both hold.
+        speaks_of_text = structure_field.partition(".")[0] == "response_format"
+        if forced and params.structured_outputs is not None and not speaks_of_text:
             raise InvalidRequestError(
                 f"{structure_field} is given beside a tool_choice that forces a call; only one can hold", "tool_choice"
             )

@@ -314,8 +314,8 @@ TOOLS: dict[str, Row] = {
         400, "tool_choice", "'g'", tools=[_tool()], tool_choice={"type": "function", "function": {"name": "g"}}
     ),
     "choice of a set": _tools(400, "tool_choice", tools=[_tool()], tool_choice={"type": "allowed_tools"}),
-    "forced beside a format": _tools(
-        400, "tool_choice", tools=[_tool()], tool_choice="required", response_format={"type": "json_object"}
+    "forced beside a structure": _tools(
+        400, "tool_choice", tools=[_tool()], tool_choice="required", guided_json={"type": "object"}
     ),
     "beside a regex": _tools(400, "tools", "regex", tools=[_tool()], guided_regex="a"),
     "parallel a text": _tools(400, "parallel_tool_calls", tools=[_tool()], parallel_tool_calls="no"),

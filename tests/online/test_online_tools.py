@@ -139,6 +139,15 @@ def test_given_forced_call_when_asked_then_it_is_of_the_schema_streamed_and_whol
     assert message["finish_reason"] == "tool_calls"
 
 
+def test_given_format_of_the_text_when_a_call_is_forced_then_the_call_is_made(client: openai.OpenAI) -> None:
+    """As clients ask that always send both."""
+    response_format = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": NAMED, "seed": 1, "parallel_tool_calls": False}
+    message = _asked(client, response_format=response_format, **asked)
+    assert message == _asked(client, **asked)
+    assert len(message["calls"]) == 1
+
+
 def test_given_parallel_calls_when_forced_then_each_is_of_its_schema(client: openai.OpenAI) -> None:
     message = _asked(client, tools=TOOLS, tool_choice="required", temperature=1.0, max_tokens=300)
     complete = message["calls"] if message["finish_reason"] == "tool_calls" else message["calls"][:-1]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from utils.hidden_parity import assert_close, assert_states_are_transformers
 from utils.tiny_models import FAMILIES, build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
@@ -18,7 +19,6 @@ from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.weights.checkpoint import open_checkpoint
 
-BOUND = 1e-4  # of transformers' greatest magnitude
 PROMPT_LENGTHS = (70, 3, 33, 16, 1)
 
 
@@ -36,11 +36,6 @@ def load_reference(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
 def random_prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    worst = ((found - expected).abs().max() / expected.abs().max()).item()
-    assert worst <= BOUND, f"{what}: {worst:.2e} of the greatest magnitude; the bound is {BOUND:.0e}"
 
 
 def residual_streams(model: Any, input_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -115,25 +110,8 @@ def test_program_when_prompts_of_unequal_lengths_are_decoded_together_then_logpr
 
 
 def test_hidden_states_when_asked_of_the_engine_then_every_layer_and_position_is_transformers(checkpoint: Path) -> None:
-    prompts, params = random_prompts(), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    model = load_reference(checkpoint)
     with LLM(checkpoint, dtype="float32", max_model_len=128, num_blocks=64, max_num_batched_tokens=48) as llm:
-        layers = [*range(model.config.num_hidden_layers), -1]
-        for prompt in prompts:
-            positions = list(range(len(prompt) + 11))
-            output = llm.generate(
-                [prompt],
-                params,
-                return_hidden_states=True,
-                hidden_states_for_tokens=positions,
-                hidden_states_layers=layers,
-            )[0]
-            with torch.no_grad():
-                expected = model(torch.tensor([prompt + output["token_ids"]]), output_hidden_states=True).hidden_states
-            found = output.outputs[0].hidden_states
-            assert output.outputs[0].hidden_states_positions == positions
-            for index, state in enumerate(expected):
-                assert_close(found[:, index], state[0, :-1], f"layer {layers[index]}")
+        assert_states_are_transformers(llm, load_reference(checkpoint), random_prompts(), max_tokens=12)
 
 
 def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_close(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from utils.hidden_parity import assert_states_are_transformers
 from utils.real_model import real_model
 
 from pellucid import LLM, SamplingParams
@@ -103,23 +104,6 @@ def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_clos
 
 
 def test_hidden_states_when_asked_of_the_engine_then_every_layer_and_position_is_transformers(gguf_file: Path) -> None:
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    model = load_reference(gguf_file, torch.float32)
-    layers = [*range(model.config.num_hidden_layers), -1]
     with LLM(gguf_file, dtype="float32", max_model_len=256) as llm:
-        for prompt in llm.encode(PROMPTS[:6]):
-            positions = list(range(len(prompt) + 7))
-            output = llm.generate(
-                [prompt],
-                params,
-                return_hidden_states=True,
-                hidden_states_for_tokens=positions,
-                hidden_states_layers=layers,
-            )[0]
-            with torch.no_grad():
-                expected = model(torch.tensor([prompt + output["token_ids"]]), output_hidden_states=True).hidden_states
-            found = output.outputs[0].hidden_states
-            assert output.outputs[0].hidden_states_positions == positions
-            for index, state in enumerate(expected):
-                worst = (found[:, index] - state[0, :-1]).abs().max() / state.abs().max()
-                assert worst <= 1e-4, f"layer {layers[index]}: {worst:.2e} of the greatest magnitude"
+        prompts = llm.encode(PROMPTS[:6])
+        assert_states_are_transformers(llm, load_reference(gguf_file, torch.float32), prompts, max_tokens=8)

@@ -38,6 +38,16 @@ class HiddenStatesLimits:
     activations: dict[str, int]  # names that can be captured, and their widths
     steerable: dict[str, int]  # those of them that a vector can be added to
 
+    def admit(self, told: str, num_values: int, n: int, field: str) -> int:
+        """The bytes of so many values for each of `n` choices; raises InvalidRequestError where they are too many."""
+        needed = num_values * n * _VALUE_BYTES
+        if needed > self.max_bytes:
+            choices = f" for each of {n} choices" if n > 1 else ""
+            raise InvalidRequestError(
+                f"{told.format(f'{needed:,}')}{choices}); hidden_states_max_mb allows {self.max_bytes:,}", field
+            )
+        return needed
+
 
 @dataclass(frozen=True)
 class HiddenStatesParams:
@@ -87,8 +97,8 @@ class HiddenStatesParams:
         """In the order of the request."""
         return (FINAL_LAYER,) if self.layers is None else self.layers
 
-    def check(self, num_prompt_tokens: int, max_tokens: int, limits: HiddenStatesLimits) -> None:
-        """Refuses what can never exist, and more than a request may take.
+    def check(self, num_prompt_tokens: int, max_tokens: int, n: int, limits: HiddenStatesLimits) -> int:
+        """Refuses what can never exist, and more than a request of `n` choices may take; gives the bytes that it may.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit.
@@ -108,13 +118,10 @@ class HiddenStatesParams:
                     "hidden_states_layers",
                 )
         rows = most if self.stream else 1 if self.positions is None else len(self.positions)
-        needed = rows * len(self.wanted_layers) * limits.hidden_size * _VALUE_BYTES
-        if needed > limits.max_bytes:
-            raise InvalidRequestError(
-                f"the hidden states take up to {needed:,} bytes ({rows:,} rows of {len(self.wanted_layers)} layers of "
-                f"{limits.hidden_size:,} values); hidden_states_max_mb allows {limits.max_bytes:,}",
-                "hidden_states_for_tokens" if self.layers is None else "hidden_states_layers",
-            )
+        width = len(self.wanted_layers) * limits.hidden_size
+        shape = f"{rows:,} rows of {len(self.wanted_layers)} layers of {limits.hidden_size:,} values"
+        field = "hidden_states_for_tokens" if self.layers is None else "hidden_states_layers"
+        return limits.admit(f"the hidden states take up to {{}} bytes ({shape}", rows * width, n, field)
 
 
 # By the name of an activation: rows [begin, end) of the batch, and the vector that is added to each of them.
@@ -223,11 +230,11 @@ class CaptureParams:
                 raise InvalidRequestError(f"capture[{index}] is {_shown(name)}; it must be a name", "capture")
         return cls(tuple(capture))
 
-    def resolve(self, num_prompt_tokens: int, max_tokens: int, limits: HiddenStatesLimits) -> tuple[str, ...]:
+    def resolve(self, limits: HiddenStatesLimits) -> tuple[str, ...]:
         """The names of the model that are meant, in the order in which they are computed.
 
         Raises:
-            InvalidRequestError: a name stands for no activation, or the rows would take more than a request may.
+            InvalidRequestError: a name stands for no activation.
         """
         wanted: set[str] = set()
         for name in self.names:
@@ -239,13 +246,6 @@ class CaptureParams:
                     "capture",
                 )
             wanted.update(found)
-        rows, width = num_prompt_tokens + max_tokens - 1, sum(limits.activations[name] for name in wanted)
-        if rows * width * _VALUE_BYTES > limits.max_bytes:
-            raise InvalidRequestError(
-                f"the activations take up to {rows * width * _VALUE_BYTES:,} bytes ({rows:,} rows of {width:,} values); "
-                f"hidden_states_max_mb allows {limits.max_bytes:,}",
-                "capture",
-            )
         return tuple(name for name in limits.activations if name in wanted)
 
 

@@ -110,7 +110,7 @@ def capture_jsonl(
     limits = llm.engine.checker.hidden_states
     if wanted is None or limits is None:
         raise InvalidRequestError("capture needs names, and an engine that hands out hidden states", "capture")
-    resolved = wanted.resolve(1, 1, limits)
+    resolved = wanted.resolve(limits)
     metadata = {
         "pellucid": pellucid.__version__,
         "model": llm.config.model,

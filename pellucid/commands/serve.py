@@ -34,7 +34,11 @@ def run_server(model: str, options: dict[str, Any]) -> int:
     try:
         with packing_progress() as progress:
             engine = AsyncLLMEngine.start(
-                config, in_process=settings.engine_process, max_waiting=settings.max_waiting, progress=progress
+                config,
+                in_process=settings.engine_process,
+                max_waiting=settings.max_waiting,
+                hidden_states_total_mb=settings.hidden_states_total_mb,
+                progress=progress,
             )
         try:
             server = Server(engine, settings)

@@ -13,6 +13,15 @@ from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+_VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What an engine has to know of a request that it can run."""
+
+    capture: tuple[str, ...] = ()  # names of activations, resolved
+    num_state_bytes: int = 0  # that its hidden states and activations may take, all choices together
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,8 @@ class RequestChecker:
         token_ids: list[int],
         params: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
-    ) -> tuple[str, ...]:
-        """Checks lengths and what the parameters ask of the model; gives the names of the activations to capture.
+    ) -> Admitted:
+        """Checks lengths and what the parameters ask of the model.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit.
@@ -85,15 +94,23 @@ class RequestChecker:
         asked = {"return_hidden_states": hidden_states, "capture": capture, "steering": steering}
         fields = [name for name, value in asked.items() if value is not None]
         if not fields:
-            return ()
+            return Admitted()
         if self.hidden_states is None:
             raise InvalidRequestError(f"{fields[0]}: this engine hands out no hidden states", fields[0])
         if steering is not None:
             steering.check(self.hidden_states)
-        num_prompt, max_tokens = len(token_ids), self.max_tokens(len(token_ids), params)
+        limits, num_prompt, max_tokens = self.hidden_states, len(token_ids), self.max_tokens(len(token_ids), params)
+        num_bytes, names = 0, tuple[str, ...]()
         if hidden_states is not None:
-            hidden_states.check(num_prompt, max_tokens, self.hidden_states)
-        return () if capture is None else capture.resolve(num_prompt, max_tokens, self.hidden_states)
+            num_bytes = hidden_states.check(num_prompt, max_tokens, params.n, limits)
+        if capture is not None:
+            names = capture.resolve(limits)
+            rows, width = num_prompt + max_tokens - 1, sum(limits.activations[name] for name in names)
+            beside = num_bytes // (_VALUE_BYTES * params.n)  # both together may take no more
+            told = f"the activations take up to {{}} bytes ({rows:,} rows of {width:,} values"
+            told += f", {beside:,} values of hidden states" if beside else ""
+            num_bytes = limits.admit(told, rows * width + beside, params.n, "capture")
+        return Admitted(names, num_bytes)
 
     def grammar(self, params: SamplingParams) -> Grammar | None:
         """The structure that is asked for, compiled; the last ones are kept, so that a server does it before its engine asks.

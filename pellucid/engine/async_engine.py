@@ -43,6 +43,7 @@ from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_WAITING = 1024
+DEFAULT_HIDDEN_STATES_TOTAL_MB = 1024
 MAX_STEP_RECORDS = 4096
 _NUM_TOKENISERS = 2
 # Structures that wait to be compiled. Each may take seconds: more would wait for longer than a client does.
@@ -57,7 +58,7 @@ class AsyncLLMEngine:
     Made by `start`. What ended is kept until it is released, within `MAX_UNCOLLECTED` and `MAX_UNCOLLECTED_SECONDS`.
     """
 
-    def __init__(self, transport: Transport, loaded: Loaded) -> None:
+    def __init__(self, transport: Transport, loaded: Loaded, max_state_bytes: int) -> None:
         self.model: ModelInfo = loaded.model
         self.tokenizer: Tokenizer | None = transport.tokenizer(loaded)
         self._transport = transport
@@ -72,7 +73,7 @@ class AsyncLLMEngine:
         # Structures are compiled apart: those that take seconds are waited for by other structures alone.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")
         self._compile_places = Semaphore(MAX_COMPILING)
-        self._book = RequestBook()
+        self._book = RequestBook(max_state_bytes)
 
     @classmethod
     def start(
@@ -81,6 +82,7 @@ class AsyncLLMEngine:
         *,
         in_process: bool = False,
         max_waiting: int = DEFAULT_MAX_WAITING,
+        hidden_states_total_mb: int = DEFAULT_HIDDEN_STATES_TOTAL_MB,
         progress: Progress | None = None,
     ) -> AsyncLLMEngine:
         """Loads a model and returns when it takes requests; call it off the loop.
@@ -88,6 +90,7 @@ class AsyncLLMEngine:
         Args:
             in_process: the owner is a process of its own rather than a thread of this one.
             max_waiting: how many requests may wait beyond the `max_num_seqs` that run; 0 refuses what would wait for a place.
+            hidden_states_total_mb: how much the hidden states and activations of all requests that are known may take together.
             progress: `progress(done, total)` is told bytes while the first start packs the weights.
 
         Raises:
@@ -96,11 +99,14 @@ class AsyncLLMEngine:
         """
         if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or not 0 <= max_waiting <= 10**6:
             raise ConfigError(f"max_waiting is {max_waiting!r}; it must be an integer from 0 to 1,000,000")
+        total = hidden_states_total_mb
+        if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= 10**6:
+            raise ConfigError(f"hidden_states_total_mb is {total!r}; it must be an integer from 1 to 1,000,000")
         transport = _transport(Start(config, max_waiting), in_process)
         link = _Link()
         try:
             transport.start(link.deliver)
-            engine = cls(transport, link.wait_for_model(progress))
+            engine = cls(transport, link.wait_for_model(progress), total * 1_000_000)
         except BaseException:
             transport.close()
             raise
@@ -123,7 +129,7 @@ class AsyncLLMEngine:
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit; nothing was queued.
-            QueueFullError: as many wait as may; `retry_after` says when to try again.
+            QueueFullError: as many wait as may, or hidden states could take more than they may; `retry_after` says when to try again.
             EngineDrainingError, EngineDeadError: nothing more is taken.
         """
         return (await self._submit(prompt, params, request_id, options, stream)).request_id
@@ -289,8 +295,8 @@ class AsyncLLMEngine:
             check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
         check_options(options)
         self._book.refuse_when_closed()
-        text, token_ids = await self._tokenised(prompt, params, options)
-        stream = self._book.open(request_id, params.n)
+        text, token_ids, num_state_bytes = await self._tokenised(prompt, params, options)
+        stream = self._book.open(request_id, params.n, num_state_bytes)
         name = stream.request_id
         try:
             await self._call(lambda call: Submit(call, name, token_ids, params, text, options, is_stream))
@@ -301,29 +307,29 @@ class AsyncLLMEngine:
 
     async def _tokenised(
         self, prompt: Prompt, params: SamplingParams, options: RequestOptions
-    ) -> tuple[str | None, list[int]]:
+    ) -> tuple[str | None, list[int], int]:
         """Checks, tokenises and compiles on threads that neither the loop nor the owner waits for."""
         loop = asyncio.get_running_loop()
         try:
-            text, token_ids, is_compiled = await loop.run_in_executor(
+            text, token_ids, num_state_bytes, is_compiled = await loop.run_in_executor(
                 self._tokenisers, self._prepare, prompt, params, options
             )
             if not is_compiled:
                 await self._compile(params)
-            return text, token_ids
+            return text, token_ids, num_state_bytes
         except (asyncio.CancelledError, RuntimeError):  # closing cancels what stands in the pool's queue
             self._book.refuse_when_dead()
             raise
 
     def _prepare(
         self, prompt: Prompt, params: SamplingParams, options: RequestOptions
-    ) -> tuple[str | None, list[int], bool]:
+    ) -> tuple[str | None, list[int], int, bool]:
         text, token_ids = self._checker.tokenise(prompt)
-        self._checker.check(token_ids, params, options)
+        num_state_bytes = self._checker.check(token_ids, params, options).num_state_bytes
         is_compiled = self._checker.has_grammar(params)
         if is_compiled:
             self._checker.grammar(params)  # what was refused before is refused again
-        return text, token_ids, is_compiled
+        return text, token_ids, num_state_bytes, is_compiled
 
     async def _compile(self, params: SamplingParams) -> None:
         """A caller who is cancelled leaves the queue."""

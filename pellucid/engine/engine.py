@@ -157,7 +157,7 @@ class LLMEngine:
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
-        names = self.checker.check(token_ids, params, options)
+        names = self.checker.check(token_ids, params, options).capture
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
         cores = self._choices(request_id, tuple(token_ids), params, seed, options, names)
         added: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 from pellucid.engine.client import MAX_UNCOLLECTED
 from pellucid.engine.messages import Died, Done, ErrorInfo, Event, News, Refused, Stats, Steps
 from pellucid.engine.streams import RequestStream, Wakes
-from pellucid.errors import EngineDeadError, EngineDrainingError, InvalidRequestError
+from pellucid.errors import EngineDeadError, EngineDrainingError, InvalidRequestError, QueueFullError
 
 # Outputs that nobody collected are dropped, as others end, after this many seconds or behind MAX_UNCOLLECTED younger ones.
 MAX_UNCOLLECTED_SECONDS = 600.0
@@ -28,7 +28,7 @@ class RequestBook:
     Used from many threads. `lock` guards all of it, and the streams; methods say where the caller has to hold it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_state_bytes: int) -> None:
         self.lock = Lock()
         self.streams: dict[str, RequestStream] = {}
         self.calls: dict[int, asyncio.Future[Any]] = {}
@@ -37,14 +37,16 @@ class RequestBook:
         self._numbers = itertools.count(1)
         self._waiting_for_all: list[asyncio.Future[None]] = []
         self._is_draining = False
+        self._num_state_bytes, self._max_state_bytes = 0, max_state_bytes
 
     # ---- for callers ----------------------------------------------------------------------------------------------
 
-    def open(self, request_id: str | None, num_choices: int) -> RequestStream:
+    def open(self, request_id: str | None, num_choices: int, num_state_bytes: int = 0) -> RequestStream:
         """A stream for a new request. An ended one of the same id makes room.
 
         Raises:
-            InvalidRequestError: the id is in use.
+            InvalidRequestError: the id is in use, or hidden states could take more than those of all requests may.
+            QueueFullError: they could together with those of others.
             EngineDrainingError, EngineDeadError: nothing more is taken.
         """
         with self.lock:
@@ -55,7 +57,9 @@ class RequestBook:
                 raise InvalidRequestError(f"request_id {name!r} is in use", param="request_id")
             if old is not None:
                 self.forget(old)
-            stream = self.streams[name] = RequestStream(name, num_choices)
+            if num_state_bytes:
+                self._reserve(num_state_bytes)
+            stream = self.streams[name] = RequestStream(name, num_choices, num_state_bytes)
         return stream
 
     def find(self, request_id: str) -> RequestStream:
@@ -69,9 +73,19 @@ class RequestBook:
                 raise KeyError(f"request {request_id!r} is unknown")
             return self.streams[request_id]
 
+    def _reserve(self, num_bytes: int) -> None:
+        taken, most = self._num_state_bytes, self._max_state_bytes
+        told = f"the hidden states and activations of this request take up to {num_bytes:,} bytes"
+        if num_bytes > most:
+            raise InvalidRequestError(f"{told}; hidden_states_total_mb allows {most:,}", "return_hidden_states")
+        if taken + num_bytes > most:
+            raise QueueFullError(f"{told}, those of others {taken:,}; hidden_states_total_mb allows {most:,}", 1.0)
+        self._num_state_bytes = taken + num_bytes
+
     def forget(self, stream: RequestStream) -> None:
         """Keeps nothing of a request. The caller holds the lock."""
-        self.streams.pop(stream.request_id, None)
+        if self.streams.pop(stream.request_id, None) is not None:
+            self._num_state_bytes -= stream.num_state_bytes
         self.ended_at.pop(stream.request_id, None)
 
     def abandon(self, stream: RequestStream) -> bool:

@@ -48,7 +48,8 @@ class RequestStream:
     tokens. A watcher is a place in each choice's log, and what lies between its place and the end is read as one chunk.
     """
 
-    def __init__(self, request_id: str, num_choices: int) -> None:
+    def __init__(self, request_id: str, num_choices: int, num_state_bytes: int = 0) -> None:
+        self.num_state_bytes = num_state_bytes  # that its hidden states and activations may take
         self.request_id = request_id
         self.status = "waiting"
         self.output: RequestOutput | None = None

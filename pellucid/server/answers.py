@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pellucid.outputs import FinishReason
 from pellucid.server.errors import HttpError, as_http_error, internal_error
 from pellucid.server.generation import Delta, Generation, Usage
+from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.sse import DONE, event
 
@@ -67,23 +68,32 @@ class Answer(Protocol):
         """The last chunk, when it was asked for."""
 
 
-async def stream_events(generation: Generation, answer: Answer, request: RequestFields) -> AsyncGenerator[bytes, None]:
+async def stream_events(
+    generation: Generation, answer: Answer, request: RequestFields, prompts: Prompts
+) -> AsyncGenerator[bytes, None]:
     """The encoded events of a stream, to [DONE]. An error becomes an event. Its caller closes the generation."""
     options = request.stream_options
     usage = options is not None and bool(options.include_usage)
     running_usage = options is not None and bool(options.continuous_usage_stats)
+    has_usage = usage or running_usage
     try:
         yield b"".join([event(chunk) for chunk in answer.opening()])
         async for delta in generation.deltas():
-            for chunk in answer.chunks(delta):
-                if usage or running_usage:
-                    chunk["usage"] = generation.usage.to_dict() if running_usage else None
-                yield event(chunk)
+            usage_field = {"usage": generation.usage.to_dict() if running_usage else None} if has_usage else {}
+            if delta.has_states:
+                yield await prompts.run(_events, answer, delta, usage_field)
+            else:
+                for chunk in answer.chunks(delta):
+                    yield event(chunk | usage_field)
         if usage:
             yield event(answer.usage_chunk(generation.usage))
     except Exception as error:
         yield event(told(error, generation.job.request_id).to_dict())
     yield DONE
+
+
+def _events(answer: Answer, delta: Delta, usage_field: dict[str, Any]) -> bytes:
+    return b"".join([event(chunk | usage_field) for chunk in answer.chunks(delta)])
 
 
 def told(error: Exception, request_id: str) -> HttpError:

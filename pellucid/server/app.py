@@ -142,11 +142,11 @@ class _Endpoints:
         answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, prepared.style.reader())
         generation = await self._context.submit(http, job)
         if request.stream:
-            return EventStream(stream_events(generation, answer, request), generation)
+            return EventStream(stream_events(generation, answer, request, context.prompts), generation)
         outputs = await self._context.whole(http, generation)
-        if prepared.style.is_plain:
+        if prepared.style.is_plain and not job.wants_states:
             return JsonResponse(answer.whole(outputs, generation.usage))
-        return JsonResponse(await context.prompts.run(answer.whole, outputs, generation.usage))
+        return await context.prompts.run(lambda: JsonResponse(answer.whole(outputs, generation.usage)))
 
     async def completions(self, http: Request) -> Response:
         """Continues one prompt or several."""
@@ -159,8 +159,11 @@ class _Endpoints:
         answer = CompletionAnswer(request, identity, prompts, params.n, context.logprobs, texts)
         generation = await self._context.submit(http, job)
         if request.stream:
-            return EventStream(stream_events(generation, answer, request), generation)
-        return JsonResponse(answer.whole(await self._context.whole(http, generation), generation.usage))
+            return EventStream(stream_events(generation, answer, request, context.prompts), generation)
+        outputs = await self._context.whole(http, generation)
+        if not job.wants_states:
+            return JsonResponse(answer.whole(outputs, generation.usage))
+        return await context.prompts.run(lambda: JsonResponse(answer.whole(outputs, generation.usage)))
 
     async def embeddings(self, http: Request) -> Response:
         """A vector for each input."""

@@ -55,7 +55,7 @@ def answer(request: EmbeddingRequest, model: str, outputs: Sequence[RequestOutpu
         if states is None:
             raise RuntimeError(f"input {index} has no rows")
         vector = pooled(states, normalize)
-        shown = to_base64(vector) if request.encoding_format == "base64" else vector.tolist()
+        shown = to_base64(vector).decode() if request.encoding_format == "base64" else vector.tolist()
         data.append({"object": "embedding", "index": index, "embedding": shown})
     tokens = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
     return {"object": "list", "data": data, "model": model, "usage": tokens}

@@ -39,6 +39,11 @@ class Delta:
     hidden_states_positions: list[int] | None = None
     captured: dict[str, npt.NDArray[np.float32]] | None = None
 
+    @property
+    def has_states(self) -> bool:
+        """True when it carries hidden states or activations."""
+        return self.hidden_states is not None or self.captured is not None
+
 
 @dataclass(frozen=True)
 class Usage:

@@ -23,6 +23,11 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
 
     @property
+    def wants_states(self) -> bool:
+        """True when an answer may be too large to be encoded on the event loop."""
+        return any(one.hidden_states is not None or one.capture is not None for one in self.options)
+
+    @property
     def engine_ids(self) -> list[str]:
         """The engine's name of each prompt's request."""
         if len(self.prompts) == 1:

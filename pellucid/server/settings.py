@@ -52,6 +52,10 @@ class ServerSettings:
     ssl_certfile: str | None = _setting(None, "Certificate for TLS (PEM).")
     ssl_keyfile: str | None = _setting(None, "Its key (PEM).")
     max_waiting: int = _setting(1024, "Most requests that wait for a place; more are answered with 429.")
+    hidden_states_total_mb: int = _setting(
+        1024,
+        "Most MB that hidden states and activations of all requests may take together; more are answered with 429.",
+    )
     max_body_bytes: int = _setting(4 << 20, "Longest request body.")
     max_header_bytes: int = _setting(64 << 10, "Longest request line and headers together.")
     max_connections: int = _setting(1024, "Most connections at once; more are answered with 503.")
@@ -178,6 +182,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "ssl_certfile": _optional_text,
     "ssl_keyfile": _optional_text,
     "max_waiting": _integer(0, 10**6),
+    "hidden_states_total_mb": _integer(1, 10**6),
     "max_body_bytes": _integer(1024, 1 << 30),
     "max_header_bytes": _integer(1024, 1 << 24),
     "max_connections": _integer(1, 1 << 20),

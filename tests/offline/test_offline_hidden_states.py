@@ -281,6 +281,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"names layer 4; layers are -1 and \[0, 3\]",
     ),
     "a layer before the first": ({"return_hidden_states": True, "hidden_states_layers": [-2]}, "names layer -2"),
+    "more than the cap with all choices": (
+        {"return_hidden_states": True, "hidden_states_for_tokens": [0] * 1000, "sampling_params": SamplingParams(n=4)},
+        r"take up to 1,024,000 bytes \(1,000 rows of 1 layers of 64 values for each of 4 choices\)",
+    ),
+    "more than the cap together": (
+        {"return_hidden_states": True, "hidden_states_for_tokens": [0] * 3900, "capture": ["layers.*.mlp"]},
+        r"the activations take up to 1,014,528 bytes \(21 rows of 192 values, 249,600 values of hidden states\)",
+    ),
     "more than the cap": (
         {"return_hidden_states": True, "hidden_states_for_tokens": [0] * 2000, "hidden_states_layers": [0, 1, 2]},
         r"take up to 1,536,000 bytes \(2,000 rows of 3 layers of 64 values\); hidden_states_max_mb allows 1,000,000",
@@ -293,7 +301,7 @@ def test_bad_request_when_made_then_refused_by_name_and_nothing_runs(model: str,
     asked, message = BAD[case]
     with LLM(model, **{**BASE, "hidden_states_max_mb": 1}) as llm:
         with pytest.raises(InvalidRequestError, match=message):
-            llm.generate([[5] * 10], GREEDY, **asked)
+            llm.generate([[5] * 10], **{"sampling_params": GREEDY, **asked})
         assert not llm.client.has_unfinished
         assert len(llm.generate([[5] * 10], GREEDY)[0]["token_ids"]) == NUM_TOKENS
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from utils.hidden_pairs import PROMPT as PAIRS_PROMPT
 from utils.http_server import RunningServer, running_server
 
 from pellucid import LLM, SamplingParams
+from pellucid.hidden import HiddenStatesParams
+from pellucid.options import RequestOptions
+from pellucid.server import states
+from pellucid.server.states import encoded
 
 PROMPT = list(range(20, 60))
 WIDTH = 64
@@ -179,6 +185,48 @@ def test_cap_when_passed_then_400_with_the_numbers(tiny_model: Path) -> None:
         answer = post(server, "/v1/completions", {**BODY, **asked})
         assert answer.status_code == 400
         assert "hidden_states_max_mb allows 1,000,000" in answer.json()["error"]["message"]
+
+
+def test_total_when_passed_then_429_until_what_others_hold_is_released(tiny_model: Path) -> None:
+    """A request may take 0.8 MB, all together 1."""
+    asked = {"return_hidden_states": True, "hidden_states_for_tokens": [0] * 3125}
+    options = RequestOptions(hidden_states=HiddenStatesParams((0,) * 3125))
+    with running_server(tiny_model, hidden_states_total_mb=1) as server:
+        engine = server.engine
+
+        def call(work: Coroutine[Any, Any, Any]) -> Any:
+            return asyncio.run_coroutine_threadsafe(work, server.loop).result(300)
+
+        call(engine.submit(PROMPT, SamplingParams(max_tokens=1), request_id="kept", options=options))
+        call(engine.wait("kept"))  # it has ended, and its states are kept
+        refused = post(server, "/v1/completions", {**BODY, **asked})
+        assert refused.status_code == 429
+        assert "take up to 800,000 bytes, those of others 800,000" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert post(server, "/v1/completions", BODY).status_code == 200
+        call(engine.release("kept"))
+        for _ in range(3):
+            assert post(server, "/v1/completions", {**BODY, **asked}).status_code == 200
+        never = post(server, "/v1/completions", {**BODY, **asked, "n": 2})
+        assert never.status_code == 400
+        assert "take up to 1,600,000 bytes; hidden_states_total_mb allows 1,000,000" in never.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), ("/v1/chat/completions", CHAT)])
+def test_states_when_they_are_spelled_then_not_on_the_event_loop(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    threads: list[str] = []
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return encoded(*arguments)
+
+    monkeypatch.setattr(states, "encoded", noted)
+    assert post(server, path, {**body, "stream": stream, "return_hidden_states": True}).status_code == 200
+    assert threads
+    assert "test-server" not in threads
 
 
 # ---- embeddings --------------------------------------------------------------------------------------------------------

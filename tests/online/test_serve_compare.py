@@ -49,7 +49,7 @@ def scripted(place: Any) -> list[str]:
 
 def group_of(compare: ModuleType, options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, *commands: Any) -> Any:
     servers = {
-        engine: ("hf", compare.Server(command, compare._own_environment))
+        engine: ("hf", compare.Server(command, compare.own_environment))
         for engine, command in zip(options.engines, commands, strict=True)
     }
     monkeypatch.setitem(compare.GROUPS, "smollm2/bf16", servers)

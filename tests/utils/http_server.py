@@ -56,7 +56,10 @@ def running_server(model: str | Path, *, in_process: bool = False, **settings: A
     chosen = ServerSettings(**own)
     bound = bind(chosen)
     engine = AsyncLLMEngine.start(
-        EngineConfig.from_kwargs(model, config), in_process=in_process, max_waiting=chosen.max_waiting
+        EngineConfig.from_kwargs(model, config),
+        in_process=in_process,
+        max_waiting=chosen.max_waiting,
+        hidden_states_total_mb=chosen.hidden_states_total_mb,
     )
     server = Server(engine, chosen)
     loop = asyncio.new_event_loop()

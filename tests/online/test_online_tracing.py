@@ -73,6 +73,8 @@ def test_request_when_answered_then_its_span_has_tokens_times_and_the_callers_tr
         assert httpx.get(f"{server.url}/health", headers={"traceparent": "nonsense"}, timeout=300).status_code == 200
         refused = {**BODY, "max_tokens": -1}
         assert httpx.post(f"{server.url}/v1/completions", json=refused, timeout=300).status_code == 400
+        # An answer is noted behind its last byte: when another has been given, this one has been.
+        assert httpx.get(f"{server.url}/health", timeout=300).status_code == 200
         server.server.context.close()  # sends what is left
     by_status = {attributes(span)["http.response.status_code"]: span for span in collector.spans}
     spans = [span for span in collector.spans if attributes(span).get("pellucid.request_id") == "mine"]

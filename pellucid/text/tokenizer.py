@@ -135,7 +135,8 @@ class Tokenizer:
             InvalidRequestError: `text` is not a `str` or holds a lone surrogate.
         """
         _check_text(text)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, this lets go of the interpreter lock: a long text would hold up all other threads.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

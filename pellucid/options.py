@@ -9,6 +9,7 @@ from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.params import check_well_formed
 
 MAX_CACHE_SALT_CHARACTERS = 512
+MAX_REQUEST_ID_CHARACTERS = 512
 _PRIORITIES = range(-(2**31), 2**31)
 
 
@@ -26,8 +27,8 @@ class RequestOptions:
 NO_OPTIONS = RequestOptions()
 
 
-def check_options(options: RequestOptions) -> None:
-    """Checks what needs no model.
+def check_options(request_id: str | None, options: RequestOptions) -> None:
+    """Checks what needs no model. An engine makes up an id where none is given.
 
     Raises:
         InvalidRequestError: naming the field, the value and the limit.
@@ -38,11 +39,12 @@ def check_options(options: RequestOptions) -> None:
     if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
         raise InvalidRequestError(f"priority is {priority!r}; it must be an integer of 32 bits", "priority")
     if options.cache_salt is not None:
-        check_name("cache_salt", options.cache_salt, MAX_CACHE_SALT_CHARACTERS)
+        _check_name("cache_salt", options.cache_salt, MAX_CACHE_SALT_CHARACTERS)
+    if request_id is not None:
+        _check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
 
 
-def check_name(name: str, value: object, limit: int) -> None:
-    """Raises InvalidRequestError for what is no text of 1 to `limit` characters."""
+def _check_name(name: str, value: object, limit: int) -> None:
     if not isinstance(value, str) or not 0 < len(value) <= limit:
         shown = f"has {len(value):,} characters" if isinstance(value, str) else f"is a {type(value).__name__}"
         raise InvalidRequestError(f"{name} {shown}; it must be a text of 1 to {limit} characters", name)

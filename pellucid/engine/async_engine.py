@@ -13,7 +13,6 @@ from typing import Any
 
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker
-from pellucid.engine.engine import MAX_REQUEST_ID_CHARACTERS
 from pellucid.engine.messages import (
     CLOSED,
     AbortAll,
@@ -37,7 +36,7 @@ from pellucid.engine.streams import RequestStream
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
 from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
-from pellucid.options import NO_OPTIONS, RequestOptions, check_name, check_options
+from pellucid.options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.text.tokenizer import Tokenizer
@@ -291,9 +290,7 @@ class AsyncLLMEngine:
         is_stream: bool,
     ) -> RequestStream:
         params = SamplingParams() if params is None else params
-        if request_id is not None:
-            check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
-        check_options(options)
+        check_options(request_id, options)
         self._book.refuse_when_closed()
         text, token_ids, num_state_bytes = await self._tokenised(prompt, params, options)
         stream = self._book.open(request_id, params.n, num_state_bytes)

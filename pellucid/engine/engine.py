@@ -24,7 +24,7 @@ from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.hidden import HiddenStatesLimits
-from pellucid.options import NO_OPTIONS, RequestOptions, check_name, check_options
+from pellucid.options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from pellucid.engine.trace_lines import Line
 
 _log = logging.getLogger(__name__)
-
-MAX_REQUEST_ID_CHARACTERS = 512
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,7 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         number = next(self._numbers)
         request_id = f"req-{number}" if request_id is None else request_id
-        check_name("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
-        check_options(options)
+        check_options(request_id, options)
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)

@@ -28,16 +28,16 @@ class HiddenStatesOfChoice:
     def add(self, positions: Sequence[int], rows: F32) -> None:
         """Takes in rows [n, layers, D] of ascending positions; forgets those that can no longer be handed out.
 
-        `rows` is a part of what the step kept for all requests. What stays is copied out of it, so that it does not hold the rest.
+        A single row is a part of what the step kept for all requests. It is copied where it stays, so that it does not hold the rest.
         """
         if not positions:
             return
-        known, wanted = self._rows, self._wanted
+        known, wanted, is_single = self._rows, self._wanted, len(positions) == 1
         for position, row in zip(positions, rows, strict=True):
             is_passing = wanted.is_passing(position)
             if is_passing and position not in known:
                 self._passing.append(position)
-            known[position] = row if is_passing else row.copy()
+            known[position] = row.copy() if is_single and not is_passing else row
         # A text may end before the newest row: at most by the drafts that were accepted with it.
         last = positions[-1] - MAX_SPECULATIVE_TOKENS - wanted.num_last
         while self._passing and self._passing[0] <= last:

@@ -61,26 +61,23 @@ class HiddenRows:
     def gather_hidden(
         self, executable: Executable, accepted_drafts: Mapping[str, Sized]
     ) -> tuple[dict[str, F32], dict[str, list[int]]]:
-        """Rows [n, layers, D] and their positions, by request id. Requests that want the same layers share one array."""
+        """Rows [n, layers, D] and their positions, by request id. Single rows of the same layers are parts of one array."""
         layers = {layer: _layer(executable, layer) for layer in self._layers}
+        states: dict[str, F32] = {}
         positions: dict[str, list[int]] = {}
-        alike: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
+        singles: dict[tuple[int, ...], dict[str, int]] = {}
         for part, wanted in self._hidden:
             end = _end_of_text(part, accepted_drafts)
             kept = wanted if wanted[-1] < end else [position for position in wanted if position < end]
-            positions[part.entry.request_id] = kept
-            rows = [position + part.offset for position in kept]
-            alike.setdefault(_layers(part), []).append((part.entry.request_id, rows))
-        states: dict[str, F32] = {}
-        for wanted_layers, requests in alike.items():
-            rows_N = np.array([row for _, rows in requests for row in rows], np.int64)
-            found_NLD = np.empty((len(rows_N), len(wanted_layers), layers[wanted_layers[0]].shape[1]), np.float32)
-            for index, layer in enumerate(wanted_layers):
-                np.take(layers[layer], rows_N, axis=0, out=found_NLD[:, index], mode="clip")  # "raise" would copy twice
-            begin = 0
-            for name, rows in requests:
-                states[name] = found_NLD[begin : begin + len(rows)]
-                begin += len(rows)
+            name, wanted_layers = part.entry.request_id, _layers(part)
+            positions[name] = kept
+            if len(kept) == 1:
+                singles.setdefault(wanted_layers, {})[name] = kept[0] + part.offset
+            else:
+                states[name] = _taken([position + part.offset for position in kept], wanted_layers, layers)
+        for wanted_layers, rows in singles.items():
+            found_NLD = _taken(list(rows.values()), wanted_layers, layers)
+            states |= {name: found_NLD[index : index + 1] for index, name in enumerate(rows)}
         return states, positions
 
     def gather_captured(self, executable: Executable, accepted_drafts: Mapping[str, Sized]) -> dict[str, CapturedRows]:
@@ -94,6 +91,14 @@ class HiddenRows:
             }
             found[part.entry.request_id] = CapturedRows(start, values)
         return found
+
+
+def _taken(rows: list[int], wanted_layers: tuple[int, ...], layers: Mapping[int, F32]) -> F32:
+    rows_N = np.array(rows, np.int64)
+    found_NLD = np.empty((len(rows), len(wanted_layers), layers[wanted_layers[0]].shape[1]), np.float32)
+    for index, layer in enumerate(wanted_layers):
+        np.take(layers[layer], rows_N, axis=0, out=found_NLD[:, index], mode="clip")  # "raise" would copy twice
+    return found_NLD
 
 
 def _end_of_text(part: _Part, accepted_drafts: Mapping[str, Sized]) -> int:

@@ -24,6 +24,9 @@ _ID_LIMIT = 1 << 32
 _PIECES = TypeVar("_PIECES")
 
 
+_LONG_TEXT = 4096  # characters; about a millisecond
+
+
 class Decoding(enum.Enum):
     """How token pieces become text, as far as the incremental detokenizer knows better than to ask."""
 
@@ -135,9 +138,12 @@ class Tokenizer:
             InvalidRequestError: `text` is not a `str` or holds a lone surrogate.
         """
         _check_text(text)
-        # Unlike `encode`, this lets go of the interpreter lock: a long text would hold up all other threads.
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
+        if len(text) < _LONG_TEXT:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        # It lets go of the interpreter lock, which `encode` holds. Not for all: it starts threads, of which a fork would warn.
+        found: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return found
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -457,3 +458,23 @@ def test_given_smollm2_when_text_is_encoded_then_ids_equal_auto_tokenizer() -> N
     )
     with pytest.raises(PellucidError):
         tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_given_a_long_text_when_encoded_then_ids_are_as_always_and_other_threads_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import gguf
+
+    file = real_gguf()
+    tokenizer = Tokenizer.from_gguf({key: field.contents() for key, field in gguf.GGUFReader(str(file)).fields.items()})
+    text = "".join(SAMPLES) * 400
+    turns = 0
+    found: list[list[int]] = []
+    thread = threading.Thread(target=lambda: found.append(tokenizer.encode(text)))
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0)
+        turns += 1
+    assert turns > 100, "the interpreter lock was held all the while"
+    monkeypatch.setattr("pellucid.text.tokenizer._LONG_TEXT", 1 << 40)
+    assert found == [tokenizer.encode(text)]

@@ -40,6 +40,23 @@ class EngineCoreRequest:
     steering: SteeringParams | None = None
     grammar: Grammar | None = None
 
+    @property
+    def return_hidden_states(self) -> bool:
+        """Whether hidden states are handed out."""
+        return self.hidden_states is not None
+
+    @property
+    def hidden_states_for_tokens(self) -> list[int] | None:
+        """Positions as they were asked for; None: the last row that exists, or none at all."""
+        hidden = self.hidden_states
+        return None if hidden is None or hidden.positions is None else list(hidden.positions)
+
+    @property
+    def hidden_states_layers(self) -> list[int] | None:
+        """Layers as they were asked for; None: what the head reads, or none at all."""
+        hidden = self.hidden_states
+        return None if hidden is None or hidden.layers is None else list(hidden.layers)
+
 
 def first_wanted_row(core: EngineCoreRequest) -> int | None:
     """The first position of which a caller may be handed something, so that it has to be computed; None: there is none."""

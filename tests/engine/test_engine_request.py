@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from utils.scheduler_world import make_request
 
 from pellucid.engine.request import Request, RequestStatus
 from pellucid.errors import InvariantError
+from pellucid.hidden import HiddenStatesParams
 
 WAITING, RUNNING, PREEMPTED = RequestStatus.WAITING, RequestStatus.RUNNING, RequestStatus.PREEMPTED
 STOPPED, LENGTH = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH
@@ -94,3 +96,13 @@ def test_requests_when_sorted_then_priority_counts_before_arrival() -> None:
     later = Request(make_request("c", 1), sequence=2)
     ordered = sorted([later, early, late_but_important], key=lambda request: request.queue_key)
     assert [request.request_id for request in ordered] == ["a", "b", "c"]
+
+
+def test_core_request_when_read_by_the_names_of_the_fields_then_what_was_asked() -> None:
+    core = make_request("r", 3)
+    assert not core.return_hidden_states
+    assert core.hidden_states_for_tokens is core.hidden_states_layers is None
+    asked = replace(core, hidden_states=HiddenStatesParams((0, -1), (2,)))
+    assert asked.return_hidden_states
+    assert (asked.hidden_states_for_tokens, asked.hidden_states_layers) == ([0, -1], [2])
+    assert replace(core, hidden_states=HiddenStatesParams()).hidden_states_for_tokens is None

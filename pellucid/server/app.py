@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -144,9 +145,8 @@ class _Endpoints:
         if request.stream:
             return EventStream(stream_events(generation, answer, request, context.prompts), generation)
         outputs = await self._context.whole(http, generation)
-        if prepared.style.is_plain and not job.wants_states:
-            return JsonResponse(answer.whole(outputs, generation.usage))
-        return await context.prompts.run(lambda: JsonResponse(answer.whole(outputs, generation.usage)))
+        is_slow = job.wants_states or not prepared.style.is_plain
+        return await context.json(partial(answer.whole, outputs, generation.usage), is_slow=is_slow)
 
     async def completions(self, http: Request) -> Response:
         """Continues one prompt or several."""
@@ -161,9 +161,7 @@ class _Endpoints:
         if request.stream:
             return EventStream(stream_events(generation, answer, request, context.prompts), generation)
         outputs = await self._context.whole(http, generation)
-        if not job.wants_states:
-            return JsonResponse(answer.whole(outputs, generation.usage))
-        return await context.prompts.run(lambda: JsonResponse(answer.whole(outputs, generation.usage)))
+        return await context.json(partial(answer.whole, outputs, generation.usage), is_slow=job.wants_states)
 
     async def embeddings(self, http: Request) -> Response:
         """A vector for each input."""
@@ -179,7 +177,8 @@ class _Endpoints:
         job = Job(name, prompts, embeddings.ONE_TOKEN, options, stream=False)
         generation = await context.submit(http, job)
         outputs = await context.whole(http, generation)
-        return JsonResponse(embeddings.answer(request, request.model or context.names[0], outputs, generation.usage))
+        made = partial(embeddings.answer, request, request.model or context.names[0], outputs, generation.usage)
+        return await context.json(made, is_slow=True)
 
     async def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """(ids of each prompt, its text where it is echoed)"""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -26,7 +27,7 @@ from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields, Strict
 from pellucid.server.response_store import Owner, ResponseStore
 from pellucid.server.settings import ServerSettings
-from pellucid.server.sse import unless_gone
+from pellucid.server.sse import JsonResponse, unless_gone
 from pellucid.server.states import wanted_options
 from pellucid.server.tracing import Tracing
 
@@ -87,6 +88,12 @@ class ServerContext:
         """The outputs of a generation, which ends when the client leaves."""
         async with generation:
             return await unless_gone(http.receive, generation.wait())
+
+    async def json(self, make: Callable[[], Any], *, is_slow: bool) -> JsonResponse:
+        """The answer that `make` gives; on a thread where that, or its encoding, may take long."""
+        if is_slow:
+            return await self.prompts.run(lambda: JsonResponse(make()))
+        return JsonResponse(make())
 
     def owner(self, http: Request) -> Owner:
         """Whose the request is: the key that it carries, where keys are needed."""

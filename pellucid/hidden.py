@@ -38,15 +38,19 @@ class HiddenStatesLimits:
     activations: dict[str, int]  # names that can be captured, and their widths
     steerable: dict[str, int]  # those of them that a vector can be added to
 
-    def admit(self, told: str, num_values: int, n: int, field: str) -> int:
-        """The bytes of so many values for each of `n` choices; raises InvalidRequestError where they are too many."""
-        needed = num_values * n * _VALUE_BYTES
+    @staticmethod
+    def num_bytes(num_values: int, n: int) -> int:
+        """Of so many values for each of `n` choices."""
+        return num_values * n * _VALUE_BYTES
+
+    def refuse_when_large(self, told: str, num_values: int, n: int, field: str) -> None:
+        """Raises InvalidRequestError where they are more than a request may be handed; `told` has a place for their bytes."""
+        needed = self.num_bytes(num_values, n)
         if needed > self.max_bytes:
             choices = f" for each of {n} choices" if n > 1 else ""
             raise InvalidRequestError(
                 f"{told.format(f'{needed:,}')}{choices}); hidden_states_max_mb allows {self.max_bytes:,}", field
             )
-        return needed
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class HiddenStatesParams:
         return (FINAL_LAYER,) if self.layers is None else self.layers
 
     def check(self, num_prompt_tokens: int, max_tokens: int, n: int, limits: HiddenStatesLimits) -> int:
-        """Refuses what can never exist, and more than a request of `n` choices may take; gives the bytes that it may.
+        """Refuses what can never exist, and more than a request of `n` choices may take; gives the values of each choice.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit.
@@ -121,7 +125,8 @@ class HiddenStatesParams:
         width = len(self.wanted_layers) * limits.hidden_size
         shape = f"{rows:,} rows of {len(self.wanted_layers)} layers of {limits.hidden_size:,} values"
         field = "hidden_states_for_tokens" if self.layers is None else "hidden_states_layers"
-        return limits.admit(f"the hidden states take up to {{}} bytes ({shape}", rows * width, n, field)
+        limits.refuse_when_large(f"the hidden states take up to {{}} bytes ({shape}", rows * width, n, field)
+        return rows * width
 
 
 # By the name of an activation: rows [begin, end) of the batch, and the vector that is added to each of them.

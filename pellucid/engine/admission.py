@@ -13,7 +13,6 @@ from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-_VALUE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,17 @@ class RequestChecker:
         if steering is not None:
             steering.check(self.hidden_states)
         limits, num_prompt, max_tokens = self.hidden_states, len(token_ids), self.max_tokens(len(token_ids), params)
-        num_bytes, names = 0, tuple[str, ...]()
+        num_values, names = 0, tuple[str, ...]()
         if hidden_states is not None:
-            num_bytes = hidden_states.check(num_prompt, max_tokens, params.n, limits)
+            num_values = hidden_states.check(num_prompt, max_tokens, params.n, limits)
         if capture is not None:
             names = capture.resolve(limits)
             rows, width = num_prompt + max_tokens - 1, sum(limits.activations[name] for name in names)
-            beside = num_bytes // (_VALUE_BYTES * params.n)  # both together may take no more
             told = f"the activations take up to {{}} bytes ({rows:,} rows of {width:,} values"
-            told += f", {beside:,} values of hidden states" if beside else ""
-            num_bytes = limits.admit(told, rows * width + beside, params.n, "capture")
-        return Admitted(names, num_bytes)
+            told += f", {num_values:,} values of hidden states" if num_values else ""
+            num_values += rows * width  # both together may take no more
+            limits.refuse_when_large(told, num_values, params.n, "capture")
+        return Admitted(names, limits.num_bytes(num_values, params.n))
 
     def grammar(self, params: SamplingParams) -> Grammar | None:
         """The structure that is asked for, compiled; the last ones are kept, so that a server does it before its engine asks.

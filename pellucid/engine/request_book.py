@@ -55,10 +55,10 @@ class RequestBook:
             old = self.streams.get(name)
             if old is not None and not old.has_ended:
                 raise InvalidRequestError(f"request_id {name!r} is in use", param="request_id")
-            if old is not None:
-                self.forget(old)
             if num_state_bytes:
                 self._reserve(num_state_bytes)
+            if old is not None:
+                self.forget(old)
             stream = self.streams[name] = RequestStream(name, num_choices, num_state_bytes)
         return stream
 

@@ -69,6 +69,9 @@ typedef struct pld_context_params {
   int32_t num_threads; /* 0: physical cores */
   pld_isa isa;         /* PLD_ISA_AUTO: the best that the machine has */
   int32_t spin_us;     /* how long an idle worker spins before it sleeps; < 0: default */
+  /* Absent in the first version of this struct. Not 0: programs fill memory with NaN as soon as nobody may read it any
+   * more, which changes no result unless a program is wrong. Slow: for tests. */
+  int32_t poison;
 } pld_context_params;
 PLD_API pld_context_params pld_context_default_params(void);
 PLD_API pld_status pld_context_create(const pld_context_params *params, pld_context **out);

@@ -1,6 +1,7 @@
 #include "context.hpp"
 
 #include <algorithm>
+#include <cstddef>
 
 #include "cpu.hpp"
 #include "error.hpp"
@@ -46,9 +47,13 @@ void run_stages(const Kernel &kernel, const OpArgs &args, pld_context &context, 
 
 void run_op(pld_context &context, OpArgs &args) {
   const Kernel &kernel = context.table.ops[args.op->kind];
-  if (kernel.scratch_bytes != nullptr) {
-    context.op_scratch.reserve(kernel.scratch_bytes(*args.op, args.weight, args.rows));
-    args.scratch = context.op_scratch.data();
+  if (kernel.regions != nullptr) {  // one after another
+    ScratchRegion regions[kMaxRegions];
+    size_t offsets[kMaxRegions + 1] = {0};
+    const int count = kernel.regions(*args.op, args.weight, args.rows, regions);
+    for (int r = 0; r < count; ++r) offsets[r + 1] = offsets[r] + (regions[r].bytes + 63) / 64 * 64;
+    context.op_scratch.reserve(offsets[count]);
+    for (int r = 0; r < count; ++r) args.scratch[r] = context.op_scratch.data() + offsets[r];
   }
   struct Region {
     const Kernel &kernel;
@@ -65,10 +70,13 @@ void run_op(pld_context &context, OpArgs &args) {
       &region);
 }
 
-static pld_status create_context(const pld_context_params *params, pld_context **out) {
+static pld_status create_context(const pld_context_params *given, pld_context **out) {
   if (out == nullptr) return fail(PLD_INVALID_ARGUMENT, "out is null");
   *out = nullptr;
-  if (pld_status status = check_size(params, "context_params")) return status;
+  pld_context_params copy = {};
+  if (pld_status status = read_params(given, offsetof(pld_context_params, poison), "context_params", &copy))
+    return status;
+  const pld_context_params *params = &copy;
   if (params->num_threads < 0 || params->num_threads > kMaxThreads)
     return fail(PLD_INVALID_ARGUMENT, "num_threads is %d; it must be in [0, %d]", params->num_threads, kMaxThreads);
   if (params->isa < PLD_ISA_AUTO || params->isa > PLD_ISA_AVX512)
@@ -80,15 +88,16 @@ static pld_status create_context(const pld_context_params *params, pld_context *
     return fail(PLD_NOT_SUPPORTED, "isa is %d; this machine has at most %d", params->isa, cpu.best_isa);
   int n_threads = params->num_threads > 0 ? params->num_threads : std::min(cpu.physical_cores, kMaxThreads);
   pld_isa isa = params->isa == PLD_ISA_AUTO ? cpu.best_isa : params->isa;
-  *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa);
+  *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa, params->poison != 0);
   return PLD_OK;
 }
 
 }  // namespace pld
 
-pld_context::pld_context(int n_threads, int spin_us, pld_isa isa_)
+pld_context::pld_context(int n_threads, int spin_us, pld_isa isa_, bool poison_)
     : pool(n_threads, spin_us),
       isa(isa_),
+      poison(poison_),
       table(pld::table_of(isa_)),
       turns(n_threads),
       thread_scratch(static_cast<size_t>(n_threads)) {
@@ -96,7 +105,7 @@ pld_context::pld_context(int n_threads, int spin_us, pld_isa isa_)
 }
 
 extern "C" pld_context_params pld_context_default_params(void) {
-  return {sizeof(pld_context_params), 0, PLD_ISA_AUTO, -1};
+  return {sizeof(pld_context_params), 0, PLD_ISA_AUTO, -1, 0};
 }
 extern "C" pld_status pld_context_create(const pld_context_params *params, pld_context **out) {
   return pld::guard([&] { return pld::create_context(params, out); });

@@ -13,6 +13,8 @@
 
 namespace pld {
 
+inline constexpr int kPoison = 0xff;  // a byte of a NaN
+
 // 64-byte aligned bytes that are not initialised.
 class Scratch {
  public:
@@ -63,10 +65,11 @@ class Turns {
 }  // namespace pld
 
 struct pld_context {
-  pld_context(int n_threads, int spin_us, pld_isa isa);
+  pld_context(int n_threads, int spin_us, pld_isa isa, bool poison);
 
   pld::Pool pool;
   const pld_isa isa;
+  const bool poison;
   const pld::KernelTable &table;
   std::mutex mutex;  // one region at a time; held by every call that computes
   pld::Turns turns;

@@ -10,6 +10,7 @@
 #include "kv.hpp"
 #include "op.hpp"
 #include "program.hpp"
+#include "scratch.hpp"
 #include "stages.hpp"
 
 namespace pld {
@@ -182,9 +183,8 @@ void place_buffers(pld_program &p) {
   p.arena.reserve(static_cast<size_t>(bytes));
 }
 
-// Everything of an op's arguments but the batch, the cache and the number of rows.
+// Everything of an op's arguments but the batch, the cache, the number of rows and scratch.
 void resolve_args(pld_program &p) {
-  size_t scratch = 0;
   p.args.assign(p.ops.size(), {});
   for (size_t index = 0; index < p.ops.size(); ++index) {
     const pld_op &op = p.ops[index];
@@ -206,21 +206,69 @@ void resolve_args(pld_program &p) {
     }
     for (int i = 0; i < PLD_MAX_WEIGHTS; ++i)
       args.weight[i] = op.weight[i] >= 0 ? &p.weights[static_cast<size_t>(op.weight[i])] : nullptr;
-    const Kernel &kernel = p.context->table.ops[op.kind];
-    if (kernel.scratch_bytes != nullptr) {
-      int64_t rows = p.max_rows[static_cast<int32_t>(index) < p.n_forward_ops ? PLD_ROWS_T : PLD_ROWS_L];
-      scratch = std::max(scratch, kernel.scratch_bytes(op, args.weight, rows));
+  }
+}
+
+StepRow row_of_steps(const pld_program &p) {
+  StepRow row;
+  for (const std::vector<Step> &part : p.steps)
+    for (const Step &step : part) row.push_back(&step);
+  return row;
+}
+
+pld_status place_scratch(pld_program &p) {
+  const StepRow steps = row_of_steps(p);
+  const KernelTable &table = p.context->table;
+  ScratchPlan plan = place_regions(find_regions(steps, p.args, table, p.n_forward_ops, p.max_rows));
+  if (pld_status status = check_scratch(plan, steps, p.args, table, p.n_forward_ops, p.max_rows)) return status;
+  p.op_scratch.reserve(plan.bytes);
+  for (const PlacedRegion &region : plan.regions)
+    p.args[static_cast<size_t>(region.op)].scratch[region.region] = p.op_scratch.data() + region.offset;
+  p.arena_bytes += static_cast<int64_t>(plan.bytes);
+  p.scratch_plan = std::move(plan);
+  return PLD_OK;
+}
+
+// The first and the last step that touches each buffer; -1: none. Steps count over both parts.
+std::vector<std::pair<int32_t, int32_t>> lives_of_buffers(const pld_program &p, const StepRow &steps) {
+  std::vector<std::pair<int32_t, int32_t>> lives(p.buffers.size(), {-1, -1});
+  for (size_t at = 0; at < steps.size(); ++at) {
+    const auto touch = [&](int32_t op, int) {
+      const pld_op &touched = p.ops[static_cast<size_t>(op)];
+      for (const auto *list : {touched.in, touched.out})
+        for (int i = 0; i < (list == touched.in ? PLD_MAX_IN : PLD_MAX_OUT); ++i) {
+          if (list[i] < 0) continue;
+          auto &life = lives[static_cast<size_t>(list[i])];
+          life.first = life.first < 0 ? static_cast<int32_t>(at) : life.first;
+          life.second = static_cast<int32_t>(at);
+        }
+    };
+    for (const Part &part : steps[at]->parts) {
+      touch(part.op, part.stage);
+      each_fused(p.args, part, touch);
     }
   }
-  // Two, taken by turns: a gated linear reads its own input while it writes that of the op after next.
-  scratch = (scratch + 63) / 64 * 64;
-  p.op_scratch.reserve(2 * scratch);
-  bool second = false;
-  for (OpArgs &args : p.args) {
-    args.scratch = p.op_scratch.data() + (second ? scratch : 0);
-    if (args.op->kind == PLD_OP_LINEAR) second = !second;
+  return lives;
+}
+
+// Tells each step which memory is dead after it: scratch regions, and buffers whose slot no other buffer has taken.
+void find_dead_memory(pld_program &p, const std::vector<int32_t> &outlive) {
+  std::vector<Step *> steps;
+  for (std::vector<Step> &part : p.steps)
+    for (Step &step : part) steps.push_back(&step);
+  for (const PlacedRegion &region : p.scratch_plan.regions)
+    steps[static_cast<size_t>(region.last)]->dead.push_back({p.op_scratch.data() + region.offset, region.bytes});
+  const auto lives = lives_of_buffers(p, row_of_steps(p));
+  for (size_t b = 0; b < p.buffers.size(); ++b) {
+    const auto [first, last] = lives[b];
+    bool is_dead = first >= 0 && std::find(outlive.begin(), outlive.end(), static_cast<int32_t>(b)) == outlive.end();
+    for (size_t other = 0; is_dead && other < p.buffers.size(); ++other)
+      is_dead = other == b || p.buffers[other].slot != p.buffers[b].slot || lives[other].first > last ||
+                lives[other].second <= last;
+    const int64_t bytes = p.buffers[b].width * p.max_rows[p.buffers[b].domain] * 4;
+    if (is_dead)
+      steps[static_cast<size_t>(last)]->dead.push_back({p.arena.data() + p.offset[b], static_cast<size_t>(bytes)});
   }
-  p.arena_bytes += static_cast<int64_t>(2 * scratch);
 }
 
 pld_status create_program(pld_context *context, const pld_program_desc *given, pld_program **out) {
@@ -253,6 +301,11 @@ pld_status create_program(pld_context *context, const pld_program_desc *given, p
     program->steps[part] =
         plan_steps(program->ops.data(), program->buffers.data(), program->args, context->table,
                    part == 0 ? 0 : desc->n_forward_ops, part == 0 ? desc->n_forward_ops : desc->n_ops);
+  if (pld_status status = place_scratch(*program)) return status;
+  if (context->poison) {
+    outlive.insert(outlive.end(), program->inputs.begin(), program->inputs.end());
+    find_dead_memory(*program, outlive);
+  }
   *out = program.release();
   return PLD_OK;
 }

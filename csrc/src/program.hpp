@@ -6,6 +6,7 @@
 #include "batch.hpp"
 #include "context.hpp"
 #include "kv.hpp"
+#include "scratch.hpp"
 #include "stages.hpp"
 
 struct pld_program {
@@ -23,6 +24,7 @@ struct pld_program {
   int64_t arena_bytes = 0;
   std::vector<int64_t> offset;  // of each buffer in the arena
   pld::Scratch op_scratch;
+  pld::ScratchPlan scratch_plan;
   std::vector<pld::OpArgs> args;
   std::vector<pld::Step> steps[2];  // of the forward part, and of the logits
   pld::CellMarks marks;

@@ -1,6 +1,7 @@
 #include "stages.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "strips.hpp"
 
@@ -94,7 +95,7 @@ std::vector<Step> plan_steps(const pld_op *ops, const pld_buffer *buffers, const
       const bool joins = rowwise && !steps.empty() && steps.back().chain && ops[index].kind != PLD_OP_GATHER_ROWS &&
                          strides.agrees(ops[index], buffers);
       if (!joins) {
-        steps.push_back({{}, rowwise});
+        steps.push_back({{}, rowwise, {}});
         strides.clear();
       }
       steps.back().parts.push_back({index, stage});
@@ -123,10 +124,13 @@ void run_steps(const std::vector<Step> &steps, const std::vector<OpArgs> &args, 
       const int stage = step.parts[0].stage;
       const Kernel &kernel = context.table.ops[first.op->kind];
       const int64_t n_tasks = kernel.n_tasks(first, stage, n_threads);
-      if (n_tasks == 0) continue;  // on every thread alike
       context.turns.take(turn++, n_tasks, thread,
                          [&](int64_t task) { kernel.run(first, stage, task, n_threads, scratch); });
     }
+    context.pool.barrier().wait();
+    if (step.dead.empty()) continue;
+    if (thread == 0)
+      for (const Span &span : step.dead) std::memset(span.data, kPoison, span.bytes);
     context.pool.barrier().wait();
   }
 }

@@ -377,16 +377,19 @@ struct SpanResult {
   Softmax *softmax;
   float *acc;
 
-  SpanResult(const OpArgs &args, const AttentionShape &s, int64_t n_parts, int64_t part, int64_t head) {
-    const int64_t heads = s.heads_per_group * s.n_kv_heads, index = part * heads + head;
-    softmax = (Softmax *)args.scratch + index;
-    acc = (float *)((Softmax *)args.scratch + n_parts * heads) + index * s.width;
+  SpanResult(const OpArgs &args, const AttentionShape &s, int64_t part, int64_t head) {
+    const int64_t index = part * s.heads_per_group * s.n_kv_heads + head;
+    softmax = (Softmax *)args.scratch[0] + index;
+    acc = (float *)args.scratch[1] + index * s.width;
   }
 };
 
-static size_t attention_scratch_bytes(const pld_op &op, const pld_weight *const *, int64_t) {
-  const int64_t width = (op.i[3] + kLanes - 1) / kLanes * kLanes;
-  return (size_t)(kMaxParts * op.i[1] * ((int64_t)sizeof(Softmax) + width * 4));  // untouched unless a step is split
+// The span results; untouched unless a step is split.
+static int attention_regions(const pld_op &op, const pld_weight *const *, int64_t, ScratchRegion *regions) {
+  const size_t results = (size_t)(kMaxParts * op.i[1]), width = (size_t)((op.i[3] + kLanes - 1) / kLanes * kLanes);
+  regions[0] = {results * sizeof(Softmax), 1, 2};
+  regions[1] = {results * width * sizeof(float), 1, 2};
+  return 2;
 }
 
 PLD_INLINE int64_t query_rows_of_task(const OpArgs &args, int n_threads) {
@@ -462,8 +465,7 @@ static void attend_rows(const OpArgs &args, const AttentionShape &s, const Atten
   }
 }
 
-static void attend_part(const OpArgs &args, const AttentionShape &s, const AttentionScratch &scratch, int64_t task,
-                        int64_t n_parts) {
+static void attend_part(const OpArgs &args, const AttentionShape &s, const AttentionScratch &scratch, int64_t task) {
   const int64_t part = task / s.n_kv_heads, g = task % s.n_kv_heads;
   RowParts of = {};
   each_row_parts(args, [&](const RowParts &parts) {
@@ -482,7 +484,7 @@ static void attend_part(const OpArgs &args, const AttentionShape &s, const Atten
     attend_chunk(args, s, cache, chunk, nullptr, g, scratch, tile, next);
     for (int64_t pair = chunk.first; pair < chunk.last; ++pair) {
       const int64_t i = pair - chunk.first;
-      const SpanResult result(args, s, n_parts, part, g * s.heads_per_group + pair);
+      const SpanResult result(args, s, part, g * s.heads_per_group + pair);
       *result.softmax = scratch.softmax[i];
       memcpy(result.acc, scratch.acc + i * s.width, (size_t)s.width * sizeof(float));
     }
@@ -490,13 +492,13 @@ static void attend_part(const OpArgs &args, const AttentionShape &s, const Atten
 }
 
 // Stage 2 of a split step: the spans of rows [begin, end), merged as one walk merges them.
-static void merge_rows(const OpArgs &args, int64_t begin, int64_t end, int64_t n_parts) {
+static void merge_rows(const OpArgs &args, int64_t begin, int64_t end) {
   const AttentionShape s = attention_shape(args);
   each_row_parts(args, [&](const RowParts &parts) {
     for (int64_t head = 0; parts.row >= begin && parts.row < end && head < s.heads_per_group * s.n_kv_heads; ++head) {
-      const SpanResult total(args, s, n_parts, parts.first_part, head);
+      const SpanResult total(args, s, parts.first_part, head);
       for (int64_t i = 1; i < parts.n_spans; ++i) {
-        const SpanResult part(args, s, n_parts, parts.first_part + i, head);
+        const SpanResult part(args, s, parts.first_part + i, head);
         merge_softmax(*total.softmax, total.acc, *part.softmax, part.acc, s.width);
       }
       divide_values(s, *total.softmax, total.acc, args.out[0] + parts.row * args.out_stride[0] + head * s.e);
@@ -517,7 +519,7 @@ struct Flushing {
 static void attention_rows(const OpArgs &args, int stage, int64_t begin, int64_t end, int n_threads) {
   const Flushing flushing;
   if (stage == 2) {
-    if (const int64_t n_parts = split_parts(args, n_threads)) merge_rows(args, begin, end, n_parts);
+    if (split_parts(args, n_threads) > 0) merge_rows(args, begin, end);
     return;
   }
   prefetch_row(args, begin);
@@ -535,13 +537,13 @@ static void run_attention(const OpArgs &args, int stage, int64_t task, int n_thr
   const Flushing flushing;
   const AttentionShape s = attention_shape(args);
   const AttentionScratch scratch = attention_scratch(s, *args.kv, (char *)thread_scratch);
-  if (const int64_t n_parts = split_parts(args, n_threads))
-    attend_part(args, s, scratch, task, n_parts);
+  if (split_parts(args, n_threads) > 0)
+    attend_part(args, s, scratch, task);
   else
     attend_rows(args, s, scratch, task, n_threads);
 }
 
-static const Kernel attention_kernel = {3,     attention_tasks, run_attention, attention_scratch_bytes,
+static const Kernel attention_kernel = {3,     attention_tasks, run_attention, attention_regions,
                                         0b101, attention_rows,  nullptr};
 
 }  // namespace PLD_ISA_NS

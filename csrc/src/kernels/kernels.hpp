@@ -8,6 +8,16 @@
 
 namespace pld {
 
+inline constexpr int kMaxStages = 3;
+inline constexpr int kMaxRegions = 7;
+
+// Memory that the stages of one op share beside its operands: written first by `first_stage`, read last by
+// `last_stage`.
+struct ScratchRegion {
+  size_t bytes;
+  int first_stage, last_stage;
+};
+
 // One op with every operand resolved. Column offsets are already in the pointers; strides are in floats.
 struct OpArgs {
   const pld_op *op;
@@ -21,7 +31,7 @@ struct OpArgs {
   const pld_weight *weight[PLD_MAX_WEIGHTS];  // null: absent
   const pld_batch *batch;
   pld_kv *kv;
-  std::byte *scratch;  // shared by the stages of this op; Kernel::scratch_bytes of it, 64-byte aligned
+  std::byte *scratch[kMaxRegions];  // the regions that Kernel::regions declares, 64-byte aligned; null: no bytes
   // linear within a program (stages.cpp). `gated`: the act_and_mul that alone reads the output is computed on the way,
   // and the output is not stored. `feeds`: the linear that alone reads that result gets it rounded into its scratch.
   const OpArgs *gated;
@@ -29,7 +39,6 @@ struct OpArgs {
 };
 
 inline constexpr size_t kThreadScratchBytes = 2 * 1024 * 1024;
-inline constexpr int kMaxStages = 3;
 
 // An op is a few stages with a barrier between them; a stage is tasks that may run in any order on any thread. How the
 // work is cut into tasks never changes a bit of the result: a task owns whole output elements.
@@ -37,7 +46,8 @@ struct Kernel {
   int n_stages;
   int64_t (*n_tasks)(const OpArgs &args, int stage, int n_threads);
   void (*run)(const OpArgs &args, int stage, int64_t task, int n_threads, std::byte *thread_scratch);
-  size_t (*scratch_bytes)(const pld_op &op, const pld_weight *const *weight, int64_t rows);  // null: none
+  // Declares the op's scratch regions for at most `rows` rows; gives their number. null: none.
+  int (*regions)(const pld_op &op, const pld_weight *const *weight, int64_t rows, ScratchRegion *regions);
   // Stages (a bit each) of which a row reads no other row of what stands before it (gather_rows: but the hidden states)
   // and writes no other; and such a stage for rows [begin, end).
   uint32_t row_stages;

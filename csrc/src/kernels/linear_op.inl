@@ -21,7 +21,7 @@ PLD_INLINE void round_values(const float *x, int64_t n, uint16_t *out) {
 
 // Where a row of bfloat16 input begins.
 PLD_INLINE uint16_t *rounded_row(const OpArgs &args, int64_t row) {
-  return (uint16_t *)args.scratch + row * BF16Panels::words(args.in_width[0]) * 2;
+  return (uint16_t *)args.scratch[0] + row * BF16Panels::words(args.in_width[0]) * 2;
 }
 
 static void round_row(const OpArgs &args, int64_t row) {
@@ -86,8 +86,8 @@ static void product(const OpArgs &args, int64_t begin, int64_t end, int64_t colu
     return panel_sums<F32Panels>(args.in[0] + begin * args.in_stride[0], args.in_stride[0], end - begin, panel, first,
                                  (int)count, w.cols, behind, sums);
   const int64_t words = BF16Panels::words(w.cols);
-  panel_sums<BF16Panels>((const uint32_t *)args.scratch + begin * words, words, end - begin, panel, first, (int)count,
-                         words, behind, sums);
+  panel_sums<BF16Panels>((const uint32_t *)args.scratch[0] + begin * words, words, end - begin, panel, first,
+                         (int)count, words, behind, sums);
 }
 
 // Gate sums stand in the first half of a row of `sums`, up sums in the second.
@@ -137,15 +137,23 @@ static void linear_run(const OpArgs &args, int stage, int64_t task, int n_thread
   finish_gated(args, begin, end, column, sums);
 }
 
-static size_t linear_scratch(const pld_op &op, const pld_weight *const *weight, int64_t rows) {
+// The rounded input; with quantised weights also what stands beside its groups.
+static int linear_regions(const pld_op &op, const pld_weight *const *weight, int64_t rows, ScratchRegion *regions) {
   const pld_dtype dtype = weight[0]->dtype;
-  if (strip_format(dtype) != nullptr) return (size_t)QuantisedInput(dtype, op.in_width[0]).bytes(rows);
-  return dtype == PLD_BF16 ? (size_t)(rows * BF16Panels::words(op.in_width[0]) * 4) : 0;
+  if (dtype == PLD_F32) return 0;
+  if (strip_format(dtype) == nullptr) {
+    regions[0] = {(size_t)(rows * BF16Panels::words(op.in_width[0]) * 4), 0, 1};
+    return 1;
+  }
+  const QuantisedInput layout(dtype, op.in_width[0]);
+  regions[0] = {(size_t)(rows * layout.row_bytes), 0, 1};
+  regions[1] = {(size_t)rows * (size_t)layout.n_beside * sizeof(GroupSums), 0, 1};
+  return 2;
 }
 
 static bool linear_is_void(const OpArgs &args, int stage) { return stage == 0 && args.weight[0]->dtype == PLD_F32; }
 
-static const Kernel linear_kernel = {2, linear_tasks,        linear_run,    linear_scratch,
+static const Kernel linear_kernel = {2, linear_tasks,        linear_run,    linear_regions,
                                      1, each_row<round_row>, linear_is_void};
 
 }  // namespace PLD_ISA_NS

@@ -21,9 +21,9 @@ struct MoeScratch {
   int32_t *token;    // [rows * top_k]: whose row a sorted row is
   int32_t *place;    // [rows, top_k]: the sorted row of a choice, in the order of rank
   float *weight;     // [rows, top_k]
+  uint32_t *sorted;  // [rows * top_k, x_words]: the sorted input rows; null unless too wide for a thread's scratch
   uint32_t *hidden;  // [rows * top_k, h_words]
-  float *y;  // [rows * top_k, d]; before that the sorted input rows, when they are too wide for a thread's scratch
-  size_t bytes;
+  float *y;          // [rows * top_k, d]
 };
 
 PLD_INLINE MoeShape moe_shape(const pld_op &op, const pld_weight *const *weight, int64_t rows) {
@@ -41,24 +41,23 @@ PLD_INLINE MoeShape moe_shape(const pld_op &op, const pld_weight *const *weight,
   return s;
 }
 
-PLD_INLINE MoeScratch moe_scratch(const MoeShape &s, char *memory) {
-  const size_t choices = (size_t)(s.rows * s.top_k);
-  const size_t sizes[] = {
-      ((size_t)s.experts + 1) * 4, choices * 4, choices * 4, choices * 4, choices * (size_t)s.h_words * 4,
-      choices * (size_t)s.d * 4};
-  char *part[6];
-  size_t at = 0;
-  for (int i = 0; i < 6; ++i) {
-    part[i] = memory + at;
-    at += (sizes[i] + 63) / 64 * 64;
-  }
-  return {(int32_t *)part[0],
-          (int32_t *)part[1],
-          (int32_t *)part[2],
-          (float *)part[3],
-          (uint32_t *)part[4],
-          (float *)part[5],
-          at};
+PLD_INLINE MoeScratch moe_scratch(const OpArgs &args) {
+  return {(int32_t *)args.scratch[0], (int32_t *)args.scratch[1],  (int32_t *)args.scratch[2],
+          (float *)args.scratch[3],   (uint32_t *)args.scratch[4], (uint32_t *)args.scratch[5],
+          (float *)args.scratch[6]};
+}
+
+static int moe_regions(const pld_op &op, const pld_weight *const *weight, int64_t rows, ScratchRegion *regions) {
+  const MoeShape s = moe_shape(op, weight, rows);
+  const size_t choices = (size_t)(rows * s.top_k);
+  regions[0] = {((size_t)s.experts + 1) * 4, 0, 2};
+  regions[1] = {choices * 4, 0, 1};
+  regions[2] = {choices * 4, 0, 2};
+  regions[3] = {choices * 4, 0, 2};
+  regions[4] = {s.block == 0 ? choices * (size_t)s.x_words * 4 : 0, 0, 1};
+  regions[5] = {choices * (size_t)s.h_words * 4, 1, 2};
+  regions[6] = {choices * (size_t)s.d * 4, 2, 2};
+  return 7;
 }
 
 // The chosen experts of one row by rank, and their weights.
@@ -119,7 +118,7 @@ static void route(const OpArgs &args, const MoeShape &s, const MoeScratch &scrat
     scratch.place[i] = row;
     scratch.token[row] = (int32_t)(i / s.top_k);
     if (s.block == 0)
-      to_words(args.in[0] + i / s.top_k * args.in_stride[0], s.d, s.bf16, (uint32_t *)scratch.y + row * s.x_words);
+      to_words(args.in[0] + i / s.top_k * args.in_stride[0], s.d, s.bf16, scratch.sorted + row * s.x_words);
   }
 }
 
@@ -146,7 +145,7 @@ static void gate_and_up(const OpArgs &args, const MoeShape &s, const MoeScratch 
   const int64_t block = s.block > 0 ? s.block : kMoeRows;
   for (int64_t row = scratch.offsets[expert]; row < scratch.offsets[expert + 1]; row += block) {
     const int64_t left = scratch.offsets[expert + 1] - row, n = left < block ? left : block;
-    uint32_t *x = s.block > 0 ? (uint32_t *)(up + kMoeRows * kPanel) : (uint32_t *)scratch.y + row * s.x_words;
+    uint32_t *x = s.block > 0 ? (uint32_t *)(up + kMoeRows * kPanel) : scratch.sorted + row * s.x_words;
     for (int64_t i = 0; i < n && s.block > 0; ++i)
       to_words(args.in[0] + scratch.token[row + i] * args.in_stride[0], s.d, s.bf16, x + i * s.x_words);
     moe_panel(*args.weight[0], x, s.x_words, n, expert * 2 * panels + panel, args.op->i[2], gate, kPanel);
@@ -185,7 +184,7 @@ static int64_t moe_tasks(const OpArgs &args, int stage, int) {
 
 static void run_moe(const OpArgs &args, int stage, int64_t task, int, std::byte *thread_scratch) {
   const MoeShape s = moe_shape(*args.op, args.weight, args.rows);
-  const MoeScratch scratch = moe_scratch(s, (char *)args.scratch);
+  const MoeScratch scratch = moe_scratch(args);
   if (stage == 0)
     route(args, s, scratch);
   else if (stage == 1)
@@ -194,11 +193,7 @@ static void run_moe(const OpArgs &args, int stage, int64_t task, int, std::byte 
     down_and_sum(args, s, scratch, task);
 }
 
-static size_t moe_scratch_bytes(const pld_op &op, const pld_weight *const *weight, int64_t rows) {
-  return moe_scratch(moe_shape(op, weight, rows), nullptr).bytes;
-}
-
-static const Kernel moe_kernel = {3, moe_tasks, run_moe, moe_scratch_bytes, 0, nullptr, nullptr};
+static const Kernel moe_kernel = {3, moe_tasks, run_moe, moe_regions, 0, nullptr, nullptr};
 
 }  // namespace PLD_ISA_NS
 }  // namespace pld

@@ -359,7 +359,8 @@ static void strip_sums_of(pld_dtype dtype, const QuantisedRows &r, int64_t rows,
 
 // ---- rounding of x -------------------------------------------------------------------------------------------------
 
-// How the scratch of a linear op holds its quantised input: all rows of int8, then what stands beside them.
+// How the scratch of a linear op holds its quantised input: rows of int8 in one region, what stands beside them in
+// another.
 struct QuantisedInput {
   int64_t row_bytes, n_groups, n_beside;
 
@@ -368,7 +369,6 @@ struct QuantisedInput {
     row_bytes = (n_groups * kQuantGroup + 63) / 64 * 64;
     n_beside = dtype == PLD_I8 ? 1 : n_groups;
   }
-  int64_t bytes(int64_t rows) const { return rows * (row_bytes + n_beside * (int64_t)sizeof(GroupSums)); }
 };
 
 static int zero_of(pld_dtype dtype) {
@@ -426,8 +426,8 @@ struct QuantisedTarget {
   GroupSums *beside;
 
   QuantisedTarget(const OpArgs &args, const QuantisedInput &layout, int64_t row)
-      : x((int8_t *)args.scratch + row * layout.row_bytes),
-        beside((GroupSums *)(args.scratch + args.rows * layout.row_bytes) + row * layout.n_beside) {}
+      : x((int8_t *)args.scratch[0] + row * layout.row_bytes),
+        beside((GroupSums *)args.scratch[1] + row * layout.n_beside) {}
 };
 
 // `count` values, at most a group, as int8; gives the sums of both halves.

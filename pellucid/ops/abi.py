@@ -184,16 +184,18 @@ class _Handle:
 
 
 class Context(_Handle):
-    """A thread pool and the kernels of one instruction set."""
+    """A thread pool and the kernels of one instruction set. With `poison` programs fill memory with NaN once nobody may read it
+    any more: slow, for tests."""
 
     _destroy = "pld_context_destroy"
 
-    def __init__(self, num_threads: int = 0, isa: str = "auto", spin_us: int = -1) -> None:
+    def __init__(self, num_threads: int = 0, isa: str = "auto", spin_us: int = -1, poison: bool = False) -> None:
         super().__init__(None)
         if isa not in ISA_CODES:
             raise ConfigError(f"isa is {isa!r}; it must be one of: {', '.join(ISA_CODES)}")
         params = library().pld_context_default_params()
         params.num_threads, params.isa, params.spin_us = num_threads, ISA_CODES[isa], spin_us
+        params.poison = int(poison)
         handle = c_void_p()
         check(library().pld_context_create(byref(params), byref(handle)))
         self._handle = handle.value

@@ -40,7 +40,13 @@ class CpuInfoStruct(Structure):
 class ContextParamsStruct(Structure):
     """pld_context_params."""
 
-    _fields_ = [("struct_size", c_size_t), ("num_threads", c_int32), ("isa", c_int32), ("spin_us", c_int32)]
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("num_threads", c_int32),
+        ("isa", c_int32),
+        ("spin_us", c_int32),
+        ("poison", c_int32),
+    ]
 
 
 class WeightStruct(Structure):

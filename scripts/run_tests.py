@@ -36,6 +36,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--layout", choices=["all", "slot", "block"], default="all")
     parser.add_argument("--device", choices=["all", "cpu", "cuda"], default="all")
+    parser.add_argument("--slow", action="store_true", help="also the tests marked slow, which CI leaves out")
     parser.add_argument("-k", dest="keyword", help="goes to pytest")
     return parser.parse_known_args(arguments)
 
@@ -78,6 +79,7 @@ def run_suite(suite: str, options: argparse.Namespace, rest: list[str], environm
     folders = [folder for folder in SUITES[suite] if (ROOT / folder).is_dir()]
     keyword = ["-k", options.keyword] if options.keyword else []
     keyword += ["--kv-layout", options.layout] if options.layout != "all" else []
+    keyword += ["--slow"] if options.slow else []
     command = [sys.executable, "-m", "pytest", *folders, *keyword, *rest]
     print(f"[run] {suite}: pytest {' '.join([*folders, *keyword, *rest])}", flush=True)
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

@@ -36,8 +36,9 @@ if [ "$kind" = address ]; then
 fi
 
 tests=(tests/ops tests/sampling/test_sampling_core.py tests/core/test_core_*.py tests/core/test_program_*.py
-  tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py)
+  tests/core/test_weights_{checkpoint,gguf,hostile,safetensors}.py tests/offline/test_offline_same_bits_long.py)
 if [ "$kind" = thread ]; then # what shares work between threads; the rest runs on one
-  tests=(tests/core/test_core_{attention,decode,moe,quantised,sample,sequences,threads}*.py)
+  tests=(tests/core/test_core_{attention,decode,moe,quantised,sample,scratch,sequences,threads}*.py
+    tests/offline/test_offline_same_bits_long.py)
 fi
 LD_PRELOAD="$preload" python -m pytest -q -x -p no:cacheprovider "${tests[@]}" --deselect tests/core/test_core_instructions.py "$@"

@@ -16,6 +16,7 @@ LAYOUTS = ("slot", "block")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kv-layout", choices=LAYOUTS, help="pass over tests that are for the other layout of the cache")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
 def _is_for_other(parameters: dict[str, Any], layout: str) -> bool:
@@ -24,13 +25,16 @@ def _is_for_other(parameters: dict[str, Any], layout: str) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of tests with a parameter `layout`, those of the one that was asked for."""
-    layout = config.getoption("--kv-layout")
-    if layout is None:
-        return
-    other = {item for item in items if _is_for_other(_parameters(item), layout)}
-    config.hook.pytest_deselected(items=list(other))
-    items[:] = [item for item in items if item not in other]
+    """Of tests with a parameter `layout`, those of the one that was asked for; slow ones when they were."""
+    layout, slow = config.getoption("--kv-layout"), config.getoption("--slow")
+    left_out = {
+        item
+        for item in items
+        if (layout is not None and _is_for_other(_parameters(item), layout))
+        or (not slow and item.get_closest_marker("slow") is not None)
+    }
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from utils.real_model import real_model
+from utils.same_bits import PRECISIONS, Bits, assert_same_bits, bits_of
 from utils.tiny_gguf import MIXED_TYPES, build_tiny_gguf
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
-from pellucid.outputs import RequestOutput
 
 LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 48, 64, 90, 130)
 MAX_TOKENS = 20
@@ -52,35 +51,6 @@ def params(index: int) -> SamplingParams:
     return SamplingParams(temperature=0.8, seed=100 + index, **chain, **asked)
 
 
-@dataclass(frozen=True)
-class Bits:
-    """All that P1 speaks of, as tensors."""
-
-    tokens: torch.Tensor
-    logprobs: torch.Tensor
-    prompt_logprobs: torch.Tensor
-
-
-def bits_of(output: RequestOutput) -> Bits:
-    choice = output.outputs[0]
-    rows = [[(token, row[token].logprob) for token in sorted(row)] for row in choice.logprobs or []]
-    prompt_rows = [
-        [(token, row[token].logprob) for token in sorted(row)] for row in output.prompt_logprobs or [] if row
-    ]
-    return Bits(
-        torch.tensor(choice.token_ids),
-        torch.tensor([value for row in rows for pair in row for value in pair], dtype=torch.float64),
-        torch.tensor([value for row in prompt_rows for pair in row for value in pair], dtype=torch.float64),
-    )
-
-
-def assert_same_bits(found: list[Bits], expected: list[Bits]) -> None:
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(one.tokens, other.tokens), f"tokens of request {index} differ"
-        assert torch.equal(one.logprobs, other.logprobs), f"logprobs of request {index} differ"
-        assert torch.equal(one.prompt_logprobs, other.prompt_logprobs), f"prompt logprobs of request {index} differ"
-
-
 def run(model: str, order: list[int] | None = None, *, alone: bool = False, **config: Any) -> tuple[list[Bits], LLM]:
     with LLM(model, **{**BASE, **config}) as llm:
         all_prompts = prompts(llm.engine.vocab_size)
@@ -96,17 +66,6 @@ def run(model: str, order: list[int] | None = None, *, alone: bool = False, **co
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama"))
-
-
-PRECISIONS: dict[str, dict[str, str]] = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"quantization": "int8"},
-    "int8, int8 cache": {"quantization": "int8", "kv_cache_dtype": "int8"},
-    "int8 a channel": {"quantization": "int8_channel"},
-    "int4": {"quantization": "int4"},
-    "stored types": {},
-}
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)

@@ -32,12 +32,12 @@ MIXED_TYPES = {
 }
 
 
-def build_tiny_gguf(folder: Path, types: Mapping[str, str]) -> Path:
+def build_tiny_gguf(folder: Path, types: Mapping[str, str], *, context_length: int = 512) -> Path:
     """Writes `tiny.gguf` into `folder`; `types` names the type of each matrix, `token_embd` among them (the head is tied)."""
     path = folder / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(_LAYERS)
-    writer.add_context_length(512)
+    writer.add_context_length(context_length)
     writer.add_embedding_length(_WIDTH)
     writer.add_feed_forward_length(_FFN)
     writer.add_head_count(_HEADS)

@@ -140,7 +140,8 @@ class _Endpoints:
         prompt, params = prepared.prompt_token_ids, prepared.params
         job = context.job(http, request, [prompt], params, prepared.structure_field)
         identity = context.identity("chatcmpl", job.request_id, request.model)
-        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, prepared.style.reader())
+        reader = prepared.style.reader()
+        answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, reader, prepared.begun)
         generation = await self._context.submit(http, job)
         if request.stream:
             return EventStream(stream_events(generation, answer, request, context.prompts), generation)

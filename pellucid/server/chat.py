@@ -12,13 +12,14 @@ from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.parsing import Message, OutputReader, Part
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.states import state_fields
+from pellucid.text.chat_prefill import content_text
 from pellucid.text.deltas import ContentDelta, ToolCallDelta
 
 CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
 
 
 class ChatAnswer:
-    """One answer in OpenAI's shape, as a whole or chunk by chunk."""
+    """One answer in OpenAI's shape, as a whole or chunk by chunk. `begun` is what of it the prompt ends with."""
 
     def __init__(
         self,
@@ -28,11 +29,12 @@ class ChatAnswer:
         num_choices: int,
         logprobs: LogprobFormat,
         reader: OutputReader,
+        begun: str = "",
     ) -> None:
         self._request, self._logprobs, self._reader = request, logprobs, reader
         self._head, self._whole_head = identity.head(CHUNK), identity.head(WHOLE)
         self._prompt_token_ids, self._num_choices = prompt_token_ids, num_choices
-        self._prefix = _echoed(request)
+        self._prefix = _echoed(request, begun)
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed."""
@@ -138,10 +140,9 @@ def _call_chunk(part: ToolCallDelta) -> dict[str, Any]:
     return {"index": part.index, "id": part.id, "type": "function", "function": function}
 
 
-def _echoed(request: ChatCompletionRequest) -> str:
-    """The assistant's last message, when it is asked to stand before the answer."""
+def _echoed(request: ChatCompletionRequest, begun: str) -> str:
+    """The assistant's last message, when it is asked to stand before the answer; where that goes on, what it goes on from."""
     last = request.messages[-1].to_template()
     if not request.echo or last["role"] != "assistant":
         return ""
-    content = last["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    return begun if request.continue_final_message else content_text(last)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from pellucid.errors import InvalidRequestError
 from pellucid.server.protocol_base import shown
 from pellucid.server.protocol_chat import Message
 from pellucid.server.turns import Turn
+from pellucid.text.chat_prefill import Messages, Render, content_text, left_open, text_behind
+from pellucid.text.reasoning_parser import ReasoningDialect, opens_in_prompt
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import ToolDialect
 from pellucid.text.tool_prompt import shows_calls, shows_tools, with_calls, with_tools
@@ -16,14 +20,24 @@ from pellucid.text.tool_prompt import shows_calls, shows_tools, with_calls, with
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "chat_template", "clock", "self"})
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    """The text of a prompt. `begun` is what of the answer stands at its end; `opens_reasoning`: the template has opened the
+    reasoning in front of that."""
+
+    text: str
+    begun: str = ""
+    opens_reasoning: bool = False
+
+
 class ChatText:
-    """The chat template of a model. `dialect` is how calls are written where the template does not write them; `reasons` tells
-    whether the model is known to reason."""
+    """The chat template of a model. `dialect` is how calls are written where the template does not write them; `reasoning` is how
+    the model marks its reasoning, None where it is not known to reason."""
 
-    def __init__(self, tokenizer: Tokenizer, dialect: ToolDialect, *, reasons: bool) -> None:
-        self._tokenizer, self._dialect, self._reasons = tokenizer, dialect, reasons
+    def __init__(self, tokenizer: Tokenizer, dialect: ToolDialect, reasoning: ReasoningDialect | None) -> None:
+        self._tokenizer, self._dialect, self._reasoning = tokenizer, dialect, reasoning
 
-    def text(self, turn: Turn) -> str:
+    def prompt(self, turn: Turn) -> ChatPrompt:
         """The prompt.
 
         Raises:
@@ -32,19 +46,40 @@ class ChatText:
         """
         tools = list(turn.tools.definitions) if turn.tools.is_allowed else None
         template = (self._tokenizer.tool_template if tools else self._tokenizer.chat_template) or ""
-        messages = [_for_template(message, template) for message in turn.messages]
+        messages: Messages = [_for_template(message, template) for message in turn.messages]
+        is_open = bool(turn.continue_final_message)
         if not shows_calls(template):
-            messages = with_calls(messages, self._dialect)
+            ended = len(messages) - is_open  # a message that is left open keeps its calls, and is refused for them
+            messages = [*with_calls(messages[:ended], self._dialect), *messages[ended:]]
         if tools and not shows_tools(template):
             messages, tools = with_tools(messages, tools, self._dialect), None
-        is_open = bool(turn.continue_final_message)
-        text = self._tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=not is_open if turn.add_generation_prompt is None else turn.add_generation_prompt,
-            tools=tools,
-            **{**self._effort(turn.reasoning_effort, template), **_variables(turn.template_kwargs)},
+        variables = {**self._effort(turn.reasoning_effort, template), **_variables(turn.template_kwargs)}
+        opens_turn = not is_open if turn.add_generation_prompt is None else turn.add_generation_prompt
+        now = datetime.now()
+
+        def render(messages: Messages) -> str:
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=opens_turn, tools=tools, clock=lambda: now, **variables
+            )
+
+        if not is_open:
+            text = render(messages)
+            return ChatPrompt(text, opens_reasoning=self._opens_reasoning(text, messages, render))
+        found = left_open(render, messages)
+        before = found.text.removesuffix(found.begun)
+        return ChatPrompt(
+            found.text, found.begun, self._reasoning is not None and opens_in_prompt(self._reasoning, before)
         )
-        return _left_open(text, messages[-1]) if is_open else text
+
+    def _opens_reasoning(self, text: str, messages: Messages, render: Render) -> bool:
+        """True when the prompt ends with an opening marker, and it is not the last message that says so."""
+        dialect = self._reasoning
+        if dialect is None or not opens_in_prompt(dialect, text):
+            return False
+        if not opens_in_prompt(dialect, content_text(messages[-1])):
+            return True
+        behind = text_behind(render, messages)
+        return behind is None or opens_in_prompt(dialect, behind)
 
     def _effort(self, effort: str | None, template: str) -> dict[str, Any]:
         """The variables that ask a template for an effort of reasoning."""
@@ -54,7 +89,7 @@ class ChatText:
             return {"reasoning_effort": effort}
         if effort == "none" and "enable_thinking" in template:
             return {"enable_thinking": False}
-        if effort == "none" and not self._reasons:
+        if effort == "none" and self._reasoning is None:
             return {}
         raise InvalidRequestError(
             f"reasoning_effort is {shown(effort)}; the model's chat template does not read it", "reasoning_effort"
@@ -73,17 +108,3 @@ def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
     if taken:
         raise InvalidRequestError(f"chat_template_kwargs.{min(taken)} is reserved", "chat_template_kwargs")
     return dict(given)
-
-
-def _left_open(text: str, last: Mapping[str, Any]) -> str:
-    """`text` up to the end of the last message's content, so that the model goes on with it."""
-    content = last["content"]
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    content = (content or "").strip()
-    at = text.rfind(content) if content else -1
-    if at < 0:
-        raise InvalidRequestError(
-            "continue_final_message: the chat template does not show the last message", "messages"
-        )
-    return text[: at + len(content)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pellucid.errors import InvalidRequestError
@@ -56,7 +56,7 @@ def _conversation(request: Conversation) -> dict[str, Any]:
     effort = None if config is None else config.effort
     return {
         "messages": [*system, *(message for turn in request.messages for message in _messages(turn))],
-        "continue_final_message": _is_left_open(request.messages[-1]) or None,
+        "continue_final_message": _is_left_open(request.messages) or None,
         "tools": [_tool(tool) for tool in request.tools or ()] or None,
         "tool_choice": None if choice is None else _tool_choice(choice.type, choice.name),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
@@ -66,16 +66,20 @@ def _conversation(request: Conversation) -> dict[str, Any]:
     }
 
 
-def _is_left_open(last: Turn) -> bool:
+def _is_left_open(messages: Sequence[Turn]) -> bool:
     """True when the answer goes on with the assistant's text."""
+    last, where = messages[-1], f"messages[{len(messages) - 1}].content"
     if last.role != "assistant":
         return False
     blocks = [] if isinstance(last.content, str) else last.content
-    text = last.content if isinstance(last.content, str) else "".join(getattr(block, "text", "") for block in blocks)
-    if not text.strip() or not all(isinstance(block, TextBlock) for block in blocks):
+    texts = [last.content] if isinstance(last.content, str) else [getattr(block, "text", "") for block in blocks]
+    if not "".join(texts).strip() or not all(isinstance(block, TextBlock) for block in blocks):
         raise InvalidRequestError(
             "the last of messages is the assistant's; it must have text, and nothing else", "messages"
         )
+    if texts[-1] != texts[-1].rstrip():
+        place = where if isinstance(last.content, str) else f"{where}[{len(texts) - 1}].text"
+        raise InvalidRequestError(f"{place}: final assistant content cannot end with trailing whitespace", "messages")
     return True
 
 

@@ -31,6 +31,7 @@ class OutputStyle:
     tools: ToolDialect | None = None  # None: no tool may be called, and the text is left as it is
     known: tuple[Tool, ...] = ()
     starts_inside: bool = False  # the prompt has opened the reasoning
+    has_begun: bool = False  # and ends within the answer, or within the reasoning
     parallel: bool = True  # False: the first call alone
     shows_reasoning: bool = True
 
@@ -94,7 +95,11 @@ class OutputReader:
         style = self.style
         if index not in self._parsers:
             self._parsers[index] = OutputParser(
-                style.reasoning, style.tools, style.known, starts_inside=style.starts_inside
+                style.reasoning,
+                style.tools,
+                style.known,
+                starts_inside=style.starts_inside,
+                has_begun=style.has_begun,
             )
         return self._parsers[index]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pellucid.errors import InvalidRequestError
 from pellucid.params import SamplingParams
-from pellucid.server.chat_text import ChatText
+from pellucid.server.chat_text import ChatPrompt, ChatText
 from pellucid.server.parsing import OutputStyle
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import shown
@@ -16,7 +16,7 @@ from pellucid.server.protocol_structure import renamed
 from pellucid.server.settings import AUTO, OFF, ServerSettings
 from pellucid.server.turns import ToolUse, Turn
 from pellucid.structured import StructuredOutputsParams
-from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, opens_in_prompt
+from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, stands_behind
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import TOLD_DIALECT, TOOL_DIALECTS, Tool, ToolDialect, detect_dialect, tools_of
 from pellucid.text.tool_grammar import calls_or_answer, forced_calls
@@ -26,12 +26,14 @@ from pellucid.text.tool_prompt import shows_tools
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is generated, and how it is read. `structure_field` is what an error of the structure is said of."""
+    """What is generated, and how it is read. `structure_field` is what an error of the structure is said of; `begun` is what of the
+    answer the prompt ends with."""
 
     prompt_token_ids: list[int]
     params: SamplingParams
     style: OutputStyle
     structure_field: str
+    begun: str = ""
 
 
 class Preparer:
@@ -53,7 +55,7 @@ class Preparer:
     def _set_dialects(self, tokenizer: Tokenizer, settings: ServerSettings, model_type: str) -> None:
         self._tools = _tool_dialect(settings.tool_dialect, tokenizer.tool_template, model_type)
         self._reasoning = _reasoning_dialect(settings.reasoning_dialect, tokenizer.chat_template)
-        self._text = ChatText(tokenizer, self._tools or TOLD_DIALECT, reasons=self._reasoning is not None)
+        self._text = ChatText(tokenizer, self._tools or TOLD_DIALECT, self._reasoning)
         self._special = {
             dialect.name
             for dialect in (self._tools, self._reasoning)
@@ -76,14 +78,14 @@ class Preparer:
     def _prepare(self, turn: Turn, params: SamplingParams) -> Prepared:
         tokenizer = self._prompts.tokenizer
         known = self._known(turn.tools)
-        text = self._text.text(turn)
-        style = self._style(turn, known, text)
+        prompt = self._text.prompt(turn)
+        style = self._style(turn, known, prompt)
         params, structure_field = self._constrained(turn, params, style, tokenizer)
         dialects = (style.reasoning, style.tools)
         if any(dialect is not None and dialect.name in self._special for dialect in dialects):
             params = dataclasses.replace(params, skip_special_tokens=False)  # markers must be in the text
-        ids = tokenizer.encode(text, bool(turn.add_special_tokens))
-        return Prepared(ids, params, style, structure_field)
+        ids = tokenizer.encode(prompt.text, bool(turn.add_special_tokens))
+        return Prepared(ids, params, style, structure_field, prompt.begun)
 
     def _known(self, tools: ToolUse) -> tuple[Tool, ...]:
         """The tools, checked also where none may be called."""
@@ -97,14 +99,15 @@ class Preparer:
             raise InvalidRequestError("tools: tool calling is switched off on this server (tool_dialect)", "tools")
         return known
 
-    def _style(self, turn: Turn, known: tuple[Tool, ...], text: str) -> OutputStyle:
-        inside = self._reasoning is not None and opens_in_prompt(self._reasoning, text)
+    def _style(self, turn: Turn, known: tuple[Tool, ...], prompt: ChatPrompt) -> OutputStyle:
+        inside, has_begun = stands_behind(self._reasoning, prompt.begun, starts_inside=prompt.opens_reasoning)
         allowed = turn.tools.is_allowed
         return OutputStyle(
             reasoning=self._reasoning,
             tools=self._tools if allowed else None,
             known=known if allowed else (),
             starts_inside=inside,
+            has_begun=has_begun,
             parallel=turn.tools.parallel,
             shows_reasoning=turn.shows_reasoning,
         )

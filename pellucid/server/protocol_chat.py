@@ -81,7 +81,9 @@ class ChatCompletionRequest(StructureFields):
         None, description="Opens the assistant's turn; true unless continue_final_message."
     )
     continue_final_message: bool | None = Field(
-        None, description="The last message is left open and goes on. Not together with add_generation_prompt."
+        None,
+        description="The last message is left open and goes on; it must have a text and no calls. Not together with "
+        "add_generation_prompt.",
     )
     add_special_tokens: bool | None = Field(
         None, description="Adds the tokenizer's own, over those that the template writes; false by default."
@@ -89,7 +91,10 @@ class ChatCompletionRequest(StructureFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, max_length=64, description="Further variables of the chat template."
     )
-    echo: bool | None = Field(None, description="The answer begins with the last message, if that is the assistant's.")
+    echo: bool | None = Field(
+        None,
+        description="The answer begins with the last message, if that is the assistant's; where it goes on, as the prompt has it.",
+    )
     metadata: dict[str, str] | None = Field(
         None, max_length=MAX_METADATA, description="The caller's own labels; they change nothing."
     )

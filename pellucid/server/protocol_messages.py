@@ -169,7 +169,8 @@ class Conversation(Strict):
     messages: list[Turn] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
-        description="The turns. A last one of the assistant's, of text alone, is left open and goes on.",
+        description="The turns. A last one of the assistant's, of text alone, is left open and goes on; it must not end with "
+        "whitespace.",
     )
     system: TextContent | None = Field(None, description="A system message before all.")
     tools: list[CustomTool] | None = Field(None, max_length=MAX_TOOLS, description="Tools that may be used.")

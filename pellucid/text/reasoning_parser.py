@@ -62,6 +62,16 @@ def opens_in_prompt(dialect: ReasoningDialect, prompt: str) -> bool:
     return prompt.rstrip().endswith(dialect.opens)
 
 
+def stands_behind(dialect: ReasoningDialect | None, begun: str, *, starts_inside: bool = False) -> tuple[bool, bool]:
+    """(the reasoning is open, something of the reasoning or of the answer stands there) behind the beginning of an output."""
+    if dialect is None:
+        return False, bool(begun.strip())
+    parser = ReasoningParser(dialect, starts_inside=starts_inside)
+    parser.feed(begun)
+    parser.finish()
+    return parser.is_inside, parser.has_begun
+
+
 class Markers:
     """Finds markers in a text that comes character by character, and holds back what may become one."""
 
@@ -102,15 +112,27 @@ class ReasoningParser:
     Args:
         dialect: the markers.
         starts_inside: the prompt has opened the reasoning (`opens_in_prompt`).
+        has_begun: the prompt ends within the present part (`stands_behind`): its whitespace counts, and an answer has no
+            reasoning any more.
     """
 
-    def __init__(self, dialect: ReasoningDialect, *, starts_inside: bool = False) -> None:
+    def __init__(self, dialect: ReasoningDialect, *, starts_inside: bool = False, has_begun: bool = False) -> None:
         self._dialect = dialect
-        self._inside, self._may_open = starts_inside, True
-        self._is_first = True  # nothing but whitespace has come in the present part
+        self._inside, self._may_open = starts_inside, starts_inside or not has_begun
+        self._is_first = not has_begun  # nothing but whitespace has come in the present part
         self._space = ""
         self._has_reasoned = starts_inside
-        self._look_for(dialect.markers)
+        self._look_for(dialect.markers if self._may_open else dialect.silent)
+
+    @property
+    def is_inside(self) -> bool:
+        """True where the text stands within the reasoning."""
+        return self._inside
+
+    @property
+    def has_begun(self) -> bool:
+        """True when something of the present part has come."""
+        return not self._is_first
 
     def _look_for(self, markers: tuple[str, ...]) -> None:
         self._markers = Markers(markers)

@@ -31,10 +31,17 @@ class ToolParser:
     """Splits a stream of text into content and tool calls.
 
     Where calls stand without a marker (`at_start`), only a call of one of `tools` is one; behind a marker any name is. Content
-    of nothing but whitespace around calls is dropped.
+    of nothing but whitespace around calls is dropped. `has_begun`: the text goes on with an answer, so this is not its beginning.
     """
 
-    def __init__(self, dialect: ToolDialect, tools: Sequence[Tool] = (), *, make_id: IdMaker | None = None) -> None:
+    def __init__(
+        self,
+        dialect: ToolDialect,
+        tools: Sequence[Tool] = (),
+        *,
+        has_begun: bool = False,
+        make_id: IdMaker | None = None,
+    ) -> None:
         self._dialect = dialect
         self._tools = {tool.name: tool for tool in tools}
         self._make_id = random_id(dialect) if make_id is None else make_id
@@ -47,7 +54,7 @@ class ToolParser:
         self._space = ""
         self._is_marked = False
         self._calls_before = 0  # when the reader began
-        self._may_start = dialect.at_start
+        self._may_start = dialect.at_start and not has_begun
         self._skips = False  # to the end marker: the call there is broken
         self.num_calls = 0
         self.problems: list[str] = []
@@ -199,6 +206,7 @@ class OutputParser:
         tools: how tool calls are written; None where no tool may be called: the text is then left as it is.
         known: the tools of the request.
         starts_inside: the prompt has opened the reasoning.
+        has_begun: the prompt ends within the answer, or within the reasoning.
     """
 
     def __init__(
@@ -208,10 +216,14 @@ class OutputParser:
         known: Sequence[Tool] = (),
         *,
         starts_inside: bool = False,
+        has_begun: bool = False,
         make_id: IdMaker | None = None,
     ) -> None:
-        self._reasoning = None if reasoning is None else ReasoningParser(reasoning, starts_inside=starts_inside)
-        self._tools = None if tools is None else ToolParser(tools, known, make_id=make_id)
+        self._reasoning = self._tools = None
+        if reasoning is not None:
+            self._reasoning = ReasoningParser(reasoning, starts_inside=starts_inside, has_begun=has_begun)
+        if tools is not None:
+            self._tools = ToolParser(tools, known, has_begun=has_begun and not starts_inside, make_id=make_id)
 
     def feed(self, text: str) -> list[Delta]:
         """What is known of the text now that this came."""

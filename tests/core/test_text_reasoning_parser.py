@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.text.deltas import ContentDelta, Delta, ReasoningDelta
-from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningParser, detect_reasoning, opens_in_prompt
+from pellucid.text.reasoning_parser import (
+    REASONING_DIALECTS,
+    ReasoningParser,
+    detect_reasoning,
+    opens_in_prompt,
+    stands_behind,
+)
 
 # dialect, the prompt opened it, text, reasoning, content
 TRANSCRIPTS = [
@@ -103,3 +109,35 @@ def test_prompt_when_it_ends_with_an_opening_marker_then_the_output_begins_insid
 def test_template_when_it_has_a_marker_then_its_dialect_is_found(template: str | None, name: str | None) -> None:
     found = detect_reasoning(template)
     assert (None if found is None else found.name) == name
+
+
+# what the prompt holds of the answer, what the model writes, reasoning, content
+BEGUN = [
+    ("", "<think>a</think>b", "a", "b"),
+    ("<think>", "a</think>b", "a", "b"),
+    ("<think>\n", "\na</think>b", "a", "b"),
+    ("<think>a", " b</think>c", " b", "c"),
+    ("<think>a ", "b</think> c", "b", "c"),
+    ("<think>a</think>", "b", "", "b"),
+    ("<think>a</think>b", " c <think>d", "", " c <think>d"),
+    ("The tag is <think>", " it is</think>.", "", " it is</think>."),
+    ("The answer is:", " <think>", "", " <think>"),
+    ("<thi", "nk>a</think>", "", "nk>a</think>"),
+]
+
+
+@pytest.mark.parametrize(("begun", "text", "reasoning", "content"), BEGUN)
+def test_output_when_it_goes_on_from_a_beginning_then_that_says_what_it_is(
+    begun: str, text: str, reasoning: str, content: str
+) -> None:
+    inside, has_begun = stands_behind(REASONING_DIALECTS["think"], begun)
+    for pieces in ([text], list(text)):
+        parser = ReasoningParser(REASONING_DIALECTS["think"], starts_inside=inside, has_begun=has_begun)
+        deltas: list[Delta] = [*(delta for piece in pieces for delta in parser.feed(piece)), *parser.finish()]
+        assert "".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)) == reasoning
+        assert "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta)) == content
+
+
+@pytest.mark.parametrize(("begun", "has_begun"), [("", False), (" \n", False), ("a", True)])
+def test_output_of_a_model_that_does_not_reason_when_begun_then_it_has_begun(begun: str, has_begun: bool) -> None:
+    assert stands_behind(None, begun) == (False, has_begun)

@@ -344,6 +344,16 @@ def test_forced_call_when_written_at_random_then_the_parser_reads_calls_of_the_s
         jsonschema.validate(json.loads(calls[0][1]), dict(tool.parameters))
 
 
+def test_text_when_it_goes_on_with_an_answer_then_only_a_marker_begins_a_call() -> None:
+    text = '{"name": "now", "arguments": {}}'
+    for dialect in ("json", "llama3_json"):
+        begun = ToolParser(TOOL_DIALECTS[dialect], KNOWN, has_begun=True)
+        assert summary(run(begun, list(text))) == (text, "", [])
+        assert summary(run(parser(dialect), list(text))) == ("", "", [("now", "{}")])
+    marked = ToolParser(TOOL_DIALECTS["hermes"], KNOWN, has_begun=True, make_id=lambda index: f"id{index}")
+    assert summary(run(marked, [f" so<tool_call>{text}</tool_call>"])) == (" so", "", [("now", "{}")])
+
+
 def test_forced_call_when_the_tokenizer_is_sentencepiece_then_read_too() -> None:
     tokenizer = Tokenizer.from_gguf(sentencepiece_metadata())
     text = write(TOOL_DIALECTS["hermes"], tokenizer, 1, name="get_weather")

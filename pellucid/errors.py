@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+_MAX_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """`value` as an error quotes it, at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than some thousand digits
+        text = "a number of too many digits to be shown"
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
 
 class PellucidError(Exception):
     """The root of all errors that Pellucid raises on purpose."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic_core import from_json
-
 from pellucid.server.answers import Identity
 from pellucid.server.errors import HttpError, anthropic_error
 from pellucid.server.generation import Delta, Usage
 from pellucid.server.parsing import OutputReader
 from pellucid.server.protocol_messages import MessagesRequest
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
+from pellucid.text.json_mending import ObjectMender, mended_object
 
 PREFIX = "msg"
 Events = Iterator[dict[str, Any]]
@@ -104,12 +103,15 @@ class MessageAnswer:
         yield {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block.to_dict()}
 
     def _add(self, text: str) -> Events:
-        if text:
-            delta = self._blocks[-1].add(text)
+        yield from self._told(self._blocks[-1].add(text))
+
+    def _told(self, delta: dict[str, Any] | None) -> Events:
+        if delta is not None:
             yield {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
     def _end(self) -> Events:
         if self._is_open:
+            yield from self._told(self._blocks[-1].end())
             self._is_open = False
             yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
@@ -123,31 +125,31 @@ _DELTAS = {
 
 
 class _Block:
-    """A piece of a message: text, thoughts or a call."""
+    """A piece of a message: text, thoughts or a call, whose arguments are an object: they are mended where they are not JSON."""
 
     def __init__(self, kind: str, head: dict[str, Any]) -> None:
         self.kind, self._head, self._text = kind, head, ""
+        self._mender = ObjectMender() if kind == "tool_use" else None
 
-    def add(self, text: str) -> dict[str, Any]:
-        """The delta that says so."""
+    def add(self, text: str) -> dict[str, Any] | None:
+        """The delta that says so, if there is something to say."""
+        return self._delta(text if self._mender is None else self._mender.feed(text))
+
+    def end(self) -> dict[str, Any] | None:
+        """The last delta, if there is something left to say."""
+        return None if self._mender is None else self._delta(self._mender.finish())
+
+    def _delta(self, text: str) -> dict[str, Any] | None:
         self._text += text
         kind, key = _DELTAS[self.kind]
-        return {"type": kind, key: text}
+        return {"type": kind, key: text} if text else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The block as it stands."""
+        """The block as it stands; a call's input, once it has ended."""
         if self.kind == "tool_use":
-            return {"type": self.kind, **self._head, "input": _input_of(self._text)}
+            return {"type": self.kind, **self._head, "input": mended_object(self._text)}
         # Thoughts need no signature here: they are not read from a request but by the template.
         return {"type": self.kind, self.kind: self._text, **({"signature": ""} if self.kind == "thinking" else {})}
-
-
-def _input_of(arguments: str) -> Any:
-    """The arguments as an object, as far as they came: `max_tokens` may have cut them, and a client reads as much."""
-    try:
-        return from_json(arguments, allow_partial=True) if arguments.strip() else {}
-    except ValueError:
-        return {}
 
 
 def _usage(usage: Usage, thought_tokens: int) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field
 
 from pellucid.server.protocol_base import Strict
+from pellucid.text.json_mending import mended_object
 from pellucid.text.tool_dialects import MAX_TOOLS
 
 __all__ = ["MAX_TOOLS", "FunctionCall", "NamedFunction", "NamedTool", "ToolCall", "ToolDefinition"]
@@ -62,14 +62,9 @@ class ToolCall(Strict):
     index: int | None = Field(None, description="As streamed; not read.")
 
     def to_template(self) -> dict[str, Any]:
-        """What a chat template gets: templates read arguments as an object. What is none stays the text that it is."""
-        function = {"name": self.function.name, "arguments": _object_or_text(self.function.arguments)}
+        """What a chat template gets: templates read arguments as an object. What cannot be one stays the text that it is."""
+        arguments: Any = mended_object(self.function.arguments)
+        if arguments is None:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
         return {**({} if self.id is None else {"id": self.id}), "type": self.type, "function": function}
-
-
-def _object_or_text(arguments: str) -> Any:
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments

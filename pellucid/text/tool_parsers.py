@@ -10,6 +10,7 @@ import secrets
 import string
 from collections.abc import Callable, Sequence
 
+from pellucid.json_text import well_formed
 from pellucid.text.deltas import ContentDelta, Delta, ReasoningDelta, ToolCallDelta, joined
 from pellucid.text.reasoning_parser import Markers, ReasoningDialect, ReasoningParser
 from pellucid.text.tokenizer import Tokenizer
@@ -89,14 +90,14 @@ class ToolParser:
         if not self._is_marked and name not in self._tools:
             return False
         self._space = ""
-        self._made.append(ToolCallDelta(self.num_calls, self._make_id(self.num_calls), name))
+        self._made.append(ToolCallDelta(self.num_calls, self._make_id(self.num_calls), well_formed(name)))
         self.num_calls += 1
         return True
 
     def arguments(self, text: str) -> None:
-        """Passes on more arguments of the newest call."""
+        """Passes on more arguments of the newest call. Escapes that were read may be halves of characters: what goes on is text."""
         if text:
-            self._made.append(ToolCallDelta(self.num_calls - 1, arguments=text))
+            self._made.append(ToolCallDelta(self.num_calls - 1, arguments=well_formed(text)))
 
     # ---- content ----------------------------------------------------------------------------------------------------------
 

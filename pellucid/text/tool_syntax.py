@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Protocol
 
+from pellucid.json_text import loads
 from pellucid.text.tool_dialects import Tool, ToolDialect
 
 MAX_NAME = 256  # longer than any tool's: what stands there is no name
@@ -327,28 +328,43 @@ class ParametersReader:
     def _in_value(self) -> State:
         after = self._dialect.parameter[2]
         if self._text.endswith(after):
-            value = self._text[: -len(after)]
-            fragment = f"{json.dumps(self._key)}: {self._value(value)}"
-            self._sink.arguments(("{" if self._count == 0 else ", ") + fragment)
+            self._pass(self._value(self._text[: -len(after)]))
             self._count, self._key, self._text = self._count + 1, None, ""
             return State.MAY_END
         return State.MIDST
 
+    def _pass(self, value: str) -> None:
+        self._sink.arguments(("{" if self._count == 0 else ", ") + f"{json.dumps(self._key)}: {value}")
+
+    def _is_text(self) -> bool:
+        tool = self._tools.get(self._name or "")
+        return tool is None or tool.type_of(self._key or "") == "string"
+
     def _value(self, text: str) -> str:
         """One line end at either side belongs to the markers."""
         text = text.removeprefix("\n").removesuffix("\n")
-        tool = self._tools.get(self._name or "")
-        if tool is not None and tool.type_of(self._key or "") != "string":
+        if not self._is_text():
             value = _loaded(text.strip())
             if value is not _NOTHING:
                 return json.dumps(value, ensure_ascii=False)
         return json.dumps(text, ensure_ascii=False)
 
     def close(self) -> bool:
-        if self._name is None or self._key is not None or self._text.strip():
+        if self._key is not None:
+            self._break_off()
+            return False
+        if self._name is None or self._text.strip():
             return False
         self._sink.arguments("{}" if self._count == 0 else "}")
         return True
+
+    def _break_off(self) -> None:
+        """The text ends within a value: of a string, what came of it is passed on, and left open."""
+        after = self._dialect.parameter[2]
+        marked = next(length for length in range(len(after), -1, -1) if self._text.endswith(after[:length]))
+        text = self._text[: len(self._text) - marked].removeprefix("\n").removesuffix("\n")
+        if text and self._is_text():
+            self._pass(json.dumps(text, ensure_ascii=False)[:-1])
 
 
 class PythonicReader:
@@ -431,9 +447,9 @@ _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 
 
 def _loaded(text: str) -> Any:
-    """The value of a JSON text, or `_NOTHING`."""
+    """The value of a JSON text, or `_NOTHING`. NaN and what is more than a number can be are none."""
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError):
         return _NOTHING
 

@@ -197,7 +197,13 @@ def test_arguments_when_they_stream_then_fragments_come_with_the_text() -> None:
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', '{"a": 1', "tool call 0 breaks off"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1]}</tool_call>', '{"a": 1', "does not go on"),
         ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}', "{}", "breaks off"),
-        ("qwen3_coder", "<function=f>\n<parameter=a>\n1", "", "breaks off"),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\n1", '{"a": "1', "breaks off"),
+        (
+            "qwen3_coder",
+            "<function=f><parameter=a>\nx\n</parameter>\n<parameter=b>\na </b>\n</para",
+            '{"a": "x", "b": "a </b>',
+            "breaks off",
+        ),
     ],
 )
 def test_call_when_it_breaks_within_its_arguments_then_told_and_not_content(
@@ -342,6 +348,56 @@ def test_forced_call_when_written_at_random_then_the_parser_reads_calls_of_the_s
         tool = {tool.name: tool for tool in KNOWN}[calls[0][0]]
         assert seed == 0 or tool is WEATHER
         jsonschema.validate(json.loads(calls[0][1]), dict(tool.parameters))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "text", "arguments"),
+    [
+        ("qwen3_coder", "<function=get_weather>\n<parameter=days>\n1", ""),  # of a number nobody knows what is missing
+        ("qwen3_coder", "<function=get_weather>\n<parameter=city>\n", ""),
+        ("qwen3_coder", "<function=get_weather>\n<parameter=ci", ""),
+        ("qwen3_coder", "<function=get_weather>\n<parameter=city>\nPar</", '{"city": "Par'),
+        ("glm", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Par", '{"city": "Par'),
+    ],
+)
+def test_value_when_the_text_ends_within_it_then_what_came_of_a_text_is_kept(
+    dialect: str, text: str, arguments: str
+) -> None:
+    for pieces in ([text], list(text)):
+        assert summary(run(parser(dialect), pieces)) == ("", "", [("get_weather", arguments)])
+
+
+# dialect, text, name, arguments: what a parser reads out of escapes can always be sent
+NOT_TEXT: list[tuple[str, str, str, str]] = [
+    ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', "\ufffd", "{}"),
+    ("hermes", '<tool_call>{"name": "\\ud83d\\ude00", "arguments": {}}</tool_call>', "😀", "{}"),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\ud83d\\"}"}</tool_call>', "f", '{"a": "\ufffd"}'),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>', "f", '{"a": "\\ud83d"}'),
+    ("qwen3_coder", '<function=g><parameter=u>"\\ud83d"</parameter></function>', "g", '{"u": "\ufffd"}'),
+    ("qwen3_coder", '<function=g><parameter=u>"\\ud83d\\ude00"</parameter></function>', "g", '{"u": "😀"}'),
+    ("qwen3_coder", "<function=g><parameter=n>NaN</parameter></function>", "g", '{"n": "NaN"}'),
+    ("qwen3_coder", "<function=g><parameter=n>-Infinity</parameter></function>", "g", '{"n": "-Infinity"}'),
+    ("qwen3_coder", "<function=g><parameter=u>[1e999]</parameter></function>", "g", '{"u": "[1e999]"}'),
+    ("qwen3_coder", f"<function=g><parameter=n>{'9' * 5000}</parameter></function>", "g", '{"n": "' + "9" * 5000 + '"}'),
+    ("pythonic", '[g(u="\\ud83d\\ude00")]', "g", '{"u": "😀"}'),
+    ("pythonic", '[g(u="\\ud83d", v="\\N{GRINNING FACE}\\udc00")]', "g", '{"u": "\ufffd", "v": "😀\ufffd"}'),
+]  # fmt: skip
+G = Tool("g", {"properties": {"n": {"type": "number"}, "u": {"type": ["string", "array", "null"]}}})
+
+
+@pytest.mark.parametrize(("dialect", "text", "name", "arguments"), NOT_TEXT, ids=range(len(NOT_TEXT)))
+def test_call_of_what_is_no_text_or_no_number_when_read_then_it_can_be_sent(
+    dialect: str, text: str, name: str, arguments: str
+) -> None:
+    for pieces in ([text], list(text)):
+        content, _, calls = summary(run(parser(dialect, (G,)), pieces))
+        assert (content, calls) == ("", [(name, arguments)])
+    json.loads(arguments.encode(), parse_constant=lambda constant: pytest.fail(constant))
+
+
+@pytest.mark.parametrize("value", ["1e999", "9" * 5000, "float('nan')"])
+def test_python_call_of_what_is_no_number_when_read_then_it_is_content(value: str) -> None:
+    assert summary(run(parser("pythonic", (G,)), [f"[g(n={value})]"])) == (f"[g(n={value})]", "", [])
 
 
 def test_text_when_it_goes_on_with_an_answer_then_only_a_marker_begins_a_call() -> None:

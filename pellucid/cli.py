@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from pathlib import Path
@@ -227,6 +226,7 @@ def info(
     """Show the machine and what was chosen, or a model and the memory it needs, or its plan."""
     from pellucid.commands import info as information
     from pellucid.config import EngineConfig
+    from pellucid.json_text import dumps
 
     config = EngineConfig.from_kwargs(model or EngineConfig.model, engine_kwargs(options))
     if program or activations:
@@ -239,7 +239,7 @@ def info(
         architecture, memory = information.model_rows(config)
         tables = {model: architecture, "memory": memory}
     if as_json:
-        print(json.dumps({title: information.as_dict(rows) for title, rows in tables.items()}, indent=2))
+        print(dumps({title: information.as_dict(rows) for title, rows in tables.items()}, indent=2, ascii_only=True))
         return
     for index, (title, rows) in enumerate(tables.items()):
         if index:

@@ -16,7 +16,7 @@ from numbers import Real
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 
 MAX_POSITIONS = 1 << 20
 FINAL_LAYER = -1  # behind the final norm: the exact input of the head
@@ -79,7 +79,7 @@ class HiddenStatesParams:
         flags = {"return_hidden_states": return_hidden_states, "hidden_states_stream": stream}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
-                raise InvalidRequestError(f"{name} is {_shown(flag)}; it must be true or false", name)
+                raise InvalidRequestError(f"{name} is {shown(flag)}; it must be true or false", name)
         found = cls(
             _integers("hidden_states_for_tokens", for_tokens), _integers("hidden_states_layers", layers), bool(stream)
         )
@@ -111,7 +111,7 @@ class HiddenStatesParams:
         for position in self.positions or ():
             if not -most <= position < most:
                 raise InvalidRequestError(
-                    f"hidden_states_for_tokens names position {position:,}; {num_prompt_tokens:,} prompt tokens and at "
+                    f"hidden_states_for_tokens names position {shown(position)}; {num_prompt_tokens:,} prompt tokens and at "
                     f"most {max_tokens:,} generated ones have rows in [{-most:,}, {most:,})",
                     "hidden_states_for_tokens",
                 )
@@ -152,7 +152,7 @@ class SteeringParams:
             return None
         if not isinstance(steering, Mapping) or not 0 < len(steering) <= MAX_STEERED:
             raise InvalidRequestError(
-                f"steering is {_shown(steering)}; it must map 1 to {MAX_STEERED} names to vectors", "steering"
+                f"steering is {shown(steering)}; it must map 1 to {MAX_STEERED} names to vectors", "steering"
             )
         return cls({_name(name): _vector(name, values) for name, values in steering.items()})
 
@@ -185,7 +185,7 @@ class SteeringParams:
 
 def _name(name: object) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= 256:
-        raise InvalidRequestError(f"steering names {_shown(name)}; it must be a name", "steering")
+        raise InvalidRequestError(f"steering names {shown(name)}; it must be a name", "steering")
     return name
 
 
@@ -202,7 +202,7 @@ def _vector(name: object, values: object) -> npt.NDArray[np.float32]:
         with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
             vector = np.array(values, np.float32)
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
-        raise InvalidRequestError(f"steering[{name!r}] is {_shown(values)}; it must be finite numbers", "steering")
+        raise InvalidRequestError(f"steering[{name!r}] is {shown(values)}; it must be finite numbers", "steering")
     return vector
 
 
@@ -225,14 +225,14 @@ class CaptureParams:
         if capture is None:
             return None
         if isinstance(capture, (str, bytes)) or not isinstance(capture, Sequence):
-            raise InvalidRequestError(f"capture is {_shown(capture)}; it must be a list of names", "capture")
+            raise InvalidRequestError(f"capture is {shown(capture)}; it must be a list of names", "capture")
         if not 0 < len(capture) <= MAX_CAPTURED:
             raise InvalidRequestError(
                 f"capture has {len(capture):,} entries; it must have 1 to {MAX_CAPTURED:,}", "capture"
             )
         for index, name in enumerate(capture):
             if not isinstance(name, str) or not 0 < len(name) <= 256:
-                raise InvalidRequestError(f"capture[{index}] is {_shown(name)}; it must be a name", "capture")
+                raise InvalidRequestError(f"capture[{index}] is {shown(name)}; it must be a name", "capture")
         return cls(tuple(capture))
 
     def resolve(self, limits: HiddenStatesLimits) -> tuple[str, ...]:
@@ -297,15 +297,10 @@ def _integers(name: str, value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise InvalidRequestError(f"{name} is {_shown(value)}; it must be a list of integers", name)
+        raise InvalidRequestError(f"{name} is {shown(value)}; it must be a list of integers", name)
     if not 0 < len(value) <= MAX_POSITIONS:
         raise InvalidRequestError(f"{name} has {len(value):,} entries; it must have 1 to {MAX_POSITIONS:,}", name)
     for index, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, int):
-            raise InvalidRequestError(f"{name}[{index}] is {_shown(item)}; it must be an integer", name)
+            raise InvalidRequestError(f"{name}[{index}] is {shown(item)}; it must be an integer", name)
     return tuple(value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.params import check_well_formed
 
@@ -37,7 +37,7 @@ def check_options(request_id: str | None, options: RequestOptions) -> None:
         raise InvalidRequestError(f"options is a {type(options).__name__}; it must be RequestOptions", "options")
     priority = options.priority
     if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
-        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer of 32 bits", "priority")
+        raise InvalidRequestError(f"priority is {shown(priority)}; it must be an integer of 32 bits", "priority")
     if options.cache_salt is not None:
         _check_name("cache_salt", options.cache_salt, MAX_CACHE_SALT_CHARACTERS)
     if request_id is not None:

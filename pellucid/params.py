@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.structured import CustomStructure, StructuredOutputsParams
 
 MAX_N = 128
@@ -218,9 +218,8 @@ def _refuse(param: str, message: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """`value` as an error quotes it, at most 80 characters."""
-    text = repr(value.item() if isinstance(value, np.generic) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """`value` as an error quotes it: numpy's numbers as Python's."""
+    return shown(value.item() if isinstance(value, np.generic) else value)
 
 
 def _float(name: str, value: object, limits: _Range, param: str | None = None) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 
 FIELD = "structured_outputs"
 MAX_SCHEMA_BYTES = 256 << 10
@@ -58,7 +58,7 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         for name in ("json_object", "disable_any_whitespace"):
             if not isinstance(getattr(self, name), bool):
-                _refuse(name, f"is {_shown(getattr(self, name))}; it must be true or false")
+                _refuse(name, f"is {shown(getattr(self, name))}; it must be true or false")
         given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise InvalidRequestError(
@@ -103,11 +103,11 @@ class StructuredOutputsParams:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise InvalidRequestError(f"{FIELD} is {_shown(value)}; it must be an object", FIELD)
+            raise InvalidRequestError(f"{FIELD} is {shown(value)}; it must be an object", FIELD)
         unknown = [name for name in value if name not in _NAMES]
         if unknown:
             raise InvalidRequestError(
-                f"{FIELD} has the unknown key {_shown(unknown[0])}; known are {', '.join(sorted(_NAMES))}", FIELD
+                f"{FIELD} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(_NAMES))}", FIELD
             )
         return cls(**{name: one for name, one in value.items() if one is not None})
 
@@ -153,14 +153,9 @@ def _refuse(name: str, problem: str) -> NoReturn:
     raise InvalidRequestError(f"{FIELD}.{name} {problem}", f"{FIELD}.{name}")
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _text(name: str, value: object, limit: int) -> str:
     if not isinstance(value, str):
-        _refuse(name, f"is {_shown(value)}; it must be a string")
+        _refuse(name, f"is {shown(value)}; it must be a string")
     if not value:
         _refuse(name, "is empty; it must have at least one character")
     if len(value) > limit:
@@ -174,7 +169,7 @@ def _text(name: str, value: object, limit: int) -> str:
 
 def _choices(value: object) -> tuple[str, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        _refuse("choice", f"is {_shown(value)}; it must be a list of strings")
+        _refuse("choice", f"is {shown(value)}; it must be a list of strings")
     if not 1 <= len(value) <= MAX_CHOICES:
         _refuse("choice", f"has {len(value):,} entries; it must have 1 to {MAX_CHOICES:,}")
     choices = tuple(_text(f"choice[{index}]", one, MAX_CHOICE_CHARACTERS) for index, one in enumerate(value))
@@ -207,7 +202,7 @@ def _schema_text(value: object) -> str:
     """The schema as compact JSON; the order of its properties is kept, for it is the order of the output's."""
     schema = _parse_schema(value) if isinstance(value, str) else value
     if not isinstance(schema, Mapping):
-        _refuse("json", f"is {_shown(schema)}; it must be a JSON schema: an object")
+        _refuse("json", f"is {shown(schema)}; it must be a JSON schema: an object")
     if "x-guidance" in schema:
         _refuse("json", "has the key 'x-guidance'; use whitespace_pattern or disable_any_whitespace")
     _check_values(schema)
@@ -221,7 +216,7 @@ def _schema_text(value: object) -> str:
 
 
 def _no_json(value: object) -> NoReturn:
-    raise TypeError(f"{_shown(value)} is no JSON value")
+    raise TypeError(f"{shown(value)} is no JSON value")
 
 
 def _parse_schema(text: str) -> Any:

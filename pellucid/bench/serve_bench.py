@@ -17,6 +17,7 @@ from pellucid.bench.serve_load import LoadRun, run_load
 from pellucid.bench.serve_metrics import Timing, metrics, timing_of
 from pellucid.bench.serve_options import ServeOptions
 from pellucid.errors import InvalidRequestError
+from pellucid.json_text import well_formed
 from pellucid.text.tokenizer import Tokenizer
 
 # Where neither a tokenizer nor the server tells the size of the vocabulary: few models have less.
@@ -226,7 +227,7 @@ async def run_bench(
 
 def _result(bench: _Bench, run: LoadRun, requests: list[LoadRequest]) -> ServeResult:
     options, tokenizer = bench.options, bench.tokenizer
-    count = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+    count = None if tokenizer is None else lambda text: len(tokenizer.encode(well_formed(text), False))
     timings = {
         number: timing_of(answer, requests[number].prompt_tokens, count)
         for number, answer in run.answers.items()
@@ -245,6 +246,11 @@ def _form(request: LoadRequest, is_chat: bool) -> str:
     return "messages" if is_chat else "text" if isinstance(request.prompt, str) else "token ids"
 
 
+def _rate(value: float) -> float | str:
+    """A number of the options, which may be infinite: JSON has no such numbers."""
+    return value if math.isfinite(value) else "inf"
+
+
 def _head(bench: _Bench, requests: list[LoadRequest]) -> dict[str, Any]:
     o = bench.options
     return {
@@ -257,8 +263,8 @@ def _head(bench: _Bench, requests: list[LoadRequest]) -> dict[str, Any]:
         "dataset_name": o.dataset_name,
         "prompt_form": _form(requests[0], o.is_chat),
         "num_prompts": len(requests),
-        "request_rate": o.request_rate if math.isfinite(o.request_rate) else "inf",
-        "burstiness": o.burstiness,
+        "request_rate": _rate(o.request_rate),
+        "burstiness": _rate(o.burstiness),
         "ramp_up_strategy": o.ramp_up_strategy,
         "ramp_up_start_rps": o.ramp_up_start_rps,
         "ramp_up_end_rps": o.ramp_up_end_rps,

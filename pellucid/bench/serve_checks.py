@@ -6,13 +6,13 @@ They judge the protocol and the arithmetic, not the model's wit (except where `j
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pellucid.bench.serve_client import CHAT, Answer, OpenAIClient, ServerError, error_text
+from pellucid.json_text import encode
 
 _FACT, _QUESTION = "My cat is called Ottilie. Remember that.", "What is my cat called?"
 _STORY = "Write a long story about a lighthouse keeper who finds a letter in a bottle."
@@ -218,7 +218,7 @@ async def _error_handling(check: _Check) -> None:
 
 
 def _json(body: dict[str, Any]) -> bytes:
-    return json.dumps(body).encode()
+    return encode(body)
 
 
 def _judge_refusal(check: _Check, what: str, answer: Answer, wanted: Sequence[int]) -> None:

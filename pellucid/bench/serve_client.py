@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from pellucid.bench.serve_events import EventParser, StreamError
 from pellucid.bench.serve_http import Address, HttpClient, Response, TransportError
 from pellucid.errors import PellucidError
+from pellucid.json_text import encode, loads
 
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error"})
 _DONE = "[DONE]"
@@ -142,7 +142,7 @@ class _StreamRecord:
             self._done = True
             return
         try:
-            event = json.loads(data)
+            event = loads(data)
         except ValueError:
             answer.complain(f"an event is not JSON: {data[:60]!r}")
             return
@@ -250,7 +250,7 @@ class OpenAIClient:
         async def read(response: Response, answer: Answer) -> None:
             await self._read_stream(response, answer, _StreamRecord(answer, dialect, wants_usage))
 
-        return await self._send("POST", path or dialect.path, json.dumps(asked).encode(), read)
+        return await self._send("POST", path or dialect.path, encode(asked), read)
 
     async def whole(self, dialect: Dialect, payload: Mapping[str, Any]) -> Answer:
         """Sends `payload` and checks the one answer."""
@@ -259,7 +259,7 @@ class OpenAIClient:
             await _read_json(response, answer)
             _take_whole(answer, dialect)
 
-        return await self._send("POST", dialect.path, json.dumps(dict(payload)).encode(), read)
+        return await self._send("POST", dialect.path, encode(payload), read)
 
     async def raw(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:
         """Any request; the answer has the status and the body, whatever they are."""
@@ -337,7 +337,7 @@ def _refusal(answer: Answer) -> str:
 async def _read_json(response: Response, answer: Answer) -> None:
     data = await response.read()
     try:
-        answer.body = json.loads(data)
+        answer.body = loads(data)
     except ValueError:
         answer.body = data.decode(errors="replace")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from pellucid.bench.figures import spread_lengths
 from pellucid.errors import InvalidRequestError
+from pellucid.json_text import check_values, loads
 from pellucid.text.tokenizer import Tokenizer
 
 # Low ids are special tokens in most vocabularies.
@@ -186,11 +186,12 @@ def _fitting_text(prompt: Any, tokenizer: Tokenizer, pool: Sequence[int]) -> str
 
 def _of_line(line: str, number: int, output_len: int, is_chat: bool) -> LoadRequest:
     try:
-        found = json.loads(line)
-    except ValueError as error:
+        found = loads(line)
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"line {number} is not JSON: {error}", "dataset_path") from None
     if not isinstance(found, dict) or ("prompt" in found) == ("messages" in found):
         raise InvalidRequestError(f"line {number} needs either prompt or messages", "dataset_path")
+    check_values(found, f"line {number}")
     wanted = found.get("output_tokens", output_len)
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise InvalidRequestError(f"line {number}: output_tokens is {wanted!r}; it must be at least 1", "output_tokens")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pellucid.errors import InvalidRequestError
+from pellucid.json_text import loads
 
 if TYPE_CHECKING:
     from pellucid.bench.serve_load import Arrivals
@@ -148,7 +148,7 @@ class ServeOptions:
     def extra(self) -> dict[str, Any]:
         """`extra_body`, read."""
         try:
-            found = json.loads(self.extra_body) if self.extra_body else {}
+            found = loads(self.extra_body) if self.extra_body else {}
         except ValueError as error:
             raise InvalidRequestError(f"extra_body is not JSON: {error}", "extra_body") from None
         if not isinstance(found, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from pellucid.commands.bench_serve import serve
 from pellucid.commands.options import engine_kwargs, engine_parameters, with_options
 from pellucid.errors import InvalidRequestError
+from pellucid.json_text import dumps
 
 app = typer.Typer(
     help="Measure latency, throughput, start-up and the batch curve of a model on this machine, or any server.",
@@ -56,7 +56,7 @@ def _finish(report: dict[str, Any], model: str | None, engine: dict[str, Any], o
     print(text_of(report))
     if output_json is not None:
         found = {"conditions": conditions(model or DEFAULT_MODEL, engine), **report}
-        output_json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        output_json.write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_target(output_json: Path | None) -> None:

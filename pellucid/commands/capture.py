@@ -20,6 +20,7 @@ from pellucid.commands.jsonl import Line, ended_lines
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import ConfigError, InvalidRequestError
 from pellucid.hidden import CaptureParams
+from pellucid.json_text import dumps, well_formed
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.weights.safetensors import open_safetensors, read_metadata, write_safetensors
@@ -113,9 +114,9 @@ def capture_jsonl(
     resolved = wanted.resolve(limits)
     metadata = {
         "pellucid": pellucid.__version__,
-        "model": llm.config.model,
+        "model": well_formed(llm.config.model),
         "fingerprint": llm.engine.executor.model.fingerprint,
-        "activations": json.dumps(resolved),
+        "activations": dumps(resolved),
         "sampling": json.dumps(defaults, sort_keys=True, default=str),
     }
     writer = ShardWriter(folder, metadata, dtype, shard_bytes)
@@ -139,7 +140,7 @@ def _capture(
         problem = _take(llm, line, writer)
         if problem is not None:
             failed += 1
-            write_error(json.dumps({"line": line.number, "error": problem}) + "\n")
+            write_error(dumps({"line": line.number, "error": problem}) + "\n")
         advance()
     writer.flush()
     return failed

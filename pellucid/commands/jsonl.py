@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, TextIO
 
 from pellucid.engine.client import EngineClient
 from pellucid.entrypoints.llm import LLM
-from pellucid.errors import PellucidError
+from pellucid.errors import PellucidError, shown
+from pellucid.json_text import dumps
 from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.params import SamplingParams
 
@@ -42,7 +43,7 @@ def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, An
     for line in ended_lines(llm, source, defaults):
         result = _result(llm.client, line)
         failed += "error" in result
-        target.write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
+        target.write(dumps(result, ascii_only=not is_utf8) + "\n")
         target.flush()
         advance()
     return failed
@@ -95,7 +96,7 @@ def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: RequestOp
     if "messages" in request:
         prompt = llm.get_tokenizer().encode_chat(request["messages"])
     elif not isinstance(prompt, (str, list)):
-        raise TypeError(f"prompt is {prompt!r}; it must be a text or a list of token ids")
+        raise TypeError(f"prompt is {shown(prompt)}; it must be a text or a list of token ids")
     return llm.client.submit(prompt, params, options=options, stream=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.hidden import HiddenStatesLimits
 from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.params import SamplingParams, check_vocabulary
@@ -57,10 +57,10 @@ class RequestChecker:
         """Names the first id that is none; there may be none, as in an empty list."""
         for index, token in enumerate(token_ids):
             if isinstance(token, bool) or not isinstance(token, int):
-                raise InvalidRequestError(f"prompt[{index}] is {token!r}; token ids are integers", "prompt")
+                raise InvalidRequestError(f"prompt[{index}] is {shown(token)}; token ids are integers", "prompt")
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequestError(
-                    f"prompt[{index}] is {token:,}; token ids are in [0, {self.vocab_size:,})", "prompt"
+                    f"prompt[{index}] is {shown(token)}; token ids are in [0, {self.vocab_size:,})", "prompt"
                 )
 
     def check(

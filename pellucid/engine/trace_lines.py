@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from pellucid import json_text
 from pellucid.engine.request import FINISH_REASONS
 from pellucid.engine.scheduler import TokenEvent
 from pellucid.engine.trace import StepRecord
@@ -164,13 +165,12 @@ Line = Header | SubmitLine | CancelLine | ResetLine | StepLine | EndLine
 _MADE = {"waiting", "running", "request_outputs", "finished_requests", "tokens", "waiting_reasons"}
 _SAME = tuple(name for name in StepRecord.__dataclass_fields__ if name not in _MADE)
 
-_encode = msgspec.json.Encoder().encode
 _DECODER: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 
 def encode(line: Line) -> bytes:
     """A line of the file."""
-    return _encode(line) + b"\n"
+    return json_text.encode(line) + b"\n"
 
 
 def decode(text: bytes) -> Line:

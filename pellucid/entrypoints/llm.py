@@ -14,7 +14,7 @@ from pellucid.engine.admission import Prompt
 from pellucid.engine.client import EngineClient
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
-from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.errors import EngineDeadError, InvalidRequestError, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
@@ -285,7 +285,7 @@ def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
             raise ValueError(f"{name} has {len(given)} entries; there are {count} inputs")
         return list(given)
     if not isinstance(given, type(default)):
-        raise TypeError(f"{name} is {given!r}; it must be one {type(default).__name__}, or a list with one each")
+        raise TypeError(f"{name} is {shown(given)}; it must be one {type(default).__name__}, or a list with one each")
     return [given] * count
 
 

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -14,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import pellucid
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.server import embeddings, metrics
 from pellucid.server.access import Access
 from pellucid.server.answers import stream_events
@@ -28,7 +27,7 @@ from pellucid.server.live import live_view
 from pellucid.server.messages_api import MessagesEndpoints
 from pellucid.server.openapi import json_body, publish
 from pellucid.server.page import Page
-from pellucid.server.protocol_base import Strict, shown
+from pellucid.server.protocol_base import Strict
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
 from pellucid.server.protocol_embeddings import EmbeddingRequest
@@ -280,8 +279,7 @@ class _Endpoints:
         """Records of scheduler steps from number `since` on, the oldest first."""
         records = await self._engine.steps(since, limit)
         following = records[-1].step + 1 if records else since
-        body = msgspec.json.encode({"steps": records, "next": following}, enc_hook=dict)  # reasons are lazy mappings
-        return Response(body, media_type="application/json")
+        return JsonResponse({"steps": records, "next": following})
 
     async def live(self, since: int | None = Query(None, ge=0, le=2**62)) -> Response:
         """What the page draws: figures, the queue, and steps from number `since` on, or the newest where it is not given."""

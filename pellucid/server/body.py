@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from pellucid.errors import InvalidRequestError
+from pellucid.json_text import check_values
 from pellucid.server.errors import HttpError
-from pellucid.server.protocol_base import Strict, as_invalid_request, path_of
+from pellucid.server.protocol_base import Strict, as_invalid_request
 
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 400  # of a number; none that fits a field has more
@@ -22,7 +23,8 @@ DISCARD_BYTES, DISCARD_SECONDS, DISCARD_PAUSE_SECONDS = 64 << 20, 10.0, 0.5
 OFF_LOOP_BYTES = 32 << 10  # bodies from here on are parsed by another thread
 
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % MAX_DIGITS)
-_SURROGATE = re.compile("[\ud800-\udfff]")
+# What may be read as a text with lone surrogates, or as a number that is not finite.
+_SUSPECT = re.compile(rb"\\u[dD]|NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{200}")
 _BRACKETS = b"[]{}"
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 _Model = TypeVar("_Model", bound=Strict)
@@ -86,7 +88,7 @@ def parse_json(body: bytes) -> Any:
     """The JSON value of a body.
 
     Raises:
-        InvalidRequestError: empty, not UTF-8, too deep, not JSON, a number too long, or a lone surrogate.
+        InvalidRequestError: empty, not UTF-8, too deep, not JSON, a number too long or not finite, or a lone surrogate.
     """
     if not body.strip():
         raise InvalidRequestError("the body is empty; it must be a JSON object")
@@ -103,8 +105,8 @@ def parse_json(body: bytes) -> Any:
         where = f" at line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         what = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be read"
         raise InvalidRequestError(f"the body is not JSON: {what}{where}") from None
-    if b"\\ud" in body.lower():
-        _check_surrogates(value, ())
+    if _SUSPECT.search(body):
+        check_values(value, "the body")
     return value
 
 
@@ -124,25 +126,6 @@ def _check_depth(body: bytes) -> None:
 
 def _outside_strings(body: bytes) -> bytes:
     return b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-
-
-def _check_surrogates(value: Any, path: tuple[int | str, ...]) -> None:
-    if isinstance(value, str):
-        found = _SURROGATE.search(value)
-        if found:
-            where = path_of(path) or "the body"
-            raise InvalidRequestError(
-                f"{where} holds the lone surrogate U+{ord(found[0]):04X} at position {found.start()}; it must be "
-                "well-formed Unicode",
-                str(path[0]) if path else None,
-            )
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_surrogates(item, (*path, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_surrogates(key, path)
-            _check_surrogates(item, (*path, key))
 
 
 async def _discard(receive: Receive) -> None:

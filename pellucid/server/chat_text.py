@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import shown
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.server.protocol_chat import Message
 from pellucid.server.turns import Turn
 from pellucid.text.chat_prefill import Messages, Render, content_text, left_open, text_behind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pellucid.errors import (
     QueueFullError,
     TokenizerError,
 )
+from pellucid.json_text import encode
 
 # What an error's text must not carry out of the house: paths and addresses in memory.
 _PRIVATE = re.compile(r"(?<![\w<])(?:/[\w.+-]+){2,}/?|\b0x[0-9a-fA-F]{4,}\b")
@@ -47,9 +47,8 @@ class HttpError(PellucidError):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def to_json(self, path: str = "", request_id: str = "") -> bytes:
-        """The body, as the API of the path has it. Only ASCII, so that a lone surrogate quoted from the request is no trouble."""
-        shown = anthropic_error(self, request_id) if is_anthropic(path) else self.to_dict()
-        return json.dumps(shown).encode()
+        """The body, as the API of the path has it."""
+        return encode(anthropic_error(self, request_id) if is_anthropic(path) else self.to_dict())
 
 
 def is_anthropic(path: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
 
+from pellucid.json_text import dumps
 from pellucid.outputs import RequestOutput
 from pellucid.server.job import Job
 from pellucid.server.settings import ServerSettings
@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
         entry.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
+        return dumps(entry, ascii_only=True)
 
 
 def set_up_logging(settings: ServerSettings) -> None:

@@ -6,12 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.params import SamplingParams
 from pellucid.server.chat_text import ChatPrompt, ChatText
 from pellucid.server.parsing import OutputStyle
 from pellucid.server.prompts import Prompts
-from pellucid.server.protocol_base import shown
 from pellucid.server.protocol_structure import renamed
 from pellucid.server.settings import AUTO, OFF, ServerSettings
 from pellucid.server.turns import ToolUse, Turn

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, SkipValidation, ValidationError, model_validator
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
+from pellucid.json_text import path_of
 from pellucid.params import SamplingParams, range_of
 from pellucid.structured import FIELD
 
@@ -200,18 +201,6 @@ _KINDS: dict[type, str] = {str: TAG + "text", list: TAG + "list"}
 
 def _discriminator(tag: Callable[[Any], str | None], problem: str) -> Discriminator:
     return Discriminator(tag, custom_error_type="other_kind", custom_error_message=problem)
-
-
-def shown(value: object) -> str:
-    """`value` as an error quotes it, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def path_of(location: Sequence[int | str]) -> str:
-    """`messages[0].content` for ("messages", 0, "content")."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
-    return "".join(parts).removeprefix(".")
 
 
 def as_invalid_request(error: ValidationError) -> InvalidRequestError:

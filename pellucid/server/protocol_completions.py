@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SkipValidation, model_validator
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.params import MAX_TOKEN_COUNT, MAX_TOKEN_ID
-from pellucid.server.protocol_base import Integer, sampling_field, shown
+from pellucid.server.protocol_base import Integer, sampling_field
 from pellucid.server.protocol_structure import StructureFields
 
 MAX_PROMPTS = 256

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
+from pellucid.json_text import encode
 from pellucid.server.errors import HttpError
-from pellucid.server.protocol_base import shown
 from pellucid.server.protocol_chat import Message
 
 # Whose a response is: the key that made it. Nobody else gets to see it.
@@ -31,7 +29,7 @@ class StoredResponse:
     def num_bytes(self) -> int:
         """About what it takes: the length of its JSON."""
         texts = [message.model_dump_json() for message in self.messages]
-        return len(msgspec.json.encode([self.response, self.input_items])) + sum(map(len, texts))
+        return len(encode([self.response, self.input_items])) + sum(map(len, texts))
 
 
 class ResponseStore:

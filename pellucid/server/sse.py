@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pellucid.json_text import encode
+
 DONE = b"data: [DONE]\n\n"
-_encode = msgspec.json.Encoder().encode
 _Result = TypeVar("_Result")
 
 
@@ -22,7 +22,7 @@ class ClientLeftError(Exception):
 
 def event(value: Any) -> bytes:
     """One event of an OpenAI stream."""
-    return b"data: " + _encode(value) + b"\n\n"
+    return b"data: " + encode(value) + b"\n\n"
 
 
 async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
@@ -50,12 +50,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class JsonResponse(Response):
-    """A JSON answer, encoded by msgspec."""
+    """A JSON answer."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return _encode(content)
+        return encode(content)
 
 
 class EventStream(Response):

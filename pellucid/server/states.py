@@ -9,19 +9,19 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.json_text import encode
 from pellucid.options import RequestOptions
 from pellucid.outputs import CompletionOutput
 from pellucid.server.generation import Delta
-from pellucid.server.protocol_base import RequestFields, shown
+from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings
 
 F32 = npt.NDArray[np.float32]
 Format = Literal["float", "base64"]
 FORMATS: tuple[Format, ...] = ("float", "base64")
 _PIECE = 3 << 16  # values; their bytes are a multiple of three, so that pieces in base64 join without padding
-_encode = msgspec.json.Encoder().encode
 
 
 def wanted_options(request: RequestFields, settings: ServerSettings) -> RequestOptions:
@@ -90,5 +90,5 @@ def to_base64(values: F32) -> bytes:
 
 
 def _numbers(values: F32) -> bytes:
-    inner = [_encode(values.tolist())[1:-1]] if values.ndim == 1 else map(_numbers, values)
+    inner = [encode(values.tolist())[1:-1]] if values.ndim == 1 else map(_numbers, values)
     return b"[" + b",".join(inner) + b"]"

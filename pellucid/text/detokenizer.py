@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.text.byte_alphabet import token_bytes
 from pellucid.text.tokenizer import Decoding, Tokenizer
 
@@ -49,7 +49,7 @@ class IncrementalDetokenizer:
             delta = self._stream.feed(token_ids)
         except OverflowError as error:
             raise InvalidRequestError(
-                f"token ids {list(token_ids)!r} must lie in 0..{2**32 - 1}", "token_ids"
+                f"token ids {shown(list(token_ids))} must lie in 0..{2**32 - 1}", "token_ids"
             ) from error
         if delta:
             self._parts.append(delta)

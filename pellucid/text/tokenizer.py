@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pellucid.errors import InvalidRequestError, TokenizerError
+from pellucid.errors import InvalidRequestError, TokenizerError, shown
 from pellucid.text.backend import SpecialTokens, backend_from_json
 
 if TYPE_CHECKING:
@@ -154,10 +154,14 @@ class Tokenizer:
         ids = list(ids)
         for index, token_id in enumerate(ids):
             if not hasattr(token_id, "__index__"):
-                raise InvalidRequestError(f"token_ids[{index}] is {token_id!r}; it must be an integer", "token_ids")
+                raise InvalidRequestError(
+                    f"token_ids[{index}] is {shown(token_id)}; it must be an integer", "token_ids"
+                )
         if ids and not (min(ids) >= 0 and max(ids) < self._id_limit):
             wrong = next(token_id for token_id in ids if not 0 <= token_id < self._id_limit)
-            raise InvalidRequestError(f"token id {wrong} is not in the vocabulary 0..{self._id_limit - 1}", "token_ids")
+            raise InvalidRequestError(
+                f"token id {shown(wrong)} is not in the vocabulary 0..{self._id_limit - 1}", "token_ids"
+            )
         return self.raw_decode(ids, skip_special_tokens)
 
     def raw_decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -173,7 +177,7 @@ class Tokenizer:
         """
         if not 0 <= token_id < self._id_limit:
             raise InvalidRequestError(
-                f"token id {token_id} is not in the vocabulary 0..{self._id_limit - 1}", "token_ids"
+                f"token id {shown(token_id)} is not in the vocabulary 0..{self._id_limit - 1}", "token_ids"
             )
         return self.raw_token(token_id) or ""
 

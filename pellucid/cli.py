@@ -313,6 +313,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what cannot be read is refused where it is used, by its name
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         app()
     except BrokenPipeError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pellucid.errors import ConfigError
+from pellucid.errors import ConfigError, shown
 
 # The model that is used when none is named.
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -87,7 +87,7 @@ class EngineConfig:
             value = getattr(self, name)
             problem = check(value)
             if problem:
-                raise ConfigError(f"{name} is {value!r}; {problem}")
+                raise ConfigError(f"{name} is {shown(value)}; {problem}")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ConfigError(
                 f"prompt_lookup_min is {self.prompt_lookup_min}; it must be at most prompt_lookup_max, "

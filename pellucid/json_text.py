@@ -30,6 +30,12 @@ def well_formed(text: str) -> str:
     return text
 
 
+def lone_surrogate(text: str) -> str | None:
+    """The first surrogate of a text and its place, in words; None for a text that can be encoded."""
+    found = None if text.isascii() else _SURROGATE.search(text)
+    return found and f"the lone surrogate U+{ord(found[0]):04X} at position {found.start()}"
+
+
 def encode(value: Any) -> bytes:
     """`value` on one line, for a wire or a file: dicts, lists, numbers, texts, dataclasses, msgspec's structs and raw JSON."""
     try:
@@ -73,10 +79,9 @@ def check_values(value: Any, whole: str) -> None:
 def _check(value: Any, path: tuple[int | str, ...], whole: str) -> None:
     where, param = path_of(path) or whole, str(path[0]) if path else None
     if isinstance(value, str):
-        found = _SURROGATE.search(value)
+        found = lone_surrogate(value)
         if found:
-            what = f"the lone surrogate U+{ord(found[0]):04X} at position {found.start()}"
-            raise InvalidRequestError(f"{where} holds {what}; it must be well-formed Unicode", param)
+            raise InvalidRequestError(f"{where} holds {found}; it must be well-formed Unicode", param)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidRequestError(f"{where} is {value}; it must be a finite number, for JSON has no others", param)

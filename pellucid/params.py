@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pellucid.errors import InvalidRequestError, shown
+from pellucid.json_text import lone_surrogate
 from pellucid.structured import CustomStructure, StructuredOutputsParams
 
 MAX_N = 128
@@ -199,12 +200,9 @@ def check_well_formed(name: str, text: str) -> None:
     Raises:
         InvalidRequestError: naming the field and the place.
     """
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
-            raise InvalidRequestError(f"{name} holds {found}; it must be well-formed Unicode", name) from None
+    found = lone_surrogate(text)
+    if found:
+        raise InvalidRequestError(f"{name} holds {found}; it must be well-formed Unicode", name)
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError, shown
+from pellucid.json_text import lone_surrogate
 
 FIELD = "structured_outputs"
 MAX_SCHEMA_BYTES = 256 << 10
@@ -160,10 +161,9 @@ def _text(name: str, value: object, limit: int) -> str:
         _refuse(name, "is empty; it must have at least one character")
     if len(value) > limit:
         _refuse(name, f"has {len(value):,} characters; the limit is {limit:,}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        _refuse(name, f"holds the lone surrogate U+{ord(value[error.start]):04X} at position {error.start}")
+    found = lone_surrogate(value)
+    if found:
+        _refuse(name, f"holds {found}; it must be well-formed Unicode")
     return value
 
 

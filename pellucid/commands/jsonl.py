@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO
 from pellucid.engine.client import EngineClient
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import PellucidError, shown
-from pellucid.json_text import dumps
+from pellucid.json_text import check_values, dumps
 from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.params import SamplingParams
 
@@ -76,12 +76,23 @@ def _submitted(
         if not raw.strip() or number < first_line:
             continue
         try:
-            request = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            request = _read(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             yield Line(number, request_id=_submit(llm, request, defaults, options))
         except RecursionError:
             yield Line(number, error="the line is nested too deeply")
         except (PellucidError, ValueError, TypeError) as error:
             yield Line(number, error=str(error))
+
+
+def _read(text: str) -> Any:
+    try:
+        request = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python reads no integers of more than some thousand digits
+        raise ValueError("the line holds a number of too many digits") from None
+    check_values(request, "the line")
+    return request
 
 
 def _submit(llm: LLM, request: Any, defaults: dict[str, Any], options: RequestOptions) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.hidden import HiddenStatesLimits
 from pellucid.options import NO_OPTIONS, RequestOptions
-from pellucid.params import SamplingParams, check_vocabulary
+from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
 
@@ -43,6 +43,7 @@ class RequestChecker:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("prompt is text, but the model has no tokenizer: give token ids", "prompt")
+            check_well_formed("prompt", prompt)
             return prompt, self.tokenizer.encode(prompt)
         if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
             raise InvalidRequestError(

@@ -42,6 +42,7 @@ from pellucid.engine.messages import (
 )
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import InvalidRequestError, PellucidError, QueueFullError
+from pellucid.json_text import well_formed
 
 Emit = Callable[[Sequence[Event]], None]
 
@@ -219,7 +220,7 @@ def model_info(config: EngineConfig, engine: LLMEngine) -> ModelInfo:
     """What the front end must know."""
     model, path = engine.executor.model, Path(config.model)
     return ModelInfo(
-        name=path.resolve().name if path.exists() else config.model,
+        name=well_formed(path.resolve().name if path.exists() else config.model),
         max_model_len=engine.max_model_len,
         vocab_size=engine.vocab_size,
         hidden_size=model.config.hidden_size,

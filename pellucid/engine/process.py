@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ from typing import Any
 
 import zmq
 
+from pellucid.config import EngineConfig
 from pellucid.engine.core import HEADER
 from pellucid.engine.messages import Command, Died, ErrorInfo, Event, Loaded, LoadFailed, Shutdown, Start
 from pellucid.engine.transport import Deliver
 from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
-from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
+from pellucid.json_text import lone_surrogate
 from pellucid.text.tokenizer import Tokenizer
 
 # Paths of sockets must fit into sockaddr_un.
@@ -30,10 +33,19 @@ _SHUTDOWN_SECONDS = 30.0
 _LAST_EVENTS_MS = 200
 
 
+def _check_names(config: EngineConfig) -> None:
+    """A process is told its settings in UTF-8; names of files may be other bytes."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and lone_surrogate(value):
+            raise ConfigError(f"{field.name} is {value!r}; an engine process can only be told names that are UTF-8")
+
+
 class ProcessTransport:
     """The owner as a process. It ends when this process does; this side is told at once when it ends by itself."""
 
     def __init__(self, start: Start) -> None:
+        _check_names(start.config)
         self.folder = _private_folder()
         self._at_exit = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._start = start

@@ -18,7 +18,7 @@ from pellucid.errors import EngineDeadError, InvalidRequestError, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams
+from pellucid.params import SamplingParams, check_well_formed
 from pellucid.text.tokenizer import Tokenizer
 
 Inputs = str | Sequence[str] | Sequence[Sequence[int]]
@@ -164,7 +164,10 @@ class LLM:
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
-        pairs = [(self._ids(p, True), self._ids(c, False)) for p, c in zip(prompts, continuations, strict=True)]
+        pairs = [
+            (self._ids("prompts", p, True), self._ids("continuations", c, False))
+            for p, c in zip(prompts, continuations, strict=True)
+        ]
         for index, (prompt, continuation) in enumerate(pairs):
             if not prompt or not continuation:
                 raise InvalidRequestError(f"prompts[{index}] or continuations[{index}] has no tokens", "inputs")
@@ -180,8 +183,8 @@ class LLM:
 
     def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Token ids of each text, as `generate` would compute them."""
-        tokenizer = self.get_tokenizer()
-        return [tokenizer.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        given = [texts] if isinstance(texts, str) else list(texts)
+        return [self._encoded("texts", text, True) for text in given]
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -217,10 +220,13 @@ class LLM:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def _ids(self, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+    def _ids(self, name: str, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+        return self._encoded(name, text, add_special_tokens) if isinstance(text, str) else list(text)
+
+    def _encoded(self, name: str, text: str, add_special_tokens: bool) -> list[int]:
         if isinstance(text, str):
-            return self.get_tokenizer().encode(text, add_special_tokens=add_special_tokens)
-        return list(text)
+            check_well_formed(name, text)
+        return self.get_tokenizer().encode(text, add_special_tokens=add_special_tokens)
 
     def _finish(self, ids: Sequence[str], use_tqdm: bool | None) -> list[RequestOutput]:
         advance, done = _progress(len(ids), use_tqdm)

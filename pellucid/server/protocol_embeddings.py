@@ -59,4 +59,4 @@ class EmbeddingRequest(Strict):
         try:
             return as_prompts(self.input)
         except InvalidRequestError as error:
-            raise InvalidRequestError(str(error).replace("prompt", "input"), "input") from None
+            raise InvalidRequestError(str(error).replace("prompt", "input", 1), "input") from None

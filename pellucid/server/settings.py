@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid.errors import ConfigError
+from pellucid.errors import ConfigError, shown
+from pellucid.json_text import lone_surrogate
 from pellucid.text.reasoning_parser import REASONING_DIALECTS
 from pellucid.text.tool_dialects import TOOL_DIALECTS
 
@@ -124,7 +125,7 @@ _SECRETS = frozenset({"api_key", "admin_key"})
 
 
 def _shown(name: str, value: Any) -> str:
-    return "not shown" if name in _SECRETS else repr(value)
+    return "not shown" if name in _SECRETS else shown(value)
 
 
 def _integer(low: int, high: int) -> Callable[[Any], str | None]:
@@ -146,7 +147,8 @@ def _seconds(low: float, high: float, *, optional: bool = False) -> Callable[[An
 
 
 def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else "it must be a text that is not empty"
+    is_fine = isinstance(value, str) and value.strip() and lone_surrogate(value) is None
+    return None if is_fine else "it must be a text that is not empty, and valid UTF-8"
 
 
 def _optional_text(value: Any) -> str | None:

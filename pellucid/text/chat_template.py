@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pellucid.errors import InvalidRequestError, TokenizerError
+from pellucid.json_text import lone_surrogate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,11 +165,23 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
-        return str(value)
+        return _plain_text(value, where)
     if depth > _MAX_DEPTH:
-        raise InvalidRequestError(f"{where} is nested deeper than {_MAX_DEPTH}", "messages")
+        raise InvalidRequestError(f"{where} is nested deeper than {_MAX_DEPTH}", _field(where))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        texts = {_plain_text(str(key), where): item for key, item in value.items()}
+        return {key: _plain(item, f"{where}.{key}", depth + 1) for key, item in texts.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    raise InvalidRequestError(f"{where} is a {type(value).__name__}; only JSON values are understood", "messages")
+    raise InvalidRequestError(f"{where} is a {type(value).__name__}; only JSON values are understood", _field(where))
+
+
+def _plain_text(text: str, where: str) -> str:
+    found = lone_surrogate(text)
+    if found:
+        raise InvalidRequestError(f"{where} holds {found}; it must be well-formed Unicode", _field(where))
+    return str(text)
+
+
+def _field(where: str) -> str:
+    return re.split(r"[.\[]", where)[0]

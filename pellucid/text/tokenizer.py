@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pellucid.errors import InvalidRequestError, TokenizerError, shown
+from pellucid.json_text import lone_surrogate
 from pellucid.text.backend import SpecialTokens, backend_from_json
 
 if TYPE_CHECKING:
@@ -306,16 +307,9 @@ class Tokenizer:
 def _check_text(text: object) -> None:
     if not isinstance(text, str):
         raise InvalidRequestError(f"text is a {type(text).__name__}; it must be a str", "prompt")
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"text holds the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}; "
-            "it must be well-formed Unicode",
-            "prompt",
-        ) from error
+    found = lone_surrogate(text)
+    if found:
+        raise InvalidRequestError(f"text holds {found}; it must be well-formed Unicode", "prompt")
 
 
 _SPM_DECODERS: tuple[dict[str, object], ...] = (

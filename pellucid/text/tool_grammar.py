@@ -145,7 +145,7 @@ def _arguments(tool: Tool) -> str:
     try:
         return _schema({"type": "object", **tool.parameters})
     except InvalidRequestError as error:
-        problem = str(error).replace("structured_outputs.json", f"the schema of tool {tool.name!r}")
+        problem = str(error).replace("structured_outputs.json", f"the schema of tool {tool.name!r}", 1)
         raise InvalidRequestError(problem, "tools") from None
 
 

@@ -42,6 +42,14 @@ class WeightFormatError(PellucidError, ValueError):
     """A weight file contradicts its format (truncated, overlapping, overflowing, wrong types)."""
 
 
+class DamagedFileError(WeightFormatError):
+    """A packed file is not as it was written; the text names the file, the block of 1 MiB and where it begins."""
+
+
+class StorageError(PellucidError, OSError):
+    """A file or folder could not be written; the text names it, and where room was missing how much is needed and free."""
+
+
 class TokenizerError(PellucidError, ValueError):
     """A vocabulary, tokenizer file or chat template cannot be used."""
 

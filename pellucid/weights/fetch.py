@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from pellucid.errors import DownloadError
+from pellucid.errors import DownloadError, StorageError
+from pellucid.files import NO_ROOM, hold, storage_errors
 from pellucid.weights.progress import Report, transfer_progress
 
 CHUNK_BYTES = 2**20
@@ -28,7 +29,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 # Answers that another attempt may turn into a success.
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+_DISK_ERRORS = NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class ChecksumError(DownloadError):
@@ -110,7 +111,12 @@ def _attempt(url: str, part: Path, limit: int, label: str, shown: bool) -> None:
         start, total = _start_of_answer(answer, offset)
         if total is not None and total > limit:
             raise DownloadError(f"the file has {total} bytes; at most {limit} are expected")
-        with part.open("ab" if start else "wb") as target, transfer_progress(label, total, shown=shown) as report:
+        with (
+            storage_errors(part, total or 0, NO_ROOM),
+            part.open("ab" if start else "wb") as target,
+            transfer_progress(label, total, shown=shown) as report,
+        ):
+            hold(target.fileno())
             report(start)
             done = _copy(answer, target, start, limit, report)
     if total is not None and done < total:
@@ -128,7 +134,7 @@ def _repeat(action: Callable[[], None], url: str) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
-        except DownloadError:
+        except (DownloadError, StorageError):
             raise
         except (OSError, http.client.HTTPException) as error:
             if attempt == ATTEMPTS or not _is_transient(error):

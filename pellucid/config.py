@@ -73,6 +73,10 @@ class EngineConfig:
     enforce_eager: bool = _setting(False, "Run the module op by op through torch instead of as a program.")
     tensor_parallel_size: int = _setting(1, "Workers that share each layer: 1.")
     pipeline_parallel_size: int = _setting(1, "Workers in a row of layers: 1.")
+    verify: bool = _setting(False, "Read the whole packed model against its checksums before anything runs.")
+    program_cache_max_mb: int = _setting(
+        32_000, "Most megabytes (10^6 bytes) of packed models in the cache; the least recently used go first."
+    )
     hidden_states: bool = _setting(True, "Whether requests may ask for hidden states.")
     hidden_states_max_mb: int = _setting(64, "Most megabytes (10^6 bytes) of hidden states a request may ask for.")
     seed: int = _setting(0, "Seed from which requests without one draw theirs.")
@@ -203,6 +207,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "enforce_eager": _boolean,
     "tensor_parallel_size": _only_one,
     "pipeline_parallel_size": _only_one,
+    "verify": _boolean,
+    "program_cache_max_mb": _integer(0, 10**9),
     "hidden_states": _boolean,
     "hidden_states_max_mb": _integer(1, 1_000_000),
     "seed": _integer(0, 2**63 - 1),

@@ -397,6 +397,22 @@ PLD_API void pld_model_close(pld_model *model); /* null is ignored */
 PLD_API pld_status pld_model_info_get(const pld_model *model, pld_model_info *info);
 PLD_API pld_program *pld_model_program(pld_model *model); /* lives as long as the model */
 
+/* The file's own checksums: a CRC-32 for each block of 1 MiB, written with it. Opening does not read them. */
+typedef struct pld_verify_params {
+  size_t struct_size;
+  int64_t bytes_per_second;     /* at most; 0: as fast as it goes */
+  const volatile int32_t *stop; /* not 0 ends it; null: never */
+  int32_t idle; /* not 0: on a thread that runs only while nobody else wants to (Linux); the caller sleeps meanwhile */
+  int32_t reserved;
+} pld_verify_params;
+PLD_API pld_verify_params pld_verify_default_params(void);
+/* Reads the whole file behind an open descriptor, which others may have mapped: the pages are the same. PLD_OK: all is
+ * as it was written. PLD_ABORTED: it was stopped. PLD_INVALID_ARGUMENT: the file has no checksums, or `*bad_block` is
+ * the number of the first block that is damaged or cannot be read (else -1); the checksums count as the block behind
+ * the last.
+ */
+PLD_API pld_status pld_model_verify(int32_t file, const pld_verify_params *params, int64_t *bad_block);
+
 /* ---- Decoding by sequence -------------------------------------------------------------------------------------------
  */
 

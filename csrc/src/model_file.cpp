@@ -1,9 +1,10 @@
-// A compiled model, mapped: magic `PLDPROG2`; u64 length of a header for Python; the index; sections. See
+// A compiled model, mapped: magic `PLDPROG3`; u64 length of a header for Python; the index; sections; checksums. See
 // pellucid/program/file.py. Everything that a hostile file could say is checked before it is believed.
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "checksums.hpp"
 #include "error.hpp"
 #include "op.hpp"
 #include "pellucid.h"
@@ -91,13 +92,18 @@ namespace {
 pld_status check_preamble(const Mapping &file, const char *path, Preamble *preamble) {
   if (file.size() < sizeof *preamble) return fail(PLD_INVALID_ARGUMENT, "%s: too short for a model", path);
   std::memcpy(preamble, file.data(), sizeof *preamble);
-  if (std::memcmp(preamble->magic, "PLDPROG2", 8) != 0)
+  if (std::memcmp(preamble->magic, "PLDPROG3", 8) != 0)
     return fail(PLD_INVALID_ARGUMENT, "%s: no compiled model of this version", path);
+  const int64_t content = content_bytes(static_cast<int64_t>(file.size()));
+  if (content < static_cast<int64_t>(sizeof *preamble))
+    return fail(PLD_INVALID_ARGUMENT, "%s: %zu bytes are no size of a compiled model: it was cut", path, file.size());
+  const auto size = static_cast<uint64_t>(content);
   for (int i = 0; i < kNumSections; ++i) {
     const Section &s = preamble->index[i];
-    if (s.offset % 64 != 0 || s.offset > file.size() || s.length > file.size() - s.offset)
-      return fail(PLD_INVALID_ARGUMENT, "%s: section %d [%llu, +%llu] lies outside %zu bytes", path, i,
-                  static_cast<unsigned long long>(s.offset), static_cast<unsigned long long>(s.length), file.size());
+    if (s.offset % 64 != 0 || s.offset > size || s.length > size - s.offset)
+      return fail(PLD_INVALID_ARGUMENT, "%s: section %d [%llu, +%llu] lies outside %llu bytes", path, i,
+                  static_cast<unsigned long long>(s.offset), static_cast<unsigned long long>(s.length),
+                  static_cast<unsigned long long>(size));
   }
   if (preamble->index[kPlan].length != sizeof(Plan))
     return fail(PLD_INVALID_ARGUMENT, "%s: the plan has %llu bytes; it must have %zu", path,

@@ -7,8 +7,11 @@ from pathlib import Path
 from pellucid.commands.load import packing_progress
 from pellucid.config import EngineConfig
 from pellucid.errors import ConfigError
-from pellucid.executor.loader import PROGRAM_SUFFIX, build_program
+from pellucid.executor.loader import build_program
+from pellucid.executor.program_cache import PROGRAM_SUFFIX
 from pellucid.ops import abi
+from pellucid.program.file import open_program_file
+from pellucid.program.verify import verify_file
 from pellucid.weights.hub import resolve_model
 
 
@@ -17,6 +20,8 @@ def compile_model(config: EngineConfig, target: Path) -> int:
 
     Raises:
         ConfigError: the target has another suffix, or the model is compiled already.
+        StorageError: the target cannot be written.
+        DamagedFileError: with `verify`, the disk gives back something else than was written.
     """
     if target.suffix != PROGRAM_SUFFIX:
         raise ConfigError(f"output is {target.name!r}; a compiled model ends in {PROGRAM_SUFFIX}")
@@ -29,4 +34,6 @@ def compile_model(config: EngineConfig, target: Path) -> int:
             build_program(path, config, context, target, progress)
     finally:
         context.close()
+    if config.verify:
+        verify_file(open_program_file(target), is_ours=False)
     return target.stat().st_size

@@ -21,6 +21,7 @@ from pellucid.executor.loader import (
 )
 from pellucid.ops import abi
 from pellucid.ops.spec import OP_KINDS
+from pellucid.program.checksums import content_bytes, num_blocks
 from pellucid.program.file import ProgramFile
 from pellucid.program.runner import load_program
 from pellucid.program.variant import activation_widths
@@ -81,7 +82,14 @@ def model_rows(config: EngineConfig) -> tuple[list[Row], list[Row]]:
         program.close()
     finally:
         context.close()
-    return _architecture(model), _memory(config, model, arena)
+    return [*_architecture(model), ("checksums", _checksums(model, config.verify))], _memory(config, model, arena)
+
+
+def _checksums(model: LoadedModel, is_verified: bool) -> str:
+    blocks = num_blocks(content_bytes(model.file.path.stat().st_size) or 0)
+    if not is_verified:
+        return f"{blocks:,} blocks of 1 MiB; those of the weights were not read: --verify"
+    return f"all {blocks:,} blocks of 1 MiB are as they were written"
 
 
 def stored_as(model: LoadedModel) -> str:

@@ -37,7 +37,16 @@ from pellucid.params import SamplingParams
 # Settings that change no plan: with any of them changed, steps are still compared one by one.
 _NEUTRAL = {
     *("model", "tokenizer", "dtype", "quantization", "kv_cache_dtype", "isa", "device", "num_threads", "enforce_eager"),
-    *("seed", "hidden_states", "hidden_states_max_mb", "trace_path", "trace_max_mb", "trace_logits"),
+    *(
+        "verify",
+        "program_cache_max_mb",
+        "seed",
+        "hidden_states",
+        "hidden_states_max_mb",
+        "trace_path",
+        "trace_max_mb",
+        "trace_logits",
+    ),
 }
 # What of a step is its plan, in the order in which it is compared; a difference in what a step found comes out in these first.
 _PLAN = ("step", "preempted", "entries", "waiting", "head_reason", "kind", "tkv")

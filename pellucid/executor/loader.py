@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pellucid import __version__
 from pellucid.config import EngineConfig
-from pellucid.errors import ConfigError, TokenizerError, WeightFormatError
+from pellucid.errors import ConfigError, StorageError, TokenizerError, WeightFormatError
+from pellucid.executor.program_cache import PROGRAM_SUFFIX, ProgramCache
+from pellucid.files import storage_errors
 from pellucid.models.config import ModelConfig
 from pellucid.models.registry import ModelRegistry
 from pellucid.ops import abi
 from pellucid.program.builder import FORMAT_VERSION, build_program_file
 from pellucid.program.file import ProgramFile, open_program_file
+from pellucid.program.verify import verify_file
 from pellucid.quant.scheme import WeightScheme
 from pellucid.text.tokenizer import Tokenizer
-from pellucid.weights.hub import cache_dir, resolve_model
+from pellucid.weights.hub import cache_dir, remove_leftovers, resolve_model
 
 # Rooms whose code decides what a program is: a change there makes cached programs stale.
 _CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "quant", "text", "weights")
-PROGRAM_SUFFIX = ".pld"
+_PACKING_ATTEMPTS = 3  # another process may remove a program before this one holds it
 _CORE_DTYPES = {"float32": abi.F32, "bfloat16": abi.BF16}
 
 Progress = Callable[[int, int], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class LoadedModel:
     dtype: str  # float32 or bfloat16
     from_cache: bool
     max_model_len: int = 0
+    is_ours: bool = False  # the file is one of the cache's, not one that somebody gave
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -93,24 +100,59 @@ def fingerprint(path: Path, config: EngineConfig) -> str:
 
 
 def load_model(config: EngineConfig, context: abi.Context, progress: Progress | None = None) -> LoadedModel:
-    """The model as a mapped program: from the cache, or traced and packed into it first.
+    """The model as a mapped program: from the cache, or traced and packed into it first. With `verify` all of it was read
+    against its checksums.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, ConfigError, WeightFormatError, TokenizerError: what is wrong with it.
+        DamagedFileError: a compiled model is not as it was written.
+        StorageError: the program cannot be packed into the cache: no room, or no such folder.
     """
     path = resolve_model(config.model)
     if path.is_file() and path.suffix == PROGRAM_SUFFIX:
         return _read_compiled(path, config)
     key = fingerprint(path, config)
-    cached = cache_dir() / "programs" / f"{key}.pld"
-    if cached.is_file():
-        try:
-            return _read(cached, key, config, from_cache=True)
-        except WeightFormatError:
-            cached.unlink(missing_ok=True)  # damaged: it is made again
-    build_program(path, config, context, cached, progress)
-    _drop_stale(cached, path)
-    return _read(cached, key, config, from_cache=False)
+    cache = ProgramCache(cache_dir() / "programs", config.program_cache_max_mb * 1_000_000)
+    remove_leftovers()
+    try:
+        return _from_cache(cache, key, config) or _packed(cache, key, path, config, context, progress)
+    finally:
+        cache.tidy(cache.path(key))
+
+
+def _from_cache(cache: ProgramCache, key: str, config: EngineConfig) -> LoadedModel | None:
+    """None: there is none, or it was damaged."""
+    file = cache.open(key)
+    if file is None:
+        return None
+    try:
+        if config.verify:
+            verify_file(file, is_ours=True)
+        return _loaded(file, key, from_cache=True, is_ours=True)
+    except WeightFormatError as error:
+        _log.warning("%s; it is packed anew", error)
+        file.path.unlink(missing_ok=True)
+        return None
+
+
+def _packed(
+    cache: ProgramCache,
+    key: str,
+    path: Path,
+    config: EngineConfig,
+    context: abi.Context,
+    progress: Progress | None,
+) -> LoadedModel:
+    for _ in range(_PACKING_ATTEMPTS):
+        build_program(path, config, context, cache.path(key), progress)
+        model = _from_cache(cache, key, config)
+        if model is not None:
+            cache.drop_stale(cache.path(key), model.file.meta)
+            return replace(model, from_cache=False)
+    raise StorageError(
+        f"{cache.path(key)} was packed {_PACKING_ATTEMPTS} times and was gone or damaged at once: the disk fails, or other "
+        f"processes remove it, for program_cache_max_mb is {config.program_cache_max_mb:,}"
+    )
 
 
 def _read_compiled(path: Path, config: EngineConfig) -> LoadedModel:
@@ -123,13 +165,17 @@ def _read_compiled(path: Path, config: EngineConfig) -> LoadedModel:
         raise ConfigError(f"enforce_eager needs the model's own files; {path.name} is compiled")
     stamp = (path.stat().st_size, path.stat().st_mtime_ns)
     key = hashlib.sha256(repr((str(path.resolve()), stamp)).encode()).hexdigest()[:32]
-    return _read(path, key, config, from_cache=True)
+    with storage_errors(path, verb="read"):
+        file = open_program_file(path)
+    if config.verify:
+        verify_file(file, is_ours=False)
+    return _loaded(file, key, from_cache=True, is_ours=False)
 
 
 def build_program(
     path: Path, config: EngineConfig, context: abi.Context, target: Path, progress: Progress | None = None
 ) -> None:
-    """Traces the model of a checkpoint and packs it into `target`."""
+    """Traces the model of a checkpoint and packs it into `target`. Raises `StorageError` when it cannot be written there."""
     from pellucid.program.tracer import trace
     from pellucid.weights.checkpoint import open_checkpoint
 
@@ -198,13 +244,12 @@ def resolve_dtype(asked: str, stored: list[str], quantization: str | None = None
     return "float32" if quantization is None and stored and all(dtype == "F32" for dtype in stored) else "bfloat16"
 
 
-def _read(path: Path, key: str, config: EngineConfig, *, from_cache: bool) -> LoadedModel:
-    file = open_program_file(path)
+def _loaded(file: ProgramFile, key: str, *, from_cache: bool, is_ours: bool) -> LoadedModel:
     bundle = file.text("tokenizer")
     try:
         tokenizer = None if bundle is None else Tokenizer.from_bundle(bundle)
     except TokenizerError as error:
-        raise WeightFormatError(f"{path.name}: the tokenizer is damaged: {error}") from None
+        raise WeightFormatError(f"{file.path.name}: the tokenizer is damaged: {error}") from None
     model_config = ModelConfig.from_dict(file.text("config"))
     return LoadedModel(
         config=model_config,
@@ -214,22 +259,8 @@ def _read(path: Path, key: str, config: EngineConfig, *, from_cache: bool) -> Lo
         fingerprint=key,
         dtype=str(file.meta["dtype"]),
         from_cache=from_cache,
+        is_ours=is_ours,
     )
-
-
-def _drop_stale(made: Path, source: Path) -> None:
-    """Removes older programs of the same model files and precision: their key can never be asked for again."""
-    precision = ("source", "dtype", "quantization", "keeps")
-    fresh = open_program_file(made).meta
-    for other in made.parent.glob("*.pld"):
-        if other == made:
-            continue
-        try:
-            meta = open_program_file(other).meta
-        except (WeightFormatError, OSError):
-            continue
-        if all(meta.get(name) == fresh[name] for name in precision):
-            other.unlink(missing_ok=True)
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:

@@ -39,6 +39,7 @@ F32, BF16, F16 = 0, 1, 2
 Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, I8 = 3, 4, 5, 6, 7, 8, 9, 10, 11
 ROW_MAJOR, PANELS = 0, 1
 KV_BLOCK, KV_SLOT = 0, 1
+ABORTED = 2  # of the statuses below, the one that is no error
 ISA_NAMES = {0: "auto", 1: "portable", 2: "avx2", 3: "avx512"}
 ISA_CODES = {name: code for code, name in ISA_NAMES.items()}
 STATUS_NAMES = {
@@ -480,6 +481,20 @@ def run_op(
     if kv is not None:
         call.kv = kv.handle
     check(library().pld_op_run(context.handle, byref(call)))
+
+
+def verify_file(descriptor: int, bytes_per_second: int, stop: ctypes.c_int32, *, idle: bool) -> int | None:
+    """Reads an open program file against its checksums: the first bad block, or None. It ends early when `stop` is set.
+
+    Raises:
+        NativeError: the file has no checksums, or the system failed.
+    """
+    params, bad = library().pld_verify_default_params(), ctypes.c_int64()
+    params.bytes_per_second, params.stop, params.idle = bytes_per_second, ctypes.addressof(stop), idle
+    status = library().pld_model_verify(descriptor, byref(params), byref(bad))
+    if bad.value < 0 and status != ABORTED:
+        check(status)
+    return None if bad.value < 0 else bad.value
 
 
 def sample(context: Context, logits: F32Array, rows: Sequence[int], results: AnyArray) -> None:

@@ -194,6 +194,18 @@ class ModelInfoStruct(Structure):
     ]
 
 
+class VerifyParamsStruct(Structure):
+    """pld_verify_params."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("bytes_per_second", c_int64),
+        ("stop", c_void_p),
+        ("idle", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 class DecodeBatchStruct(Structure):
     """pld_decode_batch."""
 
@@ -242,6 +254,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_model_close": (None, [c_void_p]),
     "pld_model_info_get": (c_int32, [c_void_p, POINTER(ModelInfoStruct)]),
     "pld_model_program": (c_void_p, [c_void_p]),
+    "pld_verify_default_params": (VerifyParamsStruct, []),
+    "pld_model_verify": (c_int32, [c_int32, POINTER(VerifyParamsStruct), POINTER(c_int64)]),
     "pld_decode": (c_int32, [c_void_p, c_void_p, POINTER(DecodeBatchStruct)]),
     "pld_logits_of": (c_void_p, [c_void_p, c_int32]),
     "pld_hidden_of": (c_void_p, [c_void_p, c_int32]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ import numpy as np
 
 from pellucid.ops import abi, structs
 from pellucid.ops.spec import OP_KINDS
-from pellucid.program.file import Bytes, aligned, write_program_file
+from pellucid.program.checksums import Bytes
+from pellucid.program.file import aligned, write_program_file
 from pellucid.program.formats import choose_dtypes
 from pellucid.program.planner import Uses, assign_slots
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
 from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView, from_float32
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MAX_END_TOKENS = 16
 # What the core reads of a model: see csrc/src/model_file.cpp.
 _PLAN_FIELDS = (
@@ -175,9 +176,10 @@ def build_program_file(
     placed = place_weights(recording.weights, dtypes)
     total = placed[-1].offset + placed[-1].nbytes if placed else 0
 
-    def fill(data: Bytes) -> None:
+    def fill(data: Bytes) -> Iterator[int]:
         for weight, place in zip(recording.weights, placed, strict=True):
             pack_weight(context, weight, place, data)
+            yield place.offset + place.nbytes
             if progress is not None:
                 progress(place.offset + place.nbytes, total)
 

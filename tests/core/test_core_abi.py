@@ -258,6 +258,7 @@ STRUCTS = {
     "pld_sample_row": structs.SampleRowStruct,
     "pld_model_params": structs.ModelParamsStruct,
     "pld_model_info": structs.ModelInfoStruct,
+    "pld_verify_params": structs.VerifyParamsStruct,
     "pld_decode_batch": structs.DecodeBatchStruct,
 }
 

@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
-from pellucid.engine.messages import Command, Submit
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The thread's word to the owner: what this request asks for is compiled, or known to be refused."""
-
-    submit: Submit
+from pellucid.engine.inbox import Compiled, Inbox
+from pellucid.engine.messages import Submit
 
 
 class Compiling:
     """The owner's own; only `_compile` runs on the thread."""
 
-    def __init__(self, inbox: SimpleQueue[Command | Compiled]) -> None:
+    def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
         self._waiting: dict[str, Submit] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pellucid-owner-compiler")

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import zmq
 
-from pellucid.engine.compiling import Compiled
-from pellucid.engine.messages import Command, Event
+from pellucid.engine.inbox import Inbox
+from pellucid.engine.messages import Event
 from pellucid.engine.owner import EngineOwner
 from pellucid.engine.wire import (
     MAX_COMMAND_BYTES,
@@ -41,7 +41,7 @@ class EngineCoreProc:
         self._context: zmq.Context[Any] = zmq.Context()
         self._commands = receiver(self._context, address(given.folder, "commands"), MAX_COMMAND_BYTES)
         self._events = sender(self._context, address(given.folder, "events"), _LINGER_MS)
-        self._inbox: SimpleQueue[Command | Compiled] = SimpleQueue()
+        self._inbox: Inbox = SimpleQueue()
         self._owner = EngineOwner(given.start, self._inbox, self._emit, sends_tokenizer=True)
 
     def run(self) -> None:

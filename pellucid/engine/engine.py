@@ -20,7 +20,7 @@ from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
 from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
-from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError
+from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.hidden import HiddenStatesLimits
@@ -35,6 +35,7 @@ from pellucid.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pellucid.engine.recorder import Recorder
     from pellucid.engine.trace_lines import Line
+    from pellucid.program.verify import Verification
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,13 @@ class _Step:
     running: list[str]  # ids, as it was planned
     schedule_seconds: float
     is_first: bool  # after the engine had nothing to do
+
+
+@dataclass
+class Failure:
+    """Why an engine cannot go on; None while it can. Any thread may say so, and the owner's next call finds it."""
+
+    error: PellucidError | None = None
 
 
 class LLMEngine:
@@ -123,6 +131,8 @@ class LLMEngine:
         self._execute = partial(_execute, executor, clock)
         self._worker = PlanWorker(self._execute) if config.async_scheduling else None
         self._closed = False
+        self.failure = Failure()
+        self.verification: Verification | None = None  # of the packed model, beside the steps
         self._turn = 0
         self._recorder = _recorder(self, trace_sink, clock)
 
@@ -143,10 +153,9 @@ class LLMEngine:
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit; nothing was queued.
-            EngineDeadError: the engine was closed.
+            EngineDeadError: the engine was closed, or has failed.
         """
-        if self._closed:
-            raise EngineDeadError("the engine is closed")
+        self._refuse_when_dead()
         params = SamplingParams() if params is None else params
         number = next(self._numbers)
         request_id = f"req-{number}" if request_id is None else request_id
@@ -219,6 +228,7 @@ class LLMEngine:
             finished=dict(counted.finished),
             num_steps=counted.num_steps,
             num_cached_blocks=self.block_manager.num_cached_blocks,
+            trace_has_failed=self._recorder is not None and self._recorder.has_failed,
             histograms={name: histogram.stats() for name, histogram in counted.histograms.items()},
         )
 
@@ -255,11 +265,19 @@ class LLMEngine:
         """Frees the executor and the trace; harmless when called again."""
         if not self._closed:
             self._closed = True
+            if self.verification is not None:
+                self.verification.stop()
             if self._worker is not None:
                 self._worker.close()
             self.executor.close()
             if self._recorder is not None:
                 self._recorder.close(self)
+
+    def _refuse_when_dead(self) -> None:
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+        if self.failure.error is not None:
+            raise EngineDeadError(f"the engine failed: {self.failure.error}") from self.failure.error
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -270,10 +288,9 @@ class LLMEngine:
         so that the core goes on while they are processed and read.
 
         Raises:
-            EngineDeadError: the engine was closed.
+            EngineDeadError: the engine was closed, or has failed.
         """
-        if self._closed:
-            raise EngineDeadError("the engine is closed")
+        self._refuse_when_dead()
         if not self.can_step:
             return self.take_ended()
         self._turn += 1

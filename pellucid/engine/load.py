@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from pellucid.config import EngineConfig
 from pellucid.engine.engine import LLMEngine
+from pellucid.errors import PellucidError
 from pellucid.executor.uniproc import UniProcExecutor
+from pellucid.program.verify import Verification
+
+_log = logging.getLogger(__name__)
 
 
-def load_engine(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> LLMEngine:
+def load_engine(
+    config: EngineConfig,
+    progress: Callable[[int, int], None] | None = None,
+    on_failure: Callable[[PellucidError], None] | None = None,
+) -> LLMEngine:
     """Loads the model and makes its engine; what was begun is freed when that fails.
 
-    `progress(done, total)` is told bytes while the first start packs the weights.
+    `progress(done, total)` is told bytes while the first start packs the weights. Unless `config.verify` had it done before, the
+    packed model is read against its checksums from now on, unnoticed; a bad block ends the engine, and `on_failure` is told so on
+    another thread.
 
     Raises:
-        ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError: what cannot be loaded, and why.
+        ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError, StorageError: what cannot be loaded, and why.
     """
     executor = UniProcExecutor(config, progress)
     try:
-        return LLMEngine(config, executor, executor.model.tokenizer)
+        engine = LLMEngine(config, executor, executor.model.tokenizer)
     except BaseException:
         executor.close()
         raise
+    if not config.verify:
+        failure, path = engine.failure, executor.model.file.path  # and not the engine, which nobody else may keep alive
+
+        def on_damage(error: PellucidError) -> None:
+            _log.critical("%s (%s)", error, path)
+            failure.error = error
+            if on_failure is not None:
+                on_failure(error)
+
+        engine.verification = Verification(executor.model.file, on_damage, is_ours=executor.model.is_ours)
+    return engine

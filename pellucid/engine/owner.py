@@ -9,18 +9,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from pellucid.config import EngineConfig
-from pellucid.engine.compiling import Compiled, Compiling
+from pellucid.engine.compiling import Compiling
 from pellucid.engine.engine import LLMEngine, StepOutputs
+from pellucid.engine.inbox import Compiled, Failed, Inbox, Word
 from pellucid.engine.load import load_engine
 from pellucid.engine.messages import (
     CLOSED,
     AbortAll,
     Cancel,
-    Command,
     Died,
     Done,
     ErrorInfo,
@@ -41,7 +40,7 @@ from pellucid.engine.messages import (
     Submit,
 )
 from pellucid.engine.trace import StepRecord
-from pellucid.errors import InvalidRequestError, PellucidError, QueueFullError
+from pellucid.errors import DamagedFileError, EngineDeadError, InvalidRequestError, PellucidError, QueueFullError
 from pellucid.json_text import well_formed
 
 Emit = Callable[[Sequence[Event]], None]
@@ -59,9 +58,7 @@ class EngineOwner:
     event is `Died` or `LoadFailed`. With `sends_tokenizer` the front end is sent one, because it cannot have the engine's.
     """
 
-    def __init__(
-        self, start: Start, inbox: SimpleQueue[Command | Compiled], emit: Emit, *, sends_tokenizer: bool = False
-    ) -> None:
+    def __init__(self, start: Start, inbox: Inbox, emit: Emit, *, sends_tokenizer: bool = False) -> None:
         self.engine: LLMEngine | None = None
         self._sends_tokenizer = sends_tokenizer
         self._start, self._inbox, self._emit = start, inbox, emit
@@ -77,12 +74,17 @@ class EngineOwner:
             ReadSteps: lambda engine, command: [Steps(command.call, _records(engine, command))],
             ResetPrefixCache: self._reset_prefix_cache,
             Shutdown: self._shutdown,
+            Failed: self._failed,
         }
 
     def run(self) -> None:
         """Until the end. Raises nothing."""
         try:
-            self.engine = load_engine(self._start.config, lambda done, total: self._emit([LoadProgress(done, total)]))
+            self.engine = load_engine(
+                self._start.config,
+                lambda done, total: self._emit([LoadProgress(done, total)]),
+                lambda error: self._inbox.put(Failed(error)),
+            )
         except BaseException as error:
             self._emit([LoadFailed(ErrorInfo.of(error))])
             return
@@ -91,6 +93,8 @@ class EngineOwner:
         try:
             while self._is_open:
                 self._turn(self.engine)
+        except (DamagedFileError, EngineDeadError) as error:  # the log has it
+            last = Died(ErrorInfo.of(error))
         except BaseException as error:
             _log.critical("the engine's owner failed", exc_info=error)
             last = Died(ErrorInfo.of(error))
@@ -117,7 +121,7 @@ class EngineOwner:
             if news:
                 self._emit(news)
 
-    def _handle(self, engine: LLMEngine, command: Command | Compiled) -> Iterable[Event]:
+    def _handle(self, engine: LLMEngine, command: Word) -> Iterable[Event]:
         return self._handlers[type(command)](engine, command)
 
     def _news(self, engine: LLMEngine, outputs: StepOutputs) -> list[Event]:
@@ -201,6 +205,10 @@ class EngineOwner:
     @staticmethod
     def _reset_prefix_cache(engine: LLMEngine, command: ResetPrefixCache) -> Iterable[Event]:
         return [Done(command.call, int(engine.reset_prefix_cache()))]
+
+    @staticmethod
+    def _failed(engine: LLMEngine, failed: Failed) -> Iterable[Event]:
+        raise failed.error
 
     def _shutdown(self, engine: LLMEngine, command: Shutdown) -> Iterable[Event]:
         self._is_open = False

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol
 
-from pellucid.engine.compiling import Compiled
+from pellucid.engine.inbox import Inbox
 from pellucid.engine.messages import Command, Died, Event, Loaded, LoadFailed, Shutdown, Start
 from pellucid.engine.owner import EngineOwner
 from pellucid.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class ThreadTransport:
     """
 
     def __init__(self, start: Start) -> None:
-        self._inbox: SimpleQueue[Command | Compiled] = SimpleQueue()
+        self._inbox: Inbox = SimpleQueue()
         self._outbox: SimpleQueue[Sequence[Event]] = SimpleQueue()
         self.owner = EngineOwner(start, self._inbox, self._outbox.put)
         self._owning = Thread(target=self.owner.run, name="pellucid-engine", daemon=True)

@@ -86,5 +86,13 @@ class EngineDeadError(PellucidError, RuntimeError):
     """The engine was closed or its owner failed; nothing more can be submitted."""
 
 
+class ForkedError(EngineDeadError):
+    """The process was forked from the one that loaded the model, and has none of its threads."""
+
+
+class WrongThreadError(PellucidError, RuntimeError):
+    """An object that is for one thread at a time was used by another: the text names both. Nothing was done."""
+
+
 class InvariantError(PellucidError, RuntimeError):
     """A self-check of the engine failed: a bug in Pellucid, never the caller's fault."""

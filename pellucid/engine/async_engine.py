@@ -54,7 +54,9 @@ Progress = Callable[[int, int], None]
 class AsyncLLMEngine:
     """An engine that runs by itself. Every method may be called from any thread, the coroutines from any asyncio loop.
 
-    Made by `start`. What ended is kept until it is released, within `MAX_UNCOLLECTED` and `MAX_UNCOLLECTED_SECONDS`.
+    Made by `start`. What ended is kept until it is released, within `MAX_UNCOLLECTED` and `MAX_UNCOLLECTED_SECONDS`. A coroutine
+    or a stream whose loop has ended gives its request up when it is collected. In a process that was forked from the engine's,
+    calls raise `ForkedError`.
     """
 
     def __init__(self, transport: Transport, loaded: Loaded, max_state_bytes: int) -> None:
@@ -72,7 +74,7 @@ class AsyncLLMEngine:
         # Structures are compiled apart: those that take seconds are waited for by other structures alone.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")
         self._compile_places = Semaphore(MAX_COMPILING)
-        self._book = RequestBook(max_state_bytes)
+        self._book = RequestBook(max_state_bytes, lambda request_id: transport.send(Cancel(0, request_id)))
 
     @classmethod
     def start(
@@ -143,12 +145,13 @@ class AsyncLLMEngine:
     ) -> AsyncIterator[StreamChunk]:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, options, True)
+        left = _Left(self._abandon, stream)  # where the loop is gone, `finally` is never come to
         try:
             async with aclosing(self._watch(stream)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
-            self._abandon(stream)
+            left.now()
 
     async def generate(
         self,
@@ -274,6 +277,8 @@ class AsyncLLMEngine:
 
     def close(self) -> None:
         """Ends the engine and frees its memory; who waits gets an error at once. Harmless when called again."""
+        if self._book.is_left:
+            return  # it belongs to the process that this one was forked from
         self._book.die(CLOSED)
         for pool in (self._tokenisers, self._compiler):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -383,6 +388,19 @@ class AsyncLLMEngine:
             return await future
         finally:
             self._book.close_call(call)
+
+
+class _Left:
+    """Gives a request up, once: when it is told to, or when it is collected."""
+
+    def __init__(self, abandon: Callable[[RequestStream], None], stream: RequestStream) -> None:
+        self._abandon, self._streams = abandon, [stream]
+
+    def now(self) -> None:
+        while self._streams:
+            self._abandon(self._streams.pop())
+
+    __del__ = now
 
 
 class _Link:

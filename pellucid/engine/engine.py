@@ -26,6 +26,7 @@ from pellucid.executor.worker import PlanWorker, Task
 from pellucid.hidden import HiddenStatesLimits
 from pellucid.options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.outputs import RequestOutput, StreamChunk
+from pellucid.owners import Owner, SoleOwner, owned
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.variant import activation_widths, steerable
@@ -76,7 +77,8 @@ class Failure:
 class LLMEngine:
     """Requests in, outputs out, one step at a time: schedule, execute, apply, process, record.
 
-    Not thread-safe: all calls come from one thread.
+    It belongs to the thread that calls it first; a call from another one raises `WrongThreadError`, which names both. Behind an
+    `EngineClient`, which then is its `owner`, calls of any thread wait for their turn. `sink` is told what each step brought.
     """
 
     def __init__(
@@ -134,10 +136,13 @@ class LLMEngine:
         self.failure = Failure()
         self.verification: Verification | None = None  # of the packed model, beside the steps
         self._turn = 0
+        self.owner: Owner = SoleOwner("this LLMEngine")
+        self.sink: Callable[[StepOutputs], None] | None = None
         self._recorder = _recorder(self, trace_sink, clock)
 
     # ---- commands -------------------------------------------------------------------------------------------------
 
+    @owned
     def add_request(
         self,
         prompt: Prompt,
@@ -186,6 +191,7 @@ class LLMEngine:
             self._recorder.submitted(self, request_id, token_ids, params, seed, options, names)
         return request_id
 
+    @owned
     def cancel(self, request_id: str) -> bool:
         """Ends a request as aborted; its blocks are free at once. True while it is known, False otherwise."""
         choice_ids = self._choice_ids.get(request_id)
@@ -198,6 +204,7 @@ class LLMEngine:
             self._recorder.cancelled(self, request_id)
         return True
 
+    @owned
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached blocks; False while requests hold blocks."""
         is_reset = self.block_manager.reset_prefix_cache()
@@ -205,6 +212,7 @@ class LLMEngine:
             self._recorder.was_reset(self)
         return is_reset
 
+    @owned
     def take_ended(self) -> StepOutputs:
         """The outputs of requests that were cancelled since the last step, without a step."""
         outputs = self._process([], self._clock())
@@ -212,6 +220,7 @@ class LLMEngine:
             self.scheduler.check_invariants()
         return outputs
 
+    @owned
     def stats(self) -> EngineStats:
         """The state of now, and all that was counted since the start."""
         counted, scheduler = self.metrics, self.scheduler
@@ -261,6 +270,7 @@ class LLMEngine:
         is_account_open = padded is not None and not padded.is_empty
         return bool(self._in_flight) or self.scheduler.has_unfinished or is_account_open
 
+    @owned
     def close(self) -> None:
         """Frees the executor and the trace; harmless when called again."""
         if not self._closed:
@@ -281,6 +291,7 @@ class LLMEngine:
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
+    @owned
     def step(self) -> StepOutputs:
         """Brings the results of one step; with nothing to do it returns at once.
 
@@ -372,7 +383,10 @@ class LLMEngine:
         outputs = [state.to_output() for state in finished]
         for output in outputs:
             self.metrics.count_finished(output)
-        return StepOutputs(chunks, outputs)
+        brought = StepOutputs(chunks, outputs)
+        if self.sink is not None:
+            self.sink(brought)
+        return brought
 
     def _finish(self, state: RequestState, event: TokenEvent, status: RequestStatus, now: float) -> None:
         request = self.scheduler.get(event.request_id)

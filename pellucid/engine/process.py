@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from threading import Lock, Thread
+from threading import RLock, Thread
 from typing import Any
 
 import zmq
@@ -24,6 +24,7 @@ from pellucid.engine.transport import Deliver
 from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
 from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
 from pellucid.json_text import lone_surrogate
+from pellucid.owners import Home
 from pellucid.text.tokenizer import Tokenizer
 
 # Paths of sockets must fit into sockaddr_un.
@@ -47,12 +48,13 @@ class ProcessTransport:
     def __init__(self, start: Start) -> None:
         _check_names(start.config)
         self.folder = _private_folder()
-        self._at_exit = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._home = Home("this engine process")
+        self._at_exit = weakref.finalize(self, _remove, self.folder, self._home)
         self._start = start
         self._context: zmq.Context[Any] = zmq.Context()
         self._events = receiver(self._context, address(self.folder, "events"))
         self._commands = sender(self._context, address(self.folder, "commands"), linger_ms=0)
-        self._sending = Lock()
+        self._sending = RLock()  # the garbage collector may give a request up within it
         self._is_loaded = self._is_closed = False
         self.process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
@@ -96,6 +98,8 @@ class ProcessTransport:
 
     def close(self) -> None:
         """Ends the process, behind the step that it is in, or by force when that takes too long or nothing is loaded."""
+        if self._home.is_left:
+            return
         with self._sending:
             if self._is_closed:
                 return
@@ -125,7 +129,7 @@ class ProcessTransport:
     @property
     def is_alive(self) -> bool:
         """True while the process runs."""
-        return self.process is not None and self.process.poll() is None
+        return not self._home.is_left and self.process is not None and self.process.poll() is None
 
     # ---- events ---------------------------------------------------------------------------------------------------
 
@@ -168,6 +172,11 @@ def _private_folder() -> str:
         return folder
     os.rmdir(folder)
     return tempfile.mkdtemp(prefix="pellucid-", dir="/tmp")
+
+
+def _remove(folder: str, home: Home) -> None:
+    if not home.is_left:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command() -> list[str]:

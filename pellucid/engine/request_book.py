@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -15,9 +15,12 @@ from pellucid.engine.client import MAX_UNCOLLECTED
 from pellucid.engine.messages import Died, Done, ErrorInfo, Event, News, Refused, Stats, Steps
 from pellucid.engine.streams import RequestStream, Wakes
 from pellucid.errors import EngineDeadError, EngineDrainingError, InvalidRequestError, QueueFullError
+from pellucid.owners import Home, uninterrupted
 
 # Outputs that nobody collected are dropped, as others end, after this many seconds or behind MAX_UNCOLLECTED younger ones.
 MAX_UNCOLLECTED_SECONDS = 600.0
+# The lock is held for less than a millisecond: who waits for longer waits for itself.
+_LOCK_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +28,13 @@ _log = logging.getLogger(__name__)
 class RequestBook:
     """Requests by id, calls that wait for an answer, and whether the engine still takes any.
 
-    Used from many threads. `lock` guards all of it, and the streams; methods say where the caller has to hold it.
+    Used from many threads. `lock` guards all of it, and the streams; methods say where the caller has to hold it. `cancel` is
+    told of requests that were abandoned where it could not be done at once.
     """
 
-    def __init__(self, max_state_bytes: int) -> None:
-        self.lock = Lock()
+    def __init__(self, max_state_bytes: int, cancel: Callable[[str], None] = lambda request_id: None) -> None:
+        self._home, self._lock, self._cancel = Home("this AsyncLLMEngine"), Lock(), cancel
+        self._left: deque[RequestStream] = deque()  # whose readers the garbage collector has ended
         self.streams: dict[str, RequestStream] = {}
         self.calls: dict[int, asyncio.Future[Any]] = {}
         self.ended_at: OrderedDict[str, float] = OrderedDict()  # of streams that are kept, oldest first
@@ -38,6 +43,17 @@ class RequestBook:
         self._waiting_for_all: list[asyncio.Future[None]] = []
         self._is_draining = False
         self._num_state_bytes, self._max_state_bytes = 0, max_state_bytes
+
+    @property
+    def lock(self) -> Lock:
+        """Guards everything here. Raises `ForkedError` in a forked process, where it may be locked for ever."""
+        self._home.check()
+        return self._lock
+
+    @property
+    def is_left(self) -> bool:
+        """True in a process that was forked from the engine's."""
+        return self._home.is_left
 
     # ---- for callers ----------------------------------------------------------------------------------------------
 
@@ -89,14 +105,24 @@ class RequestBook:
         self.ended_at.pop(stream.request_id, None)
 
     def abandon(self, stream: RequestStream) -> bool:
-        """Keeps nothing of a request; True when it still has to be ended."""
+        """Keeps nothing of a request; True when it still has to be ended.
+
+        The garbage collector may call it, for a coroutine whose loop is gone, on a thread that holds the lock: it is then done
+        behind the next events.
+        """
         wakes = Wakes()
-        with self.lock:
-            if self.streams.get(stream.request_id) is not stream:
+        with uninterrupted():
+            if self.is_left or not self._lock.acquire(timeout=_LOCK_SECONDS):
+                self._left.append(stream)
                 return False
-            self.forget(stream)
-            self._wake_when_all_ended(wakes)
-        wakes.send()
+            try:
+                if self.streams.get(stream.request_id) is not stream:
+                    return False
+                self.forget(stream)
+                self._wake_when_all_ended(wakes)
+            finally:
+                self._lock.release()
+            wakes.send()
         return not stream.has_ended
 
     def open_call(self, loop: asyncio.AbstractEventLoop) -> tuple[int, asyncio.Future[Any]]:
@@ -164,6 +190,10 @@ class RequestBook:
                 _log.critical("events could not be booked", exc_info=error)
                 self._fail_all(ErrorInfo.of(error), wakes)
         wakes.send()
+        while self._left:
+            stream = self._left.popleft()
+            if self.abandon(stream):
+                self._cancel(stream.request_id)
 
     def die(self, info: ErrorInfo) -> None:
         """Everybody who waits gets an error. What had ended before can still be read."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt
-from pellucid.engine.client import EngineClient
+from pellucid.engine.client import EngineClient, Reader, Submission
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
-from pellucid.errors import EngineDeadError, InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
@@ -99,15 +99,12 @@ class LLM:
         priorities = _one_each("priority", priority, len(prompts), 0)
         hidden = HiddenStatesParams.from_request(return_hidden_states, hidden_states_for_tokens, hidden_states_layers)
         captured, steered = CaptureParams.from_request(capture), SteeringParams.from_request(steering)
-        ids: list[str] = []
-        try:
-            for prompt, one, rank in zip(prompts, params, priorities, strict=True):
-                options = RequestOptions(rank, cache_salt, hidden, captured, steered)
-                ids.append(self.client.submit(prompt, one, options=options, stream=False))
-            return _as_tensors(self._finish(ids, use_tqdm)) if hidden or captured else self._finish(ids, use_tqdm)
-        except BaseException:
-            self._abandon(ids)
-            raise
+        submissions = [
+            Submission(prompt, one, RequestOptions(rank, cache_salt, hidden, captured, steered), stream=False)
+            for prompt, one, rank in zip(prompts, params, priorities, strict=True)
+        ]
+        outputs = self._run(submissions, use_tqdm)
+        return _as_tensors(outputs) if hidden or captured else outputs
 
     def chat(
         self,
@@ -145,14 +142,18 @@ class LLM:
         """Yields news of one request as it is made; leaving the loop early cancels it."""
         if not isinstance(prompt, str):
             prompt = _prompts([prompt])[0]
-        request_id = self.client.submit(prompt, sampling_params, options=RequestOptions(cache_salt=cache_salt))
+        reader = Reader(is_eager=True)
         try:
-            while not self.client.is_finished(request_id):
-                for chunk in self.client.step_outputs().chunks:
-                    if chunk.request_id == request_id:
-                        yield chunk
+            options = RequestOptions(cache_salt=cache_salt)
+            self.client.submit_all([Submission(prompt, sampling_params, options)], reader)
+            is_open = True
+            while is_open:
+                self.client.wait(reader)
+                is_open = bool(reader.open)  # asked first: chunks are there before their request has ended
+                while reader.chunks:
+                    yield reader.chunks.popleft()
         finally:
-            self._abandon([request_id])
+            self.client.abandon(reader)
 
     def score(
         self, prompts: Sequence[str | Sequence[int]], continuations: Sequence[str | Sequence[int]]
@@ -228,32 +229,24 @@ class LLM:
             check_well_formed(name, text)
         return self.get_tokenizer().encode(text, add_special_tokens=add_special_tokens)
 
-    def _finish(self, ids: Sequence[str], use_tqdm: bool | None) -> list[RequestOutput]:
-        advance, done = _progress(len(ids), use_tqdm)
-        pending = set(ids)
+    def _run(self, submissions: Sequence[Submission], use_tqdm: bool | None) -> list[RequestOutput]:
+        """The outputs of requests, when all have ended. Whatever keeps the caller from waiting ends them."""
+        advance, done = _progress(len(submissions), use_tqdm)
+        reader = Reader(is_eager=advance is not None)
         try:
-            while pending:
-                if not self.client.has_unfinished:
-                    raise EngineDeadError(f"{len(pending)} requests did not end although the engine is idle")
-                for output in self.client.step():
-                    if output.request_id in pending:
-                        pending.discard(output.request_id)
+            ids = self.client.submit_all(submissions, reader)
+            while reader.open:
+                self.client.wait(reader)
+                if advance is not None:
+                    for _ in range(reader.take_ended()):
                         advance()
+        except BaseException:
+            self.client.abandon(reader)
+            raise
         finally:
             done()
-        if self.client.has_unfinished and not self.engine.scheduler.has_unfinished:
-            self.client.step()  # the empty step with which a padded batch ends
-        outputs = [self.client.collect(request_id) for request_id in ids]
-        for request_id in ids:
-            self.client.release(request_id)
-        return [output for output in outputs if output is not None]
-
-    def _abandon(self, ids: Sequence[str]) -> None:
-        """Cancels what still runs, so that nothing is left behind."""
-        for request_id in ids:
-            if not self.client.is_finished(request_id) and self.client.cancel(request_id):
-                self.client.step()
-            self.client.release(request_id)
+        self.client.settle()
+        return [reader.outputs[request_id] for request_id in ids]
 
 
 def _as_tensors(outputs: list[RequestOutput]) -> list[RequestOutput]:
@@ -295,11 +288,11 @@ def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
     return [given] * count
 
 
-def _progress(total: int, wanted: bool | None) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(advance, done) of a progress bar on standard error."""
+def _progress(total: int, wanted: bool | None) -> tuple[Callable[[], None] | None, Callable[[], None]]:
+    """(advance, done) of a progress bar on standard error; None where there is no bar to advance."""
     show = sys.stderr.isatty() and total > 1 if wanted is None else wanted
     if not show:
-        return (lambda: None), (lambda: None)
+        return None, (lambda: None)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -19,6 +19,7 @@ from pellucid.executor.loader import (
 )
 from pellucid.executor.model_runner import ModelRunner
 from pellucid.ops import abi
+from pellucid.owners import Exclusive
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.runner import NativeProgram
 
@@ -27,6 +28,7 @@ class UniProcExecutor:
     """Loads the model and runs plans in this process and thread."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        self._alone = Exclusive("the executor")
         self.context = abi.Context(num_threads=config.num_threads, isa=config.isa)
         try:
             loaded = load_model(config, self.context, progress)
@@ -64,13 +66,16 @@ class UniProcExecutor:
         )
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
-        """Computes a plan's tokens and samples where it says so."""
-        return self.runner.execute(plan)
+        """Computes a plan's tokens and samples where it says so. What it reads of the core's buffers is of the step before: one
+        thread at a time, others are refused."""
+        with self._alone:
+            return self.runner.execute(plan)
 
     def close(self) -> None:
         """Frees the program, the cache and the threads."""
-        self.runner.executable.close()
-        self.context.close()
+        with self._alone:
+            self.runner.executable.close()
+            self.context.close()
 
 
 def max_logit_rows(config: EngineConfig) -> int:

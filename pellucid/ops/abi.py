@@ -33,6 +33,7 @@ from pellucid.ops.structs import (
     ProgramDescStruct,
     WeightStruct,
 )
+from pellucid.owners import Home
 
 ABI_VERSION = 1
 F32, BF16, F16 = 0, 1, 2
@@ -159,25 +160,28 @@ def cpu_info() -> CpuInfo:
 
 
 class _Handle:
-    """Owns one handle of the core; `close` may be called again."""
+    """Owns one handle of the core; `close` may be called again. A process that was forked from its own cannot use it, for the
+    core's threads are not there, and does not free it."""
 
     _destroy = ""
 
     def __init__(self, handle: int | None) -> None:
+        self._home = Home(f"this {type(self).__name__}")
         self._handle = handle
 
     @property
     def handle(self) -> int:
-        """The pointer. Raises NativeError once closed."""
+        """The pointer. Raises NativeError once closed, ForkedError in a forked process."""
+        self._home.check()
         if self._handle is None:
             raise NativeError(f"{type(self).__name__} is closed", -2)
         return self._handle
 
     def close(self) -> None:
         """Frees the handle."""
-        if self._handle is not None:
+        if self._handle is not None and not self._home.is_left:
             getattr(library(), self._destroy)(self._handle)
-            self._handle = None
+        self._handle = None
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:

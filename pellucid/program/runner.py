@@ -13,6 +13,7 @@ from pellucid.errors import WeightFormatError
 from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
+from pellucid.owners import Exclusive
 from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.file import ProgramFile
 from pellucid.program.variant import KeptColumns, Variant, variant_of
@@ -22,12 +23,13 @@ _MAX_VARIANTS = 4  # programs that keep activations, each with buffers of its ow
 
 
 class NativeProgram:
-    """Runs batches through the core. The arrays that it gives are views of the core's buffers, valid until the next call."""
+    """Runs batches through the core. The arrays that it gives are views of the core's buffers, valid until the next call: for one
+    thread at a time, and a call within another thread's is refused."""
 
     def __init__(
         self, context: abi.Context, file: ProgramFile, kv: abi.KVCache, *, max_tokens: int, max_logit_rows: int
     ) -> None:
-        self._kv = kv
+        self._kv, self._alone = kv, Exclusive("NativeProgram")
         self._load = partial(load_program, context, file, max_tokens, max_logit_rows)
         self._file = file
         self._plain = self._program = self._load()
@@ -38,14 +40,15 @@ class NativeProgram:
         """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards;
         `steering` is added to activations."""
         names = (tuple(sorted(keep)), tuple(sorted(steering)))
-        self._program, self._places = self._plain, {}
-        if any(names):
-            self._program, variant = self._variant(names)
-            self._places = variant.places
-            for name, buffer in variant.inputs.items():
-                _fill(self._program.input(buffer, batch.num_tokens), steering[name])
-        self._program.run(self._kv, batch)
-        return self._program.logits(len(batch.logit_rows))
+        with self._alone:
+            self._program, self._places = self._plain, {}
+            if any(names):
+                self._program, variant = self._variant(names)
+                self._places = variant.places
+                for name, buffer in variant.inputs.items():
+                    _fill(self._program.input(buffer, batch.num_tokens), steering[name])
+            self._program.run(self._kv, batch)
+            return self._program.logits(len(batch.logit_rows))
 
     def activation(self, name: str) -> F32:
         """A kept activation [T, any] of the last batch.
@@ -68,8 +71,9 @@ class NativeProgram:
 
     def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
         """Logits [L, V] of rows of the last batch."""
-        self._program.run_logits(rows)
-        return self._program.logits(len(rows))
+        with self._alone:
+            self._program.run_logits(rows)
+            return self._program.logits(len(rows))
 
     def hidden(self) -> F32:
         """Hidden states [T, D] of the last batch."""
@@ -82,9 +86,10 @@ class NativeProgram:
 
     def close(self) -> None:
         """Frees the programs and the cache."""
-        for program in (self._plain, *(program for program, _ in self._variants.values())):
-            program.close()
-        self._kv.close()
+        with self._alone:
+            for program in (self._plain, *(program for program, _ in self._variants.values())):
+                program.close()
+            self._kv.close()
 
 
 def _fill(rows_TD: F32, spans: Iterable[tuple[int, int, F32]]) -> None:

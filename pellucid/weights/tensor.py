@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,8 +112,8 @@ def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=1)
-def _convert_context() -> Context:
-    """One thread is enough: large matrices are packed by the engine, not converted here."""
+def _convert_context(pid: int) -> Context:
+    """One thread is enough: large matrices are packed by the engine, not converted here. A forked process needs its own."""
     from pellucid.ops import abi
 
     return abi.Context(num_threads=1)
@@ -196,7 +197,7 @@ class TensorView:
         if out.size:
             from pellucid.ops import abi
 
-            abi.convert(_convert_context(), self.data, code, self.rows, self.cols, out)
+            abi.convert(_convert_context(os.getpid()), self.data, code, self.rows, self.cols, out)
         return out
 
 

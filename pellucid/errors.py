@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 _MAX_SHOWN = 80
 
 
@@ -16,6 +19,15 @@ def shown(value: object) -> str:
 
 class PellucidError(Exception):
     """The root of all errors that Pellucid raises on purpose."""
+
+
+# What ends a thread or a process, never one request. A panic of a library in Rust is neither of these nor an `Exception`.
+EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a request is told that ends because of an error."""
+    return str(error) if isinstance(error, PellucidError) else f"the request failed: {type(error).__name__}: {error}"
 
 
 class InvalidRequestError(PellucidError, ValueError):
@@ -62,12 +74,32 @@ class DownloadError(PellucidError, OSError):
     """A model could not be fetched; the text says whether the network, the checksum or the disk failed."""
 
 
-class NativeError(PellucidError, RuntimeError):
-    """The native core refused a call. `status` is the pld_status."""
+ErrorItem = Literal["token", "sequence", "logit_row", "sample_row"]
 
-    def __init__(self, message: str, status: int) -> None:
+
+class NativeError(PellucidError, RuntimeError):
+    """The native core refused a call. `status` is the pld_status. Where the call would have been good without one token,
+    sequence or row of it, `item` says which of them, and `index` its place in the caller's arrays."""
+
+    def __init__(self, message: str, status: int, item: ErrorItem | None = None, index: int = -1) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.item, self.index = status, item, index
+
+
+class RowError(PellucidError, RuntimeError):
+    """A batch cannot be computed because of one of its rows, which stand for its tokens."""
+
+    def __init__(self, message: str, row: int = -1) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+class ActivationsError(PellucidError, RuntimeError):
+    """A batch cannot be computed because activations of these names cannot be kept, or added to."""
+
+    def __init__(self, message: str, names: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.names = frozenset(names)
 
 
 class QueueFullError(PellucidError, RuntimeError):

@@ -38,6 +38,18 @@ enum {
 
 /* Text of the last failure on this thread; "" when none. Valid until the next call on this thread. */
 PLD_API const char *pld_last_error(void);
+
+/* Which element of the caller's arrays that failure is about, where it is about one alone: the call without that token,
+ * sequence or row may succeed. So nobody has to read the text. */
+typedef int32_t pld_error_item;
+enum {
+  PLD_ITEM_NONE = 0,      /* the call as a whole, or no failure */
+  PLD_ITEM_TOKEN = 1,     /* token_ids and whatever else has T entries; of pld_decode: tokens */
+  PLD_ITEM_SEQUENCE = 2,  /* seq_lens, block_tables: R entries */
+  PLD_ITEM_LOGIT_ROW = 3, /* logit_rows of a batch: L entries */
+  PLD_ITEM_SAMPLE_ROW = 4 /* rows of pld_sample */
+};
+PLD_API pld_error_item pld_last_error_item(int64_t *index); /* index: null, or set to the element's, -1 when none */
 PLD_API int32_t pld_abi_version(void);
 
 /* ---- Context: a thread pool and the kernels of one instruction set ---------------------------------------------- */
@@ -183,15 +195,18 @@ typedef struct pld_batch {
 /* ---- Sampling -------------------------------------------------------------------------------------------------------
  */
 
+/* Logits are divided by the penalty: with this one those below 3.4e32 stay finite. */
+#define PLD_MIN_REPETITION_PENALTY 1e-6f
+
 /* How one row of logits becomes a token. The edits are applied in the order of the fields, to a private copy; then
  * temperature, top_k, top_p, min_p, and a draw by Philox4x32-10 keyed by seed, with the counter (position, choice). All
  * pointers may be null where their count is 0. Ids out of the vocabulary are passed over. */
 typedef struct pld_sample_row {
   size_t struct_size;
-  float repetition_penalty; /* 1: none; of the tokens seen */
+  float repetition_penalty; /* 1: none; of the tokens seen; in [PLD_MIN_REPETITION_PENALTY, 10] */
   int32_t n_seen;
   const int32_t *seen_ids; /* each once */
-  float frequency_penalty; /* 0: none; of the tokens counted */
+  float frequency_penalty; /* 0: none; of the tokens counted; both in [-2, 2] */
   float presence_penalty;
   int32_t n_counted;
   int32_t n_biases;
@@ -207,10 +222,10 @@ typedef struct pld_sample_row {
   int32_t n_stops;      /* tokens that may not come while position < min_tokens */
   int32_t min_tokens;
   const int32_t *stop_ids;
-  float temperature; /* 0: the lowest id of the greatest logit */
+  float temperature; /* 0: the lowest id of the greatest logit; at most 100; below 1e-30 that divides */
   int32_t top_k;     /* < 1: all */
-  double top_p;      /* 1: all */
-  float min_p;       /* 0: all */
+  double top_p;      /* 1: all; in (0, 1] */
+  float min_p;       /* 0: all; in [0, 1] */
   uint32_t choice;
   uint64_t seed;
   uint64_t position; /* of the token in the output */
@@ -221,7 +236,8 @@ typedef int32_t pld_sample_status;
 enum {
   PLD_SAMPLED = 0,
   PLD_SAMPLE_NOT_FINITE = 1, /* a logit is NaN, or the greatest is not finite */
-  PLD_SAMPLE_NONE_LEFT = 2   /* the edits leave no token */
+  PLD_SAMPLE_NONE_LEFT = 2,  /* the edits leave no token */
+  PLD_SAMPLE_OVERFLOW = 3    /* behind the edits a logit is NaN, or the greatest is infinite */
 };
 
 typedef struct pld_sample_result {
@@ -232,7 +248,7 @@ typedef struct pld_sample_result {
 } pld_sample_result;
 
 /* One token for each of `n_rows` rows of logits [V], `stride` floats apart. A row's result depends on that row alone.
- * On any status but PLD_OK nothing was written. */
+ * On any status but PLD_OK nothing was written; a row that contradicts itself is named (PLD_ITEM_SAMPLE_ROW). */
 PLD_API pld_status pld_sample(pld_context *context, const float *logits, int64_t stride, int32_t vocab_size,
                               const pld_sample_row *const *rows, int32_t n_rows, pld_sample_result *results);
 

@@ -27,12 +27,14 @@ static pld_status check_shape(const pld_batch &b, const BatchLimits &limits) {
 static pld_status check_rows(const pld_batch &b, const BatchLimits &limits) {
   for (int32_t t = 0; limits.vocab_size > 0 && t < b.n_tokens; ++t)
     if (b.token_ids[t] < 0 || b.token_ids[t] >= limits.vocab_size)
-      return fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, b.token_ids[t],
-                  (long long)limits.vocab_size);
+      return blame(PLD_ITEM_TOKEN, t,
+                   fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, b.token_ids[t],
+                        (long long)limits.vocab_size));
   for (int32_t l = 0; l < b.n_logit_rows; ++l)
     if (b.logit_rows[l] < 0 || b.logit_rows[l] >= b.n_tokens)
-      return fail(PLD_INVALID_BATCH, "logit_rows[%d] is %d; it must be in [0, n_tokens = %d)", l, b.logit_rows[l],
-                  b.n_tokens);
+      return blame(PLD_ITEM_LOGIT_ROW, l,
+                   fail(PLD_INVALID_BATCH, "logit_rows[%d] is %d; it must be in [0, n_tokens = %d)", l, b.logit_rows[l],
+                        b.n_tokens));
   return PLD_OK;
 }
 
@@ -55,20 +57,24 @@ static pld_status check_sequence(const pld_batch &b, const pld_kv &kv, CellMarks
     return fail(PLD_INVALID_BATCH, "query_start[%d] is %d behind %d; it must ascend within n_tokens = %d", r + 1, end,
                 begin, b.n_tokens);
   if (b.seq_lens[r] < end - begin)
-    return fail(PLD_INVALID_BATCH, "seq_lens[%d] is %d; the step alone has %d tokens", r, b.seq_lens[r], end - begin);
-  if (pld_status status = check_table(b, kv, r)) return status;
+    return blame(
+        PLD_ITEM_SEQUENCE, r,
+        fail(PLD_INVALID_BATCH, "seq_lens[%d] is %d; the step alone has %d tokens", r, b.seq_lens[r], end - begin));
+  if (pld_status status = check_table(b, kv, r)) return blame(PLD_ITEM_SEQUENCE, r, status);
   const int32_t *table = b.block_tables + static_cast<int64_t>(r) * b.block_table_width;
   for (int32_t t = begin; t < end; ++t) {
     int32_t position = b.seq_lens[r] - (end - t);
     if (b.positions[t] != position)
-      return fail(PLD_INVALID_BATCH, "positions[%d] is %d; by seq_lens[%d] it must be %d", t, b.positions[t], r,
-                  position);
+      return blame(PLD_ITEM_TOKEN, t,
+                   fail(PLD_INVALID_BATCH, "positions[%d] is %d; by seq_lens[%d] it must be %d", t, b.positions[t], r,
+                        position));
     if (b.slot_mapping[t] == -1) continue;
     int64_t cell = static_cast<int64_t>(table[position / kv.block_size]) * kv.block_size + position % kv.block_size;
     if (b.slot_mapping[t] != cell)
-      return fail(PLD_INVALID_BATCH, "slot_mapping[%d] is %lld; by the block table it must be %lld, or -1", t,
-                  (long long)b.slot_mapping[t], (long long)cell);
-    if (!marks.mark(cell))
+      return blame(PLD_ITEM_TOKEN, t,
+                   fail(PLD_INVALID_BATCH, "slot_mapping[%d] is %lld; by the block table it must be %lld, or -1", t,
+                        (long long)b.slot_mapping[t], (long long)cell));
+    if (!marks.mark(cell))  // which of the two is wrong cannot be told from here
       return fail(PLD_INVALID_BATCH, "slot_mapping[%d] is %lld, which another token of the batch writes", t,
                   (long long)cell);
   }

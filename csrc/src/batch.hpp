@@ -37,7 +37,8 @@ struct BatchLimits {
   int64_t vocab_size;  // 0: ids are not checked
 };
 
-// Checks every field against the others and against the cache. PLD_INVALID_BATCH names field, index, value and limit.
+// Checks every field against the others and against the cache. PLD_INVALID_BATCH names field, index, value and limit,
+// and blames the token, sequence or logit row that is wrong by itself.
 pld_status check_batch(const pld_batch *batch, const pld_kv &kv, const BatchLimits &limits, CellMarks &marks);
 
 }  // namespace pld

@@ -47,18 +47,22 @@ struct Work {
   std::vector<int32_t> row;       // of each token: its place in `order`
 };
 
+pld_status check_token(const pld_program &p, const pld_decode_batch &b, int32_t t) {
+  if (b.tokens[t] < 0 || b.tokens[t] >= p.vocab_size)
+    return fail(PLD_INVALID_BATCH, "tokens[%d] is %d; it must be in [0, %d)", t, b.tokens[t], p.vocab_size);
+  if (b.seq_ids[t] < 0) return fail(PLD_INVALID_BATCH, "seq_ids[%d] is %d; it must not be below 0", t, b.seq_ids[t]);
+  if (b.positions != nullptr && (b.positions[t] < 0 || b.positions[t] > kMaxPosition))
+    return fail(PLD_INVALID_BATCH, "positions[%d] is %d; it must be in [0, %d]", t, b.positions[t], kMaxPosition);
+  return PLD_OK;
+}
+
 pld_status check_tokens(const pld_program &p, const pld_decode_batch &b) {
   if (b.n_tokens < 1 || b.n_tokens > p.max_rows[PLD_ROWS_T])
     return fail(PLD_INVALID_BATCH, "n_tokens is %d; it must be in [1, %lld]", b.n_tokens,
                 static_cast<long long>(p.max_rows[PLD_ROWS_T]));
   if (b.tokens == nullptr || b.seq_ids == nullptr) return fail(PLD_INVALID_BATCH, "tokens or seq_ids is null");
-  for (int32_t t = 0; t < b.n_tokens; ++t) {
-    if (b.tokens[t] < 0 || b.tokens[t] >= p.vocab_size)
-      return fail(PLD_INVALID_BATCH, "tokens[%d] is %d; it must be in [0, %d)", t, b.tokens[t], p.vocab_size);
-    if (b.seq_ids[t] < 0) return fail(PLD_INVALID_BATCH, "seq_ids[%d] is %d; it must not be below 0", t, b.seq_ids[t]);
-    if (b.positions != nullptr && (b.positions[t] < 0 || b.positions[t] > kMaxPosition))
-      return fail(PLD_INVALID_BATCH, "positions[%d] is %d; it must be in [0, %d]", t, b.positions[t], kMaxPosition);
-  }
+  for (int32_t t = 0; t < b.n_tokens; ++t)
+    if (pld_status status = check_token(p, b, t)) return blame(PLD_ITEM_TOKEN, t, status);
   return PLD_OK;
 }
 
@@ -82,13 +86,15 @@ pld_status place_tokens(const pld_kv &kv, Work &work) {
     int64_t position = b.positions != nullptr ? b.positions[t] : next[static_cast<size_t>(at->second)]++;
     if (kv.layout == PLD_KV_BLOCK) {
       if (b.context_lens[t] < 1 || (b.positions != nullptr && b.context_lens[t] != position + 1))
-        return fail(PLD_INVALID_BATCH, "context_lens[%d] is %d; it must be the token's position + 1", t,
-                    b.context_lens[t]);
+        return blame(PLD_ITEM_TOKEN, t,
+                     fail(PLD_INVALID_BATCH, "context_lens[%d] is %d; it must be the token's position + 1", t,
+                          b.context_lens[t]));
       position = b.context_lens[t] - 1;
     }
     if (position > kMaxPosition)
-      return fail(PLD_INVALID_BATCH, "the next position of sequence %d is %lld; the limit is %d", b.seq_ids[t],
-                  static_cast<long long>(position), kMaxPosition);
+      return blame(PLD_ITEM_TOKEN, t,
+                   fail(PLD_INVALID_BATCH, "the next position of sequence %d is %lld; the limit is %d", b.seq_ids[t],
+                        static_cast<long long>(position), kMaxPosition));
     work.position.push_back(static_cast<int32_t>(position));
   }
   return PLD_OK;
@@ -159,12 +165,14 @@ pld_status check_positions(const pld_kv &kv, const Work &work) {
     const int32_t seq = work.ids[static_cast<size_t>(work.sequence[t])], position = work.position[t];
     const auto at = sequences.slot.find(seq);
     if (at != sequences.slot.end() && at->second.holds(position))
-      return fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which sequence %d holds already", t, position, seq);
+      return blame(PLD_ITEM_TOKEN, work.order[row],
+                   fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which sequence %d holds already", t, position, seq));
     if (row == 0) continue;
     const auto before = static_cast<size_t>(work.order[row - 1]);
     if (work.sequence[before] == work.sequence[t] && work.position[before] == position)
-      return fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which positions[%zu] of sequence %d is too", t, position,
-                  before, seq);
+      return blame(PLD_ITEM_TOKEN, work.order[row],
+                   fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which positions[%zu] of sequence %d is too", t,
+                        position, before, seq));
   }
   if (static_cast<int64_t>(work.order.size()) > sequences.cells.n_free())
     return fail(PLD_NO_SPACE, "the batch has %zu tokens; %lld cells are free", work.order.size(),
@@ -251,13 +259,31 @@ pld_status take_table(const pld_kv &kv, const Work &work, size_t begin, size_t e
     const int64_t used = (b.context_lens[t] - 1) / kv.block_size + 1;
     for (int64_t w = 0; w < std::min(used, width); ++w)
       if (table[w] != last[w])
-        return fail(PLD_INVALID_BATCH, "block_tables[%d][%lld] is %d; a later token of the sequence has %d", t,
-                    static_cast<long long>(w), table[w], last[w]);
+        return blame(PLD_ITEM_TOKEN, t,
+                     fail(PLD_INVALID_BATCH, "block_tables[%d][%lld] is %d; a later token of the sequence has %d", t,
+                          static_cast<long long>(w), table[w], last[w]));
   }
   flat.tables.insert(flat.tables.end(), last, last + width);
   flat.seq_lens.push_back(b.context_lens[work.order[end - 1]]);
   flat.query_start.push_back(static_cast<int32_t>(end));
   return PLD_OK;
+}
+
+// What the flat batch was refused for, in the caller's order: of a sequence its last token.
+pld_status blame_token(const Work &work, const FlatBatch &flat, pld_status status) {
+  int64_t index = -1;
+  switch (pld_last_error_item(&index)) {
+    case PLD_ITEM_TOKEN:
+      return blame(PLD_ITEM_TOKEN, work.order[static_cast<size_t>(index)], status);
+    case PLD_ITEM_SEQUENCE: {
+      const int32_t end = flat.query_start[static_cast<size_t>(index) + 1];
+      return blame(PLD_ITEM_TOKEN, work.order[static_cast<size_t>(end) - 1], status);
+    }
+    case PLD_ITEM_LOGIT_ROW:
+      return blame(PLD_ITEM_TOKEN, work.wanted[static_cast<size_t>(index)], status);
+    default:
+      return status;
+  }
 }
 
 pld_status fill_blocks(const pld_program &p, const pld_kv &kv, const Work &work, CellMarks &marks, FlatBatch &flat) {
@@ -270,7 +296,8 @@ pld_status fill_blocks(const pld_program &p, const pld_kv &kv, const Work &work,
     begin = row;
   }
   flat.finish(work.asked.block_table_width, flat.tables.data());
-  return check_batch(&flat.batch, kv, batch_limits(p), marks);
+  const pld_status status = check_batch(&flat.batch, kv, batch_limits(p), marks);
+  return status == PLD_OK ? status : blame_token(work, flat, status);
 }
 
 // New sequences of a batch, forgotten unless it was computed.

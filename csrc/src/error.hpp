@@ -11,6 +11,8 @@ namespace pld {
 
 // Sets the thread's error text and gives back the status.
 pld_status fail(pld_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+// Says which element of the caller's arrays a failure is about, behind `fail`; gives the status on.
+pld_status blame(pld_error_item item, int64_t index, pld_status status);
 void clear_error();
 
 // Runs a function that returns a status; no exception leaves it.

@@ -223,8 +223,9 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
       return fail(PLD_INVALID_BATCH, "n_logit_rows is %d; rows is %lld", batch.n_logit_rows, (long long)call.rows);
     for (int32_t l = 0; l < batch.n_logit_rows; ++l)
       if (batch.logit_rows[l] < 0 || batch.logit_rows[l] >= batch.n_tokens)
-        return fail(PLD_INVALID_BATCH, "logit_rows[%d] is %d; it must be in [0, %d)", l, batch.logit_rows[l],
-                    batch.n_tokens);
+        return blame(PLD_ITEM_LOGIT_ROW, l,
+                     fail(PLD_INVALID_BATCH, "logit_rows[%d] is %d; it must be in [0, %d)", l, batch.logit_rows[l],
+                          batch.n_tokens));
     return PLD_OK;
   }
   const int32_t *ids = op.kind == PLD_OP_EMBEDDING ? batch.token_ids : batch.positions;
@@ -232,8 +233,9 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
     return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
   for (int32_t t = 0; op.kind == PLD_OP_EMBEDDING && t < batch.n_tokens; ++t)
     if (ids[t] < 0 || ids[t] >= call.weight[0].rows)
-      return fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, ids[t],
-                  (long long)call.weight[0].rows);
+      return blame(PLD_ITEM_TOKEN, t,
+                   fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, ids[t],
+                        (long long)call.weight[0].rows));
   return PLD_OK;
 }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "context.hpp"
@@ -124,7 +125,7 @@ void apply_top_p(const float *x, const float *weights, double p, std::vector<int
                  std::vector<int32_t> &some) {
   double total = 0.0;
   for (int32_t id : ids) total += static_cast<double>(weights[id]);
-  const double wanted = p * total;
+  const double wanted = std::max(p * total, std::numeric_limits<double>::min());  // above 0: one token stays
   double above = 0.0;
   // What weighs less than this adds up to less than 1 - p: it cannot be needed.
   const auto floor = static_cast<float>((1.0 - p) * total / static_cast<double>(ids.size()));
@@ -210,7 +211,8 @@ pld_sample_result sample_row(const KernelTable &table, const float *x, int32_t v
     x = work.logits.data();
     scan = table.scan_row(x, vocab);
     if (scan.any_nan || !std::isfinite(scan.max)) {
-      result.status = PLD_SAMPLE_NONE_LEFT;
+      const bool is_overflow = scan.any_nan || scan.max > 0.0f;
+      result.status = is_overflow ? PLD_SAMPLE_OVERFLOW : PLD_SAMPLE_NONE_LEFT;
       return result;
     }
   }
@@ -218,31 +220,46 @@ pld_sample_result sample_row(const KernelTable &table, const float *x, int32_t v
   return result;
 }
 
-pld_status check_row(const pld_sample_row *row, int32_t index) {
-  if (row == nullptr) return fail(PLD_INVALID_ARGUMENT, "rows[%d] is null", index);
-  if (pld_status status = check_size(row, "sample_row")) return status;
+pld_status check_lists(const pld_sample_row &row, int32_t index) {
   const struct {
     const char *name;
     int32_t count;
     const void *data;
-  } lists[] = {{"seen", row->n_seen, row->seen_ids},          {"counted", row->n_counted, row->counted_ids},
-               {"counts", row->n_counted, row->counts},       {"bias", row->n_biases, row->bias_ids},
-               {"biases", row->n_biases, row->biases},        {"banned", row->n_banned, row->banned_ids},
-               {"allowed", row->n_allowed, row->allowed_ids}, {"stop", row->n_stops, row->stop_ids}};
+  } lists[] = {{"seen", row.n_seen, row.seen_ids},          {"counted", row.n_counted, row.counted_ids},
+               {"counts", row.n_counted, row.counts},       {"bias", row.n_biases, row.bias_ids},
+               {"biases", row.n_biases, row.biases},        {"banned", row.n_banned, row.banned_ids},
+               {"allowed", row.n_allowed, row.allowed_ids}, {"stop", row.n_stops, row.stop_ids}};
   for (const auto &list : lists)
     if (list.count > 0 && list.data == nullptr)
       return fail(PLD_INVALID_ARGUMENT, "rows[%d]: %d %s ids, but no array", index, list.count, list.name);
-  const double numbers[] = {
-      row->repetition_penalty, row->frequency_penalty, row->presence_penalty, row->temperature, row->top_p, row->min_p};
-  for (double number : numbers)
-    if (!std::isfinite(number)) return fail(PLD_INVALID_ARGUMENT, "rows[%d]: a number is not finite", index);
-  if (row->temperature < 0.0f || row->repetition_penalty <= 0.0f || row->top_p <= 0.0 || row->min_p < 0.0f ||
-      row->min_p > 1.0f)
-    return fail(PLD_INVALID_ARGUMENT,
-                "rows[%d]: temperature %g, repetition_penalty %g, top_p %g or min_p %g is out of range", index,
-                static_cast<double>(row->temperature), static_cast<double>(row->repetition_penalty), row->top_p,
-                static_cast<double>(row->min_p));
   return PLD_OK;
+}
+
+// The ranges of pellucid/params.py: what is admitted there is taken here.
+pld_status check_numbers(const pld_sample_row &row, int32_t index) {
+  const struct {
+    const char *name;
+    double value, low, high;
+    const char *range;
+    bool is_open;  // the low end itself is refused
+  } numbers[] = {{"repetition_penalty", row.repetition_penalty, PLD_MIN_REPETITION_PENALTY, 10.0, "[1e-06, 10]", false},
+                 {"frequency_penalty", row.frequency_penalty, -2.0, 2.0, "[-2, 2]", false},
+                 {"presence_penalty", row.presence_penalty, -2.0, 2.0, "[-2, 2]", false},
+                 {"temperature", row.temperature, 0.0, 100.0, "[0, 100]", false},
+                 {"top_p", row.top_p, 0.0, 1.0, "(0, 1]", true},
+                 {"min_p", row.min_p, 0.0, 1.0, "[0, 1]", false}};
+  for (const auto &number : numbers)
+    if (!(number.low <= number.value && number.value <= number.high) || (number.is_open && number.value == number.low))
+      return fail(PLD_INVALID_ARGUMENT, "rows[%d]: %s is %g; it must be in %s", index, number.name, number.value,
+                  number.range);
+  return PLD_OK;
+}
+
+pld_status check_row(const pld_sample_row *row, int32_t index) {
+  if (row == nullptr) return fail(PLD_INVALID_ARGUMENT, "rows[%d] is null", index);
+  if (pld_status status = check_size(row, "sample_row")) return status;
+  if (pld_status status = check_lists(*row, index)) return status;
+  return check_numbers(*row, index);
 }
 
 pld_status sample(pld_context *context, const float *logits, int64_t stride, int32_t vocab_size,
@@ -253,7 +270,7 @@ pld_status sample(pld_context *context, const float *logits, int64_t stride, int
     return fail(PLD_INVALID_ARGUMENT, "vocab_size is %d, stride %lld and n_rows %d", vocab_size,
                 static_cast<long long>(stride), n_rows);
   for (int32_t i = 0; i < n_rows; ++i)
-    if (pld_status status = check_row(rows[i], i)) return status;
+    if (pld_status status = check_row(rows[i], i)) return blame(PLD_ITEM_SAMPLE_ROW, i, status);
   std::lock_guard<std::mutex> lock(context->mutex);
   parallel_for(*context, n_rows,
                [&](int64_t i) { results[i] = sample_row(context->table, logits + i * stride, vocab_size, *rows[i]); });

@@ -9,6 +9,7 @@ from ctypes import (
     POINTER,
     byref,
     c_float,
+    c_int64,
     c_void_p,
 )
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 import pellucid
-from pellucid.errors import ConfigError, NativeError
+from pellucid.errors import ConfigError, ErrorItem, NativeError
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.structs import (
     MAX_IN,
     MAX_OUT,
     MAX_WEIGHTS,
+    NUM_FLOATS,
     SIGNATURES,
     BatchStruct,
     CpuInfoStruct,
@@ -56,6 +58,8 @@ STATUS_NAMES = {
     -7: "invalid position",
     -8: "empty range",
 }
+# What an error of the core can be about; 0 is the call as a whole.
+ITEM_NAMES: dict[int, ErrorItem] = {1: "token", 2: "sequence", 3: "logit_row", 4: "sample_row"}
 # A sanitizer build of the core is chosen by path: there is no other way to reach a test process that is started by pytest.
 LIBRARY_VARIABLE = "PELLUCID_LIBRARY"
 
@@ -70,7 +74,7 @@ OP_DTYPE = np.dtype(
         ("out_width", "<i4", (MAX_OUT,)),
         ("weight", "<i4", (MAX_WEIGHTS,)),
         ("i", "<i4", (6,)),
-        ("f", "<f4", (4,)),
+        ("f", "<f4", (NUM_FLOATS,)),
     ]
 )
 BUFFER_DTYPE = np.dtype([("width", "<i4"), ("domain", "<i4"), ("slot", "<i4"), ("reserved", "<i4")])
@@ -118,11 +122,13 @@ def library() -> Any:
 
 
 def check(status: int) -> None:
-    """Raises NativeError with the core's text unless the status is ok."""
+    """Raises NativeError with the core's text, and the element that it is about, unless the status is ok."""
     if status != 0:
         text = library().pld_last_error()
         message = text.decode(errors="replace") if text else STATUS_NAMES.get(status, f"status {status}")
-        raise NativeError(message, status)
+        index = c_int64(-1)
+        item = ITEM_NAMES.get(library().pld_last_error_item(byref(index)))
+        raise NativeError(message, status, item, index.value)
 
 
 def _address(array: AnyArray) -> int:

@@ -19,6 +19,7 @@ from ctypes import (
 from typing import Any
 
 MAX_IN, MAX_OUT, MAX_WEIGHTS = 3, 2, 2
+NUM_FLOATS = 4  # of a pld_op
 
 
 class CpuInfoStruct(Structure):
@@ -226,6 +227,7 @@ class DecodeBatchStruct(Structure):
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_last_error": (c_char_p, []),
+    "pld_last_error_item": (c_int32, [POINTER(c_int64)]),
     "pld_abi_version": (c_int32, []),
     "pld_cpu_info_get": (c_int32, [POINTER(CpuInfoStruct)]),
     "pld_context_default_params": (ContextParamsStruct, []),

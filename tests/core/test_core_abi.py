@@ -111,6 +111,24 @@ HOSTILE_BATCHES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+# What each is about, where it is about one token, sequence or row: a batch without that one would be good.
+BLAMED: dict[str, tuple[str, int]] = {
+    "token out of vocabulary": ("token", 3),
+    "negative token": ("token", 0),
+    "position jumps": ("token", 2),
+    "seq_len below its tokens": ("sequence", 0),
+    "seq_len beyond its table": ("sequence", 1),
+    "seq_len near overflow": ("sequence", 0),
+    "block beyond the cache": ("sequence", 0),
+    "block absent": ("sequence", 1),
+    "slot beside its block": ("token", 0),
+    "slot beyond the cache": ("token", 7),
+    "slot below -1": ("token", 7),
+    "logit row beyond T": ("logit_row", 1),
+    "negative logit row": ("logit_row", 0),
+}
+
+
 @pytest.mark.parametrize("case", HOSTILE_BATCHES)
 def test_hostile_batch_when_run_then_refused_whole_and_the_cache_is_untouched(context: abi.Context, case: str) -> None:
     changes, message = HOSTILE_BATCHES[case]
@@ -120,6 +138,7 @@ def test_hostile_batch_when_run_then_refused_whole_and_the_cache_is_untouched(co
     with pytest.raises(NativeError, match=message) as caught:
         program.run(kv, batch_with(**changes))
     assert caught.value.status == INVALID_BATCH
+    assert (caught.value.item, caught.value.index) == BLAMED.get(case, (None, -1))
     for cell, (k, v) in enumerate(before):
         assert np.array_equal(kv.read(0, cell)[0], k)
         assert np.array_equal(kv.read(0, cell)[1], v)

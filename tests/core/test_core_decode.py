@@ -208,23 +208,31 @@ def test_abort_when_set_then_nothing_changes(slot: CoreModel) -> None:
     assert slot.decode(batch) == OK
 
 
+# The field, its value, and the token that the error blames.
 BAD_BATCHES = {
-    "no tokens": ("n_tokens", 0),
-    "too many tokens": ("n_tokens", 65),
-    "token below 0": ("tokens", [-1, 2, 3]),
-    "token out of the vocabulary": ("tokens", [1, 300, 3]),
-    "negative sequence": ("seq_ids", [0, -2, 0]),
-    "negative position": ("positions", [-5, 1, 2]),
-    "positions that do not ascend": ("positions", [0, 0, 1]),
-    "position that is taken": ("positions", [1, 2, 3]),
-    "struct of another header": ("struct_size", 4),
+    "no tokens": ("n_tokens", 0, None),
+    "too many tokens": ("n_tokens", 65, None),
+    "token below 0": ("tokens", [-1, 2, 3], 0),
+    "token out of the vocabulary": ("tokens", [1, 300, 3], 1),
+    "negative sequence": ("seq_ids", [0, -2, 0], 1),
+    "negative position": ("positions", [-5, 1, 2], 0),
+    "positions that do not ascend": ("positions", [5, 5, 6], 1),
+    "position that is taken": ("positions", [1, 2, 3], 0),
+    "struct of another header": ("struct_size", 4, None),
 }
+TOKEN = 1
+
+
+def blamed() -> tuple[int, int]:
+    """What the last error is about, and its index."""
+    index = ctypes.c_int64(-9)
+    return abi.library().pld_last_error_item(ctypes.byref(index)), index.value
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)
 def test_batch_that_is_wrong_when_decoded_then_refused_and_state_is_as_before(slot: CoreModel, case: str) -> None:
     assert slot.decode(build_decode_batch([9, 9])) == OK
-    name, value = BAD_BATCHES[case]
+    name, value, token = BAD_BATCHES[case]
     batch = build_decode_batch([1, 2, 3])
     if isinstance(value, list):
         batch.arrays[name] = np.array(value, np.int32)
@@ -232,8 +240,43 @@ def test_batch_that_is_wrong_when_decoded_then_refused_and_state_is_as_before(sl
     else:
         setattr(batch.struct, name, value)
     assert slot.decode(batch) == INVALID_BATCH
+    assert blamed() == ((0, -1) if token is None else (TOKEN, token))
     assert (slot.pos_max(0), slot.free_cells) == (1, 62)
     assert abi.library().pld_last_error()
+    assert slot.decode(build_decode_batch([3])) == OK
+    assert blamed() == (0, -1)
+
+
+# Two sequences that take turns: the core orders tokens by sequence, and blames them in the order of the caller.
+TURNS = {
+    "cell beside its block": ("slot_mapping", 2, 11, 2),
+    "block beyond the cache": ("block_tables", slice(1, 4, 2), 99, 3),
+    "length of another position": ("context_lens", 1, 7, 1),
+    "table of an earlier token": ("block_tables", 0, 5, 0),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_token_of_interleaved_sequences_when_wrong_then_it_is_blamed_by_its_place_in_the_batch(
+    compiled: Path, case: str
+) -> None:
+    model = CoreModel(compiled, layout="block")
+    name, index, value, token = TURNS[case]
+    batch = build_decode_batch(
+        [1, 2, 3, 4],
+        seq_ids=[8, 4, 8, 4],
+        pos_ids=[0, 0, 1, 1],
+        logits_mask=[True] * 4,
+        layout="block",
+        block_state=BlockBatchState(16),
+    )
+    array: np.ndarray = batch.arrays[name]
+    before = array.copy()
+    array[index] = value
+    assert model.decode(batch) == INVALID_BATCH
+    assert blamed() == (TOKEN, token)
+    array[:] = before
+    assert model.decode(batch) == OK
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -266,7 +309,10 @@ def test_random_batches_when_decoded_then_statuses_alone_and_a_good_one_still_gi
                 batch.arrays[name] = array
                 setattr(batch.struct, name, array.ctypes.data)
         batch.struct.block_table_width = draw.choice([3, 3, 3, 0, -1])
-        statuses.add(model.decode(batch))
+        status = model.decode(batch)
+        statuses.add(status)
+        item, token = blamed()
+        assert (item, token) == (0, -1) or (status == INVALID_BATCH and item == TOKEN and 0 <= token < count)
         if layout == "slot" and draw.random() < 0.2:
             near, far = [draw.randrange(4) for _ in range(4)], [draw.choice(wild) for _ in range(4)]
             numbers = draw.choice([near, far])

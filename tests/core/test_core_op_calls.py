@@ -210,6 +210,24 @@ def test_call_when_one_thing_is_spoiled_then_refused_and_nothing_is_written(
     assert all((array == CANARY).all() for array in call.outputs)
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "blamed"),
+    [
+        ("embedding", "weight.0.rows", 2, ("token", 2)),
+        ("gather_rows", "batch.n_tokens", 2, ("logit_row", 2)),
+        ("embedding", "batch.n_tokens", 2, (None, -1)),
+    ],
+)
+def test_call_when_one_row_is_wrong_then_the_error_names_it(
+    context: abi.Context, kind: str, path: str, value: Any, blamed: tuple[str | None, int]
+) -> None:
+    call = good_calls()[kind]
+    spoil(call, path, value)
+    with pytest.raises(NativeError) as caught:
+        call.run(context)
+    assert (caught.value.item, caught.value.index) == blamed
+
+
 def test_context_when_null_then_refused() -> None:
     call = good_calls()["act"]
     with pytest.raises(NativeError, match="context is null"):

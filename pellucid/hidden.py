@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from numbers import Real
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.errors import InvalidRequestError, shown
+from pellucid.float32 import as_float32, first_not_finite
 
 MAX_POSITIONS = 1 << 20
 FINAL_LAYER = -1  # behind the final norm: the exact input of the head
@@ -137,9 +137,18 @@ MAX_STEERED = 256  # activations of one request
 
 @dataclass(frozen=True)
 class SteeringParams:
-    """Vectors that are added to activations at every position of a request, by name."""
+    """Vectors that are added to activations at every position of a request, by name. They are kept as copies in float32.
+
+    Raises:
+        InvalidRequestError: a vector is none of numbers that are finite in float32.
+    """
 
     vectors: dict[str, npt.NDArray[np.float32]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "vectors", {_name(name): _vector(name, values) for name, values in self.vectors.items()}
+        )
 
     @classmethod
     def from_request(cls, steering: object) -> SteeringParams | None:
@@ -154,7 +163,7 @@ class SteeringParams:
             raise InvalidRequestError(
                 f"steering is {shown(steering)}; it must map 1 to {MAX_STEERED} names to vectors", "steering"
             )
-        return cls({_name(name): _vector(name, values) for name, values in steering.items()})
+        return cls(dict(steering))
 
     def check(self, limits: HiddenStatesLimits) -> None:
         """Refuses what the model has not.
@@ -191,18 +200,26 @@ def _name(name: object) -> str:
 
 def _are_numbers(values: object) -> bool:
     """Texts that read as numbers and truths are none."""
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind in "fiu"
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         return False
     return all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
 
 
 def _vector(name: object, values: object) -> npt.NDArray[np.float32]:
-    vector = np.zeros(0, np.float32)
-    if isinstance(values, np.ndarray) or _are_numbers(values):
-        with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
-            vector = np.array(values, np.float32)
-    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
+    try:
+        vector = as_float32(values if _are_numbers(values) else [])
+    except (TypeError, ValueError, OverflowError):
+        vector = np.zeros(0, np.float32)
+    if vector.ndim != 1 or not vector.size:
         raise InvalidRequestError(f"steering[{name!r}] is {shown(values)}; it must be finite numbers", "steering")
+    index = first_not_finite(vector)
+    if index is not None:
+        value = np.asarray(values)[index]
+        raise InvalidRequestError(
+            f"steering[{name!r}][{index}] is {value:g}; it must be finite numbers, in float32 too", "steering"
+        )
     return vector
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from ctypes import c_double
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pellucid.errors import InvalidRequestError, shown
+from pellucid.float32 import Range
 from pellucid.json_text import lone_surrogate
 from pellucid.structured import CustomStructure, StructuredOutputsParams
 
@@ -20,6 +22,8 @@ MAX_LOGPROBS = 100
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_TEMPERATURE = 100.0
+# Logits are divided by the penalty: with this one those below 3.4e32 stay finite. The core has it too.
+MIN_REPETITION_PENALTY = 1e-6
 MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKEN_COUNT = 2**31 - 1
 # a seed is a 64-bit word, read as signed or unsigned: -1 and 2**64 - 1 are the same seed
@@ -27,39 +31,28 @@ MIN_SEED = -(2**63)
 MAX_SEED = 2**64 - 1
 
 
-class _Range(NamedTuple):
-    """What a number must satisfy; `text` completes the sentence "it must be …"."""
-
-    low: float
-    high: float
-    text: str
-    above_low: bool = False  # the low end itself is refused
-
-    def holds(self, value: float) -> bool:
-        return (self.low < value if self.above_low else self.low <= value) and value <= self.high
-
-
-_FLOAT_RANGES = {
-    "temperature": _Range(0.0, MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"),
-    "top_p": _Range(0.0, 1.0, "in (0, 1]", above_low=True),
-    "min_p": _Range(0.0, 1.0, "in [0, 1]"),
-    "presence_penalty": _Range(-2.0, 2.0, "in [-2, 2]"),
-    "frequency_penalty": _Range(-2.0, 2.0, "in [-2, 2]"),
-    "repetition_penalty": _Range(0.0, 10.0, "in (0, 10]", above_low=True),
+# Those of the core's `check_numbers`: what is admitted here is taken there.
+FLOAT_RANGES = {
+    "temperature": Range(0.0, MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"),
+    "top_p": Range(0.0, 1.0, "in (0, 1]", above_low=True, core=c_double),
+    "min_p": Range(0.0, 1.0, "in [0, 1]"),
+    "presence_penalty": Range(-2.0, 2.0, "in [-2, 2]"),
+    "frequency_penalty": Range(-2.0, 2.0, "in [-2, 2]"),
+    "repetition_penalty": Range(MIN_REPETITION_PENALTY, 10.0, f"in [{MIN_REPETITION_PENALTY:g}, 10]"),
 }
 _INTEGER_RANGES = {
-    "n": _Range(1, MAX_N, f"in [1, {MAX_N}]"),
-    "max_tokens": _Range(1, MAX_TOKEN_COUNT, "at least 1, or None"),
-    "min_tokens": _Range(0, MAX_TOKEN_COUNT, "at least 0"),
-    "top_k": _Range(-1, MAX_TOKEN_ID, "at least 1, or 0 or -1 for all"),
-    "seed": _Range(MIN_SEED, MAX_SEED, "in [-2**63, 2**64 - 1], or None"),
-    "logprobs": _Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
-    "prompt_logprobs": _Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
+    "n": Range(1, MAX_N, f"in [1, {MAX_N}]"),
+    "max_tokens": Range(1, MAX_TOKEN_COUNT, "at least 1, or None"),
+    "min_tokens": Range(0, MAX_TOKEN_COUNT, "at least 0"),
+    "top_k": Range(-1, MAX_TOKEN_ID, "at least 1, or 0 or -1 for all"),
+    "seed": Range(MIN_SEED, MAX_SEED, "in [-2**63, 2**64 - 1], or None"),
+    "logprobs": Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
 }
 _OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
-_BIAS_RANGE = _Range(-100.0, 100.0, "in [-100, 100]")
-_TOKEN_RANGE = _Range(0, MAX_TOKEN_ID, f"in [0, {MAX_TOKEN_ID:,}]")
+BIAS_RANGE = Range(-100.0, 100.0, "in [-100, 100]")
+_TOKEN_RANGE = Range(0, MAX_TOKEN_ID, f"in [0, {MAX_TOKEN_ID:,}]")
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        for name, limits in _FLOAT_RANGES.items():
+        for name, limits in FLOAT_RANGES.items():
             self._set(name, _float(name, getattr(self, name), limits))
         for name, limits in _INTEGER_RANGES.items():
             value = getattr(self, name)
@@ -178,7 +171,7 @@ def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def range_of(name: str) -> tuple[float, float, str] | None:
     """(lowest, highest, the range in words) of a number of `SamplingParams`; None for a field that is no number."""
-    limits = _FLOAT_RANGES.get(name) or _INTEGER_RANGES.get(name)
+    limits = FLOAT_RANGES.get(name) or _INTEGER_RANGES.get(name)
     return None if limits is None else (limits.low, limits.high, limits.text)
 
 
@@ -220,7 +213,7 @@ def _shown(value: object) -> str:
     return shown(value.item() if isinstance(value, np.generic) else value)
 
 
-def _float(name: str, value: object, limits: _Range, param: str | None = None) -> float:
+def _float(name: str, value: object, limits: Range, param: str | None = None) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         _refuse(param or name, f"{name} is {_shown(value)}; it must be a number {limits.text}")
     if not limits.holds(value):  # type: ignore[arg-type]  # false for NaN too; ints too large for a float compare exactly
@@ -228,7 +221,7 @@ def _float(name: str, value: object, limits: _Range, param: str | None = None) -
     return float(value)  # type: ignore[arg-type]
 
 
-def _integer(name: str, value: object, limits: _Range, param: str | None = None) -> int:
+def _integer(name: str, value: object, limits: Range, param: str | None = None) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         _refuse(param or name, f"{name} is {_shown(value)}; it must be an integer {limits.text}")
     number = int(value)  # type: ignore[call-overload]
@@ -281,7 +274,7 @@ def _biases(name: str, value: object) -> dict[int, float]:
     if len(pairs) > MAX_LOGIT_BIASES:
         _refuse(name, f"{name} has {len(pairs):,} entries; the limit is {MAX_LOGIT_BIASES:,}")
     return {
-        _integer(f"a key of {name}", key, _TOKEN_RANGE, name): _float(f"{name}[{key!r}]", bias, _BIAS_RANGE, name)
+        _integer(f"a key of {name}", key, _TOKEN_RANGE, name): _float(f"{name}[{key!r}]", bias, BIAS_RANGE, name)
         for key, bias in pairs.items()
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pellucid.errors import ConfigError
+from pellucid.float32 import FINITE, POSITIVE
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -186,8 +187,9 @@ def _real(name: str, value: object, *, positive: bool = True) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or (positive and number <= 0):
-        raise _bad(name, value, "it must be finite and positive" if positive else "it must be finite")
+    limits = POSITIVE if positive else FINITE
+    if not limits.holds(number):
+        raise _bad(name, value, f"it must be {limits.text}")
     return number
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step
-from pellucid.ops.spec import MATRIX_OPERANDS, OP_KINDS, OpSpec
+from pellucid.ops.spec import MATRIX_OPERANDS, OP_KINDS, OpSpec, core_floats
 
 _BATCH_OPS = ("attention", "gather_rows")
 _ID_OPS = ("embedding", "rope_table")
@@ -35,7 +35,7 @@ def op_struct(spec: OpSpec) -> abi.AnyArray:
     for i, weight in enumerate(spec.weights):
         row["weight"][i] = -1 if weight is None else i
     row["i"][: len(spec.ints)] = spec.ints
-    row["f"][: len(spec.floats)] = spec.floats
+    row["f"] = core_floats(spec.kind, spec.floats)
     return table
 
 

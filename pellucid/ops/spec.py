@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pellucid.errors import ConfigError
+from pellucid.float32 import problem_of
+from pellucid.ops.structs import NUM_FLOATS
+
 # Codes of csrc/include/pellucid.h.
 OP_KINDS = {
     "embedding": 1,
@@ -28,6 +32,19 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 # Which operand of these ops is a matrix, kept in packed panels; every other weight is a float32 vector or table.
 MATRIX_OPERANDS = {"linear": (0,), "moe": (0, 1), "embedding": (0,)}
+
+
+def core_floats(kind: str, floats: tuple[float, ...]) -> list[float]:
+    """An op's numbers as they are written into a pld_op.
+
+    Raises:
+        ConfigError: one is not finite in float32, or vanishes there.
+    """
+    for index, value in enumerate(floats):
+        problem = problem_of(value)
+        if problem is not None:
+            raise ConfigError(f"number {index} of op {kind} is {value}; {problem}")
+    return [*floats, *[0.0] * (NUM_FLOATS - len(floats))]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.ops import abi, structs
-from pellucid.ops.spec import OP_KINDS
+from pellucid.ops.spec import OP_KINDS, core_floats
 from pellucid.program.checksums import Bytes
 from pellucid.program.file import aligned, write_program_file
 from pellucid.program.formats import choose_dtypes
@@ -83,7 +83,7 @@ def _encode_op(row: Any, op: RecordedOp, widths: list[int]) -> None:
         row["out_col"][0], row["out_width"][0] = op.out_range
     row["weight"] = _padded(tuple(-1 if w is None else w for w in op.weights), structs.MAX_WEIGHTS, -1)
     row["i"] = _padded(op.ints, 6, 0)
-    row["f"] = _padded(op.floats, 4, 0.0)
+    row["f"] = core_floats(op.kind, op.floats)
 
 
 def encode_buffers(recording: Recording) -> np.ndarray[Any, Any]:

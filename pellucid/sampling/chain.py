@@ -50,7 +50,8 @@ def apply_repetition_penalty(logits_V: FloatArray, seen_ids_S: IdArray, penalty:
     Keskar et al. 2019, https://arxiv.org/abs/1909.05858. `seen_ids_S` holds each id once.
     """
     seen = logits_V[seen_ids_S]
-    logits_V[seen_ids_S] = np.where(seen > 0, seen / np.float32(penalty), seen * np.float32(penalty))
+    with np.errstate(over="ignore"):  # to infinity: the sampler says so
+        logits_V[seen_ids_S] = np.where(seen > 0, seen / np.float32(penalty), seen * np.float32(penalty))
 
 
 def apply_count_penalties(

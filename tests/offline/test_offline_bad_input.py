@@ -87,7 +87,7 @@ REQUESTS: dict[str, Case] = {
     "stop id out of vocabulary": (ask(stop_token_ids=[10**6]), InvalidRequestError, "1,?000,?000"),
     "nothing allowed": (ask(allowed_token_ids=[]), InvalidRequestError, "allowed_token_ids is empty"),
     "penalty too great": (ask(presence_penalty=3.0), InvalidRequestError, r"presence_penalty is 3.0.*\[-2, 2\]"),
-    "repetition zero": (ask(repetition_penalty=0.0), InvalidRequestError, r"repetition_penalty is 0.0.*\(0, 10\]"),
+    "repetition zero": (ask(repetition_penalty=0.0), InvalidRequestError, r"repetition_penalty is 0.0.*\[1e-06, 10\]"),
     "seed too great": (ask(seed=2**64), InvalidRequestError, "seed is"),
     "score of unequal lists": (lambda m: m.score(["a"], []), ValueError, "1 prompts and 0 continuations"),
     "chat without role": (lambda m: m.chat([{"content": "x"}]), InvalidRequestError, r"messages\[0\]"),

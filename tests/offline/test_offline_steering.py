@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from utils.tiny_models import build_tiny_checkpoint
@@ -148,8 +149,18 @@ BAD: dict[str, tuple[Any, str]] = {
     "a pattern": ({"layers.*": vector(1)}, r"steering names 'layers.\*'"),
     "a part": ({"layers.0.self_attn.qkv_proj.1": vector(1)}, "that a vector can be added to"),
     "too short": ({"layers.0": [1.0] * 5}, r"steering\['layers.0'\] has 5 values; the activation is 64 wide"),
-    "NaN": ({"layers.0": [float("nan")] * WIDTH}, r"steering\['layers.0'\] is .* finite numbers"),
-    "too great": ({"layers.0": [1e300] * WIDTH}, r"steering\['layers.0'\] is .* finite numbers"),
+    "NaN": ({"layers.0": [0.0, float("nan")] * 32}, r"steering\['layers.0'\]\[1\] is nan; it must be finite numbers"),
+    "too great": (
+        {"layers.0": [1e300] * WIDTH},
+        r"steering\['layers.0'\]\[0\] is 1e\+300; .* finite numbers, in float32",
+    ),
+    "too great an integer": ({"layers.0": [10**400] * WIDTH}, r"steering\['layers.0'\] is .* finite numbers"),
+    "too great an array": (
+        {"layers.0": np.full(WIDTH, -3.5e38)},
+        r"steering\['layers.0'\]\[0\] is -3.5e\+38; .* finite numbers, in float32",
+    ),
+    "truths": ({"layers.0": np.ones(WIDTH, bool)}, "it must be finite numbers"),
+    "an array of texts": ({"layers.0": np.array(["1"] * WIDTH)}, "it must be finite numbers"),
     "texts": ({"layers.0": ["a"] * WIDTH}, r"steering\['layers.0'\] is .* finite numbers"),
     "nested": ({"layers.0": [[1.0] * WIDTH]}, r"steering\['layers.0'\] is .* finite numbers"),
     "no name": ({3: vector(1)}, "steering names 3; it must be a name"),
@@ -163,3 +174,16 @@ def test_bad_steering_when_given_then_refused_by_name_and_nothing_runs(llm: LLM,
     with pytest.raises(InvalidRequestError, match=message):
         llm.generate([[5, 6]], GREEDY, steering=steering)
     assert not llm.client.has_unfinished
+
+
+def test_vectors_when_made_without_a_request_then_checked_and_copied_as_float32() -> None:
+    values = np.linspace(0, 1, WIDTH)
+    params = SteeringParams({"layers.0": values})  # type: ignore[dict-item]
+    digest = params.digest
+    values[:] = 7.0
+    assert params.vectors["layers.0"].dtype == np.float32
+    assert (
+        params.digest == digest == SteeringParams.from_request({"layers.0": np.linspace(0, 1, WIDTH).tolist()}).digest
+    )  # type: ignore[union-attr]
+    with pytest.raises(InvalidRequestError, match=r"steering\['layers.0'\]\[0\] is 1e\+39"):
+        SteeringParams({"layers.0": np.full(WIDTH, 1e39)})  # type: ignore[dict-item]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import EXITS, InvalidRequestError, PellucidError
 from pellucid.structured import FIELD, StructuredOutputsParams
 from pellucid.text.grammar_trial import LIMITS, GrammarTrial, first_line
 
@@ -30,6 +30,20 @@ _NEEDS_NO_TRIAL = ("choice", "json_object")
 Made = TypeVar("Made")
 
 
+class GrammarError(PellucidError, RuntimeError):
+    """The library that follows grammars failed."""
+
+
+def _guarded(call: Callable[[], Made]) -> Made:
+    """Calls the library. A panic in it is no `Exception`: it would end whoever catches only those."""
+    try:
+        return call()
+    except (*EXITS, MemoryError):
+        raise
+    except BaseException as error:
+        raise GrammarError(str(error)[:300]) from error
+
+
 class CompiledGrammar:
     """A grammar over one vocabulary. Immutable to its users; safe to share between threads.
 
@@ -39,7 +53,7 @@ class CompiledGrammar:
 
     def __init__(self, spec: StructuredOutputsParams, vocab_size: int, build: Callable[[], LLMatcher]) -> None:
         self.spec, self.vocab_size = spec, vocab_size
-        self._build, self._pristine = build, build()
+        self._build, self._pristine = build, _guarded(build)
         self._lock = Lock()
         self._generation = 0
 
@@ -51,12 +65,16 @@ class CompiledGrammar:
         return made
 
     def copy(self, *, unlike: int | None = None) -> tuple[LLMatcher, int]:
-        """llguidance's matcher at the beginning, and the number of its generation: another one than `unlike`."""
+        """llguidance's matcher at the beginning, and the number of its generation: another one than `unlike`.
+
+        Raises:
+            GrammarError: the library failed.
+        """
         with self._lock:
             if self._generation == unlike:
-                self._pristine = self._build()
+                self._pristine = _guarded(self._build)
                 self._generation += 1
-            return self._pristine.deep_copy(), self._generation
+            return _guarded(self._pristine.deep_copy), self._generation
 
 
 class GrammarMatcher:
@@ -96,7 +114,11 @@ class GrammarMatcher:
         """An error is this output's alone, once it has come on a lexer of its own too."""
         problem = self._problem_of(call)
         if problem is not None:
-            self._matcher, self._generation = self._grammar.copy(unlike=self._generation)
+            try:
+                self._matcher, self._generation = self._grammar.copy(unlike=self._generation)
+            except GrammarError as error:
+                self.error, self.is_complete = f"{FIELD} cannot go on: {error}", False
+                return
             self._problem_of(lambda: self._matcher.consume_tokens(self._accepted))
             problem = self._problem_of(call)
         if problem is not None:
@@ -105,12 +127,10 @@ class GrammarMatcher:
 
     def _problem_of(self, call: Callable[[], object]) -> str | None:
         try:
-            call()
-            return first_line(self._matcher.get_error()) if self._matcher.is_error() else None
-        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic in the library is not an Exception
-            return str(error)[:300]
+            _guarded(call)
+            return _guarded(lambda: first_line(self._matcher.get_error()) if self._matcher.is_error() else None)
+        except GrammarError as error:
+            return str(error)
 
 
 class _Vocabulary:
@@ -211,7 +231,9 @@ def _tokenizer(tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> L
 
     return _vocabularies.get(
         (tokenizer.fingerprint, vocab_size, eos),
-        lambda: LLTokenizer(_Vocabulary(tokenizer, vocab_size, eos), eos_token=list(eos)),  # type: ignore[arg-type]
+        lambda: _guarded(
+            lambda: LLTokenizer(_Vocabulary(tokenizer, vocab_size, eos), eos_token=list(eos))  # type: ignore[arg-type]
+        ),
     )
 
 
@@ -229,8 +251,11 @@ def _compile(
     if problem is not None:
         return f"{FIELD}.{spec.kind}: {problem}"
     source, limits = grammar_source(spec, special), LLParserLimits(**LIMITS)
-    grammar = CompiledGrammar(spec, vocab_size, lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits))
-    first = grammar.matcher()
+    try:
+        grammar = CompiledGrammar(spec, vocab_size, lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits))
+        first = grammar.matcher()
+    except GrammarError as error:
+        return f"{FIELD}.{spec.kind}: {error}"
     first.fill()
     problem = first.error or (None if first.mask.any() else "no text satisfies it")
     return grammar if problem is None else f"{FIELD}.{spec.kind}: {problem}"

@@ -82,22 +82,22 @@ class Sampler:
         if not (np.isfinite(greatest) and np.isfinite(log_sum_exp)):
             return _failed(f"the logits are not finite: max is {greatest}, log-sum-exp is {log_sum_exp}")
         token_id = self._choose(logits_V, int(stats.argmax[index]), greatest, row)
-        if token_id is None:
-            return _failed(row.nothing_left(self.vocab_size))
+        if isinstance(token_id, str):
+            return _failed(token_id)
         top_n = row.sampling_params.logprobs
         logprobs = None if top_n is None else token_logprobs(logits_V, stats, index, token_id, top_n)
         return SampledToken(token_id, logprobs)
 
-    def _choose(self, logits_V: FloatArray, argmax: int, greatest: float, row: SamplingRow) -> int | None:
-        """The token of one row, or None when none is left. `argmax` and `greatest` describe `logits_V`."""
+    def _choose(self, logits_V: FloatArray, argmax: int, greatest: float, row: SamplingRow) -> int | str:
+        """The token of one row, or why there is none. `argmax` and `greatest` describe `logits_V`."""
         if edits_logits(row):
             np.copyto(self._edited_V, logits_V)
             logits_V = self._edited_V
             edit(row, logits_V)
             argmax = int(logits_V.argmax())
             greatest = float(logits_V[argmax])
-            if not np.isfinite(greatest):
-                return None
+            if not np.isfinite(greatest):  # a NaN is the greatest, for argmax
+                return row.nothing_left(self.vocab_size) if greatest == -np.inf else row.overflow
         if row.greedy:
             return argmax
         params = row.sampling_params

@@ -131,6 +131,14 @@ class SamplingRow:
         edits = ("allowed_token_ids", "bad_words", *(("structured_outputs",) if self.matcher is not None else ()))
         return f"no token can be sampled: all {vocab_size:,} are excluded by {', '.join(edits)} or min_tokens"
 
+    @property
+    def overflow(self) -> str:
+        """Why no token can be sampled, when the greatest logit is not finite behind the edits."""
+        params = self.sampling_params
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        values = ", ".join(f"{name} {getattr(params, name):g}" for name in names)
+        return f"the logits are not finite behind {values} and {len(params.logit_bias):,} biases"
+
     def count(self) -> None:
         """Count the tokens that came since the last call; on the first call, those of the prompt too."""
         new = self.output_token_ids[self._num_counted :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -98,7 +99,7 @@ def run(
 
     Sampling: a line's own parameters, over the options here, over the model's generation_config.json, over the neutral values.
     """
-    from pellucid.commands.jsonl import line_progress, run_jsonl
+    from pellucid.commands.jsonl import line_progress, results, run_jsonl
     from pellucid.commands.load import loaded, sampling_defaults
 
     source = _opened(file)
@@ -107,14 +108,14 @@ def run(
     with source, loaded(model, options) as llm:
         defaults = sampling_defaults(llm, options)
         SamplingParams.from_dict(defaults)  # refused once, not on every line
-        target = sys.stdout if output == "-" else open(output, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        # Other encodings may lack a character; JSON can spell all of them.
+        ascii_only = output == "-" and codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
         advance, done = line_progress(file)
         try:
-            failed = run_jsonl(llm, source, target, defaults, advance)
+            with results(output) as write:
+                failed = run_jsonl(llm, source, write, defaults, advance, ascii_only=ascii_only)
         finally:
             done()
-            if target is not sys.stdout:
-                target.close()
     if failed:
         print(f"{failed} lines were refused or failed: their results say why", file=sys.stderr)
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pellucid.bench.serve_load import LoadRun
 from pellucid.errors import InvalidRequestError
+from pellucid.files import whole_file
 
 _WAIT, _TOKENS, _FAILED = "#c9c9c9", "#2a6f97", "#bc4749"
 _FORMATS = (".png", ".svg")
@@ -55,5 +56,6 @@ def draw_timeline(run: LoadRun, path: Path, title: str) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (_WAIT, _TOKENS, _FAILED)]
     axis.legend(handles, ("to the first token", "tokens", "failed"), loc="upper right", fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix[1:].lower())
     plt.close(figure)

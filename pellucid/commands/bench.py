@@ -12,6 +12,7 @@ import typer
 from pellucid.commands.bench_serve import serve
 from pellucid.commands.options import engine_kwargs, engine_parameters, with_options
 from pellucid.errors import InvalidRequestError
+from pellucid.files import write_whole
 from pellucid.json_text import dumps
 
 app = typer.Typer(
@@ -56,7 +57,7 @@ def _finish(report: dict[str, Any], model: str | None, engine: dict[str, Any], o
     print(text_of(report))
     if output_json is not None:
         found = {"conditions": conditions(model or DEFAULT_MODEL, engine), **report}
-        output_json.write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(output_json, dumps(found, indent=1) + "\n")
 
 
 def _check_target(output_json: Path | None) -> None:

@@ -16,6 +16,7 @@ import typer
 from pellucid.bench.serve_options import ServeOptions, api_key_of
 from pellucid.commands.options import with_options
 from pellucid.errors import InvalidRequestError
+from pellucid.files import write_whole
 from pellucid.json_text import dumps
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def serve(
     if is_saved:
         target = result_dir / (result_filename or _file_name(result.report))
         found = result.detailed() if save_detailed else result.report
-        target.write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(target, dumps(found, indent=1) + "\n")
         _say(f"figures: {target}")
     if plot_timeline is not None:
         draw_timeline(result.run, plot_timeline, f"{result.report['model_id']}: {len(result.run.answers)} requests")

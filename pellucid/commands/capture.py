@@ -2,11 +2,13 @@
 
 A shard has a tensor [rows, width] for each activation, `token_ids` [rows] (the input token of each row), `offsets` [prompts + 1] (where the
 rows of each prompt begin) and `lines` [prompts] (its line in the input, from 1). Lines stand in order; a line that failed is in
-`errors.jsonl`. Of several choices the first is kept. A run that was stopped goes on behind its last whole shard.
+`errors.jsonl`. Of several choices the first is kept. A run that was stopped, or found the disk full, goes on behind its last whole
+shard when it is started again: later lines are captured anew, and their errors told once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import pellucid
 from pellucid.commands.jsonl import Line, ended_lines
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import ConfigError, InvalidRequestError
+from pellucid.files import PART_SUFFIX, LineFile, make_folder, remove_parts, write_whole
 from pellucid.hidden import CaptureParams
 from pellucid.json_text import dumps, well_formed
 from pellucid.options import RequestOptions
@@ -35,12 +38,14 @@ class ShardWriter:
 
     Raises:
         ConfigError: the folder holds shards of another model, or of other activations or parameters.
+        StorageError: the folder cannot be made; later, a shard cannot be written.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, str], dtype: str, shard_bytes: int) -> None:
         self._folder, self._metadata = folder, {**metadata, "dtype": dtype}
         self._dtype, self._shard_bytes = DTYPES[dtype], shard_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        remove_parts(folder, f"shard-*{PART_SUFFIX}")
         self.first_line, self._number = self._resume()
         self._begin()
 
@@ -102,7 +107,7 @@ def capture_jsonl(
     """Captures `names` for every line; gives the number of lines that were refused or failed.
 
     Raises:
-        ConfigError: as `ShardWriter`, or a dtype that is unknown.
+        ConfigError, StorageError: as `ShardWriter`, or a dtype that is unknown.
         InvalidRequestError: a name stands for no activation.
     """
     if dtype not in DTYPES:
@@ -120,8 +125,22 @@ def capture_jsonl(
         "sampling": json.dumps(defaults, sort_keys=True, default=str),
     }
     writer = ShardWriter(folder, metadata, dtype, shard_bytes)
-    with open(folder / ERRORS, "a", encoding="utf-8") as errors:
+    with contextlib.closing(_errors_before(folder / ERRORS, writer.first_line)) as errors:
         return _capture(llm, source, CaptureParams(resolved), defaults, writer, errors.write, advance)
+
+
+def _errors_before(path: Path, line: int) -> LineFile:
+    """The file of errors, to be gone on with; without those of lines from `line` on, and without a line that was cut off."""
+    found = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    write_whole(path, b"".join(text for text in found if text.endswith(b"\n") and _line_of(text) < line))
+    return LineFile(path, append=True)
+
+
+def _line_of(error: bytes) -> float:
+    try:
+        return float(json.loads(error)["line"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _capture(
@@ -130,7 +149,7 @@ def _capture(
     wanted: CaptureParams,
     defaults: dict[str, Any],
     writer: ShardWriter,
-    write_error: Callable[[str], object],
+    write_error: Callable[[bytes], object],
     advance: Callable[[], None],
 ) -> int:
     failed = 0
@@ -140,7 +159,7 @@ def _capture(
         problem = _take(llm, line, writer)
         if problem is not None:
             failed += 1
-            write_error(dumps({"line": line.number, "error": problem}) + "\n")
+            write_error(dumps({"line": line.number, "error": problem}).encode() + b"\n")
         advance()
     writer.flush()
     return failed

@@ -11,6 +11,7 @@ from typing import Any
 from pellucid.bench.serve_checks import CHECKS, CheckOptions, CheckResult, figures_of, run_checks
 from pellucid.bench.show import table
 from pellucid.errors import InvalidRequestError
+from pellucid.files import write_whole
 from pellucid.json_text import dumps
 
 _HEAD = ("check", "result", "finish", "prompt", "output", "s", "TTFT ms", "chunks", "ms/chunk", "tokens/s")
@@ -50,7 +51,7 @@ def check_server(url: str, options: CheckOptions, only: Sequence[str], json_path
             "passed": not failed,
             "checks": [result.as_dict() for result in results],
         }
-        json_path.write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(json_path, dumps(report, indent=1) + "\n")
     return not failed
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TextIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from pellucid.engine.client import EngineClient
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import PellucidError, shown
+from pellucid.files import LineFile
 from pellucid.json_text import check_values, dumps
 from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.params import SamplingParams
@@ -31,20 +33,45 @@ class Line:
     error: str | None = None
 
 
-def run_jsonl(llm: LLM, source: BinaryIO, target: TextIO, defaults: dict[str, Any], advance: Callable[[], None]) -> int:
-    """Runs every line of UTF-8; gives the number of lines that were refused or failed.
+@contextmanager
+def results(path: str) -> Iterator[Callable[[str], object]]:
+    """What takes a result: a line of a file, or of standard output for `-`.
+
+    Raises:
+        StorageError: the file cannot be opened; later, a line cannot be written. What is in it then is whole.
+    """
+    if path == "-":
+        yield _say
+        return
+    with closing(LineFile(Path(path))) as file:
+        yield lambda line: file.write(line.encode("utf-8", "backslashreplace"))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+def run_jsonl(
+    llm: LLM,
+    source: BinaryIO,
+    write: Callable[[str], object],
+    defaults: dict[str, Any],
+    advance: Callable[[], None],
+    *,
+    ascii_only: bool = False,
+) -> int:
+    """Runs every line of UTF-8; gives the number of lines that were refused or failed. With `ascii_only` results are spelled in
+    characters that every encoding has.
 
     A line is an object with `prompt` (text or token ids) or `messages`, and any sampling parameters. A line that cannot be run gives
     {"error": …, "line": n}; the others run all the same.
     """
     failed = 0
-    # Other encodings may lack a character; JSON can spell all of them.
-    is_utf8 = codecs.lookup(target.encoding or "utf-8").name == "utf-8"
     for line in ended_lines(llm, source, defaults):
         result = _result(llm.client, line)
         failed += "error" in result
-        target.write(dumps(result, ascii_only=not is_utf8) + "\n")
-        target.flush()
+        write(dumps(result, ascii_only=ascii_only) + "\n")
         advance()
     return failed
 

@@ -11,6 +11,7 @@ from typing import Any
 from pellucid.commands.timeline_text import ENDS
 from pellucid.engine.timeline import KIND_TEXTS, Kind, Row, Timeline
 from pellucid.errors import ConfigError
+from pellucid.files import whole_file
 
 WIDTH, LEFT, RIGHT, TOP = 1120.0, 132.0, 24.0, 92.0
 _STRIP, _GAP = 56.0, 30.0  # height of the strips below the rows, and what is left free above each
@@ -237,6 +238,7 @@ def write_png(drawing: Drawing, path: Path) -> None:
 
     Raises:
         ConfigError: matplotlib is not installed.
+        StorageError: the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -273,4 +275,5 @@ def write_png(drawing: Drawing, path: Path) -> None:
             axes.add_patch(FancyBboxPatch((shape.x, shape.y), shape.width, shape.height, corner, fc=shape.fill, lw=0))
         elif not _is_empty(shape):
             axes.add_patch(Rectangle((shape.x, shape.y), shape.width, shape.height, fc=shape.fill, lw=0))
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pellucid.commands.options import engine_kwargs, engine_parameters, with_options
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, StorageError
+from pellucid.files import write_whole
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -217,9 +218,9 @@ def _draw(trace: TraceReader, steps: tuple[int, int], only: list[str], output: P
         if output.suffix == ".png":
             write_png(drawing, output)
         else:
-            output.write_text(to_svg(drawing), encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"{output} cannot be written: {error.strerror}", "output") from None
+            write_whole(output, to_svg(drawing))
+    except StorageError as error:
+        raise InvalidRequestError(str(error), "output") from error
     print(f"{output}: {count:,} requests{hidden}", file=sys.stderr)
 
 

@@ -59,6 +59,7 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)
     num_steps: int = 0
     num_cached_blocks: int = 0  # free blocks that the prefix cache can still give away
+    trace_has_failed: bool = False  # it could not be written any more, and was given up
     histograms: dict[str, HistogramStats] = field(default_factory=dict)
 
 

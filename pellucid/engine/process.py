@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from pathlib import Path
 from threading import RLock, Thread
 from typing import Any
 
@@ -23,12 +24,14 @@ from pellucid.engine.messages import Command, Died, ErrorInfo, Event, Loaded, Lo
 from pellucid.engine.transport import Deliver
 from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
 from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
+from pellucid.files import hold, identity, is_at, remove_unused
 from pellucid.json_text import lone_surrogate
 from pellucid.owners import Home
 from pellucid.text.tokenizer import Tokenizer
 
 # Paths of sockets must fit into sockaddr_un.
 _MAX_FOLDER_BYTES = 80
+_PREFIX = "pellucid-engine-"
 # How long a process that was told to end may go on with its step, and its last events may be under way, in seconds.
 _SHUTDOWN_SECONDS = 30.0
 _LAST_EVENTS_MS = 200
@@ -47,9 +50,9 @@ class ProcessTransport:
 
     def __init__(self, start: Start) -> None:
         _check_names(start.config)
-        self.folder = _private_folder()
+        self.folder, held = _private_folder()
         self._home = Home("this engine process")
-        self._at_exit = weakref.finalize(self, _remove, self.folder, self._home)
+        self._at_exit = weakref.finalize(self, _remove, self.folder, held, self._home)
         self._start = start
         self._context: zmq.Context[Any] = zmq.Context()
         self._events = receiver(self._context, address(self.folder, "events"))
@@ -166,17 +169,29 @@ class ProcessTransport:
         return f"the engine process ended with exit code {code}{name}"
 
 
-def _private_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="pellucid-")  # mode 0700
-    if len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES:
-        return folder
-    os.rmdir(folder)
-    return tempfile.mkdtemp(prefix="pellucid-", dir="/tmp")
+def _private_folder() -> tuple[str, int]:
+    """A folder, mode 0700, and a descriptor that holds it: those whose processes were all killed are removed."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) + len(_PREFIX) + 10 > _MAX_FOLDER_BYTES:
+        parent = "/tmp"
+    for left in Path(parent).glob(f"{_PREFIX}*"):
+        remove_unused(left)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # it was removed before it was held
+            continue
+        hold(held)
+        if is_at(folder, identity(os.fstat(held))):
+            return str(folder), held
+        os.close(held)
 
 
-def _remove(folder: str, home: Home) -> None:
+def _remove(folder: str, held: int, home: Home) -> None:
     if not home.is_left:
         shutil.rmtree(folder, ignore_errors=True)
+    os.close(held)
 
 
 def _command() -> list[str]:

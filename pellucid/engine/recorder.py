@@ -100,6 +100,11 @@ class Recorder:
         checksums = output.logits_checksums if self._traces_logits else None
         self._write(step_line(record, plan.entries, list(events), checksums, engine.turn, self._at()))
 
+    @property
+    def has_failed(self) -> bool:
+        """True once the file could not be written any more."""
+        return self._file is not None and self._file.has_failed
+
     def close(self, engine: LLMEngine) -> None:
         """The engine was closed."""
         self._write(EndLine(**self._place(engine)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
-from typing import BinaryIO
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from pellucid.engine.trace_lines import Header, Line, StepLine, encode
-from pellucid.errors import ConfigError
+from pellucid.errors import ConfigError, StorageError
+from pellucid.files import LineFile
 
 # A trace has at most this many files: FILE, the newest, then FILE.1 and so on, the older the larger the number.
 NUM_PARTS = 4
@@ -23,8 +23,8 @@ class TraceFile:
     """Each line is with the operating system when `write` returns, so that a crash of the process loses none.
 
     When a file has its share of `max_mb` megabytes it is renamed to FILE.1, FILE.1 to FILE.2 and so on; what was the oldest is
-    lost. The first failure to write ends the trace with a line in the log: a full disk is no reason to stop serving. Only its
-    owner can read the file, for it holds all prompts.
+    lost. The first failure to write ends the trace, behind its last whole line, with a line in the log and `has_failed`: a full disk
+    is no reason to stop serving. Only its owner can read the file, for it holds all prompts.
 
     Raises:
         ConfigError: the file cannot be opened.
@@ -32,15 +32,15 @@ class TraceFile:
 
     def __init__(self, path: str, max_mb: int, header: Header) -> None:
         self._path, self._limit, self._header = path, max_mb * 1_000_000 // NUM_PARTS, header
-        self._file: BinaryIO | None = None
-        self._num_bytes = 0
+        self._file: LineFile | None = None
+        self.has_failed = False
         self._waiting: list[str] | None = None
         self._running: list[str] | None = None
         try:
             self._file = _open(path)
-        except OSError as error:
-            raise ConfigError(f"trace file {path} cannot be written: {error.strerror}") from error
-        self._turns = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has no parts
+        except StorageError as error:
+            raise ConfigError(f"trace file {error}") from error
+        self._turns = self._file.is_regular  # a pipe or a device has no parts
         self.write(header)
 
     def write(self, line: Line) -> None:
@@ -49,26 +49,25 @@ class TraceFile:
             return
         try:
             text = encode(self._shortened(line))
-            if self._turns and self._num_bytes and self._num_bytes + len(text) > self._limit:
+            if self._turns and self._file.num_bytes and self._file.num_bytes + len(text) > self._limit:
                 self._turn_over()
                 text = encode(self._shortened(line))
             self._put(text)
         except OSError as error:
-            _log.error("the trace ends here: %s cannot be written: %s", self._path, error)
+            _log.error("the trace ends here: %s", error)
+            self.has_failed = True
             self.close()
 
     def close(self) -> None:
         """Closes the file; harmless when called again."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what was not written before cannot be written now
-                self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with contextlib.suppress(StorageError):  # what was not written before cannot be written now
+                file.close()
 
     def _put(self, text: bytes) -> None:
         if self._file is not None:
             self._file.write(text)
-            self._file.flush()
-            self._num_bytes += len(text)
 
     def _turn_over(self) -> None:
         """Begins the next file. It says all queues anew."""
@@ -78,7 +77,7 @@ class TraceFile:
             if os.path.exists(older):
                 os.replace(older, part_path(self._path, number))
         self._file = _open(self._path)
-        self._num_bytes, self._waiting, self._running = 0, None, None
+        self._waiting = self._running = None
         self._header = replace(self._header, part=self._header.part + 1)
         self._put(encode(self._header))
 
@@ -97,5 +96,5 @@ def part_path(path: str, number: int) -> str:
     return f"{path}.{number}" if number else path
 
 
-def _open(path: str) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+def _open(path: str) -> LineFile:
+    return LineFile(Path(path), mode=0o600)

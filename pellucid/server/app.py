@@ -20,7 +20,7 @@ from pellucid.server.answers import stream_events
 from pellucid.server.chat import ChatAnswer
 from pellucid.server.completions import CompletionAnswer
 from pellucid.server.context import ServerContext
-from pellucid.server.errors import HttpError, plain_error
+from pellucid.server.errors import HttpError, plain_error, sanitised
 from pellucid.server.gate import Gate
 from pellucid.server.job import Job
 from pellucid.server.live import live_view
@@ -254,7 +254,7 @@ class _Endpoints:
         """200 while requests are taken; else 503 and why."""
         error = self._engine.error
         if not self._engine.is_alive:
-            reason = "the engine is dead" if error is None else f"the engine is dead: {type(error).__name__}"
+            reason = "the engine is dead" if error is None else f"the engine is dead: {sanitised(str(error))}"
             return JsonResponse({"status": "dead", "reason": reason}, 503)
         if self._context.draining:
             return JsonResponse({"status": "draining", "reason": "the server is shutting down"}, 503)

@@ -35,6 +35,7 @@ _HISTOGRAMS = {
 _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_requests_running": ("Requests in the batch.", lambda stats: stats.num_running),
     "num_requests_waiting": ("Requests that wait.", lambda stats: stats.num_waiting),
+    "trace_failed": ("1 once the file of --trace could not be written any more.", lambda stats: stats.trace_has_failed),
     "kv_cache_usage_perc": ("Blocks in use; 1 is all.", lambda stats: stats.kv_cache.get("usage", 0.0)),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {

@@ -23,6 +23,7 @@ logger = logging.getLogger("pellucid.server")
 BACKLOG = 2048
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_SECONDS = 5.0  # for answers on their way out when nothing runs any more
+DEAD_SECONDS = 5.0  # in which /health says why the engine died, before the process ends
 
 
 class PortTakenError(PellucidError, OSError):
@@ -61,7 +62,8 @@ def url_of(bound: socket.socket, settings: ServerSettings) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our connections and our end: SIGTERM and SIGINT drain, a second one ends at once.
+    """uvicorn with our connections and our end: SIGTERM and SIGINT drain, a second one ends at once. When the engine dies the
+    server follows it a little later: whoever looks after it starts it anew.
 
     `exit_status` is 0 after a drain, 1 after a second signal or when the engine died.
     """
@@ -71,6 +73,7 @@ class Server(uvicorn.Server):
         self.context: ServerContext = self.app.state.context
         self.exit_status = 0
         self._ending: asyncio.Task[None] | None = None
+        self._dead_until: float | None = None
         super().__init__(_uvicorn_config(self.app, settings))
 
     @contextlib.contextmanager
@@ -87,6 +90,20 @@ class Server(uvicorn.Server):
             for number in handled:
                 loop.remove_signal_handler(number)
             self.context.close()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends the server."""
+        if not self.context.engine.is_alive and self._ending is None:
+            self._follow_engine()
+        return await super().on_tick(counter)
+
+    def _follow_engine(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._dead_until is None:
+            self._dead_until, self.exit_status = now + DEAD_SECONDS, 1
+            reason = self.context.engine.error or "the engine is dead"
+            logger.critical("%s; the server ends in %g seconds", reason, DEAD_SECONDS)
+        self.should_exit = self.should_exit or now >= self._dead_until
 
     async def drain(self) -> None:
         """Takes no new requests, lets those that run end within the deadline, then leaves the loop."""

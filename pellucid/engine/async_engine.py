@@ -55,8 +55,8 @@ class AsyncLLMEngine:
     """An engine that runs by itself. Every method may be called from any thread, the coroutines from any asyncio loop.
 
     Made by `start`. What ended is kept until it is released, within `MAX_UNCOLLECTED` and `MAX_UNCOLLECTED_SECONDS`. A coroutine
-    or a stream whose loop has ended gives its request up when it is collected. In a process that was forked from the engine's,
-    calls raise `ForkedError`.
+    or a stream whose loop was closed has its request given up, when it is collected or with the next request. In a process that
+    was forked from the engine's, calls raise `ForkedError`.
     """
 
     def __init__(self, transport: Transport, loaded: Loaded, max_state_bytes: int) -> None:
@@ -74,6 +74,7 @@ class AsyncLLMEngine:
         # Structures are compiled apart: those that take seconds are waited for by other structures alone.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")
         self._compile_places = Semaphore(MAX_COMPILING)
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._book = RequestBook(max_state_bytes, lambda request_id: transport.send(Cancel(0, request_id)))
 
     @classmethod
@@ -145,6 +146,7 @@ class AsyncLLMEngine:
     ) -> AsyncIterator[StreamChunk]:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, options, True)
+        stream.loop = asyncio.get_running_loop()
         left = _Left(self._abandon, stream)  # where the loop is gone, `finally` is never come to
         try:
             async with aclosing(self._watch(stream)) as chunks:
@@ -163,6 +165,7 @@ class AsyncLLMEngine:
     ) -> RequestOutput:
         """The output of one request, of which nothing is kept. A caller who is cancelled cancels it. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, options, False)
+        stream.loop = asyncio.get_running_loop()
         try:
             return await self._wait(stream)
         finally:
@@ -297,6 +300,8 @@ class AsyncLLMEngine:
         params = SamplingParams() if params is None else params
         check_options(request_id, options)
         self._book.refuse_when_closed()
+        self._loops.add(asyncio.get_running_loop())
+        self._book.give_up(looks_for_orphans=len(self._loops) > 1)
         text, token_ids, num_state_bytes = await self._tokenised(prompt, params, options)
         stream = self._book.open(request_id, params.n, num_state_bytes)
         name = stream.request_id

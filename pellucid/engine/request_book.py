@@ -125,6 +125,18 @@ class RequestBook:
             wakes.send()
         return not stream.has_ended
 
+    def give_up(self, *, looks_for_orphans: bool = False) -> None:
+        """Ends requests that nobody can read any more."""
+        orphans: list[RequestStream] = []
+        if looks_for_orphans:
+            with self.lock:
+                orphans = [stream for stream in self.streams.values() if stream.is_orphan]
+        while self._left:
+            orphans.append(self._left.popleft())
+        for stream in orphans:
+            if self.abandon(stream):
+                self._cancel(stream.request_id)
+
     def open_call(self, loop: asyncio.AbstractEventLoop) -> tuple[int, asyncio.Future[Any]]:
         """A number for a command, and what its answer settles.
 
@@ -190,10 +202,8 @@ class RequestBook:
                 _log.critical("events could not be booked", exc_info=error)
                 self._fail_all(ErrorInfo.of(error), wakes)
         wakes.send()
-        while self._left:
-            stream = self._left.popleft()
-            if self.abandon(stream):
-                self._cancel(stream.request_id)
+        if self._left:
+            self.give_up()
 
     def die(self, info: ErrorInfo) -> None:
         """Everybody who waits gets an error. What had ended before can still be read."""

@@ -55,6 +55,9 @@ class RequestStream:
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
         self.num_watchers = 0
+        self.loop: asyncio.AbstractEventLoop | None = (
+            None  # on which its one reader runs, where nobody else may read it
+        )
         self._logs: list[list[StreamChunk]] = [[] for _ in range(num_choices)]
         self._waiting_for_news: list[asyncio.Future[None]] = []
         self._waiting_for_end: list[asyncio.Future[None]] = []
@@ -67,6 +70,11 @@ class RequestStream:
     def has_ended(self) -> bool:
         """True when nothing more comes."""
         return self.output is not None or self.error is not None
+
+    @property
+    def is_orphan(self) -> bool:
+        """True when its one reader can never read it: the loop was closed under it."""
+        return self.loop is not None and self.loop.is_closed() and not self.has_ended
 
     def read(self, places: list[int]) -> list[StreamChunk]:
         """News behind a watcher's places, one chunk a choice; moves the places."""

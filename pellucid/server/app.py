@@ -40,6 +40,7 @@ from pellucid.server.sse import EventStream, JsonResponse
 from pellucid.server.turns import ToolUse, Turn, turn_of
 
 MAX_STEPS = 4096
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 ANTHROPIC_HEADERS = ("x-api-key", "anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access")
 
 
@@ -195,15 +196,13 @@ class _Endpoints:
         return ids, texts
 
     async def cancel(self, request_id: str) -> Response:
-        """Ends a request; whoever reads it gets what there is. The id is the answer's, with or without its prefix."""
-        name = request_id
-        for prefix in ("chatcmpl-", "cmpl-", "resp_", "msg_"):
-            name = name.removeprefix(prefix)
-        if not await self._context.generator.cancel(name):
-            raise HttpError(
-                404, f"request {request_id[:128]!r} is unknown", param="request_id", code="request_not_found"
-            )
-        return JsonResponse({"request_id": name, "cancelled": True})
+        """Ends a request; whoever reads it gets what there is. The id is the answer's, with or without its prefix; a request's own name
+        may begin like one."""
+        names = [request_id, *(request_id.removeprefix(one) for one in ID_PREFIXES if request_id.startswith(one))]
+        for name in names:
+            if await self._context.generator.cancel(name):
+                return JsonResponse({"request_id": name, "cancelled": True})
+        raise HttpError(404, f"request {request_id[:128]!r} is unknown", param="request_id", code="request_not_found")
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 

@@ -107,9 +107,16 @@ class ResponsesEndpoints:
 
 
 def _listed(request: ResponsesRequest, response_id: str) -> list[dict[str, Any]]:
-    """The items of a request as they are listed: each has an id, its own or one of ours."""
+    """The items of a request as they are listed: each has an id, its own or, where it has none or one that was there, one of ours."""
     items = [item.model_dump(exclude_none=True) for item in request.items]
-    return [{"id": f"in_{response_id}-{number}", **item} for number, item in enumerate(items)]
+    taken: set[str] = set()
+    for number, item in enumerate(items):
+        name = item.get("id") or f"in_{response_id}-{number}"
+        while name in taken:
+            name = f"in_{response_id}-{number}" if name == item.get("id") else f"{name}-{number}"
+        taken.add(name)
+        item["id"] = name
+    return items
 
 
 def _check_logprobs(request: ResponsesRequest, made: Prepared) -> None:

@@ -157,7 +157,7 @@ def _object(dialect: ToolDialect, tool: Tool, text: _Text) -> str:
 
 def _named(dialect: ToolDialect, tool: Tool, text: _Text) -> str:
     name = f"functions.{tool.name}:0" if dialect.name == "kimi" else tool.name
-    return f"{text(name + dialect.name_end)} {_arguments(tool)}"
+    return f"{_plain(name)} {text(dialect.name_end)} {_arguments(tool)}"
 
 
 def _each(tool: Tool) -> list[tuple[str, Mapping[str, Any], bool]]:
@@ -176,20 +176,25 @@ def _each(tool: Tool) -> list[tuple[str, Mapping[str, Any], bool]]:
 def _parameters(dialect: ToolDialect, tool: Tool, text: _Text) -> str:
     before, middle, after = dialect.parameter
     line = "\n" if dialect.name == "qwen3_coder" else ""
-    parts = [text(tool.name + dialect.name_end + line)]
+    parts = [_plain(tool.name), text(dialect.name_end + line)]
     for key, schema, required in _each(tool):
-        value = _schema(schema) if tool.type_of(key) != "string" else _plain_choices(schema, text)
+        value = _schema(schema) if tool.type_of(key) != "string" else _plain_choices(schema)
         rest = "value" if value is None else f"{value} {text(line + after)}"
-        part = f"{text(before + key + middle + line)} {rest} {text(chr(10))}"
+        part = f"{text(before)} {_plain(key)} {text(middle + line)} {rest} {text(chr(10))}"
         parts.append(part if required else f"({part})?")
     return " ".join(parts)
 
 
-def _plain_choices(schema: Mapping[str, Any], text: _Text) -> str | None:
+def _plain(text: str) -> str:
+    """A client's own text in a grammar. It may say what a special token does, and is none all the same."""
+    return json.dumps(text)
+
+
+def _plain_choices(schema: Mapping[str, Any]) -> str | None:
     """The values of a string, which is no quoted JSON here; None where it may be any."""
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, Sequence) and values and all(isinstance(value, str) and value for value in values):
-        return "(" + " | ".join(text(value) for value in values) + ")"
+        return "(" + " | ".join(map(_plain, values)) + ")"
     return None
 
 
@@ -197,14 +202,14 @@ def _pythonic(dialect: ToolDialect, tool: Tool, text: _Text) -> str:
     """Required arguments first, so that commas stand between: the others may follow, each behind a comma of its own."""
     first = [one for one in _each(tool) if one[2]]
     others = [one for one in _each(tool) if not one[2]]
-    written = [f"{text(key + '=')} {_python_value(schema)}" for key, schema, _ in first]
+    written = [f"{_plain(key + '=')} {_python_value(schema)}" for key, schema, _ in first]
     body = f" {text(', ')} ".join(written)
     for key, schema, _ in others if first else []:
-        body += f" ({text(', ' + key + '=')} {_python_value(schema)})?"
+        body += f" ({_plain(', ' + key + '=')} {_python_value(schema)})?"
     if not first and others:
-        alone = [f"{text(key + '=')} {_python_value(schema)}" for key, schema, _ in others]
+        alone = [f"{_plain(key + '=')} {_python_value(schema)}" for key, schema, _ in others]
         body = "(" + " | ".join(alone) + ")?"
-    return f"{text(tool.name + '(')} {body} {text(')')}"
+    return f"{_plain(tool.name + '(')} {body} {text(')')}"
 
 
 def _python_value(schema: Mapping[str, Any]) -> str:

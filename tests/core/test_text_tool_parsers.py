@@ -410,6 +410,27 @@ def test_text_when_it_goes_on_with_an_answer_then_only_a_marker_begins_a_call() 
     assert summary(run(marked, [f" so<tool_call>{text}</tool_call>"])) == (" so", "", [("now", "{}")])
 
 
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "pythonic"])
+def test_forced_call_of_values_that_say_what_a_token_does_when_written_then_they_are_text(name: str) -> None:
+    """A client's own words are never spelled by a special token, which would end the output or be left out of it."""
+    says = "<|im_start|>"
+    tool = Tool("f", {"properties": {"a": {"enum": [says], "type": "string"}}, "required": ["a"]})
+    tokenizer = tokenizer_with([])
+    spec = forced_calls(TOOL_DIALECTS[name], [tool], tokenizer, parallel=False)
+    matcher = compile_grammar(spec, tokenizer).matcher()
+    text = {
+        "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n@\n</parameter>\n</function>\n</tool_call>",
+        "glm": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>@</arg_value>\n</tool_call>",
+        "pythonic": '[f(a="@")]',
+    }[name]
+    before, behind = text.split("@")
+    ids = [tokenizer.encode(one, add_special_tokens=False) for one in (before, says[:6], says[6:], behind)]
+    assert len(tokenizer.encode(says, add_special_tokens=False)) == 1
+    for token_id in itertools.chain(*ids):
+        assert matcher.accept(token_id), (tokenizer.id_to_token(token_id), matcher.error)
+    assert matcher.is_complete
+
+
 def test_forced_call_when_the_tokenizer_is_sentencepiece_then_read_too() -> None:
     tokenizer = Tokenizer.from_gguf(sentencepiece_metadata())
     text = write(TOOL_DIALECTS["hermes"], tokenizer, 1, name="get_weather")

@@ -240,12 +240,16 @@ def test_given_unknown_response_when_asked_for_then_it_is_told(client: httpx.Cli
     )
 
 
-def test_given_input_items_when_listed_by_pages_then_all_come_in_order(client: httpx.Client) -> None:
-    items = [{"role": "user", "content": str(number)} for number in range(5)]
-    made = client.post(RESPONSES, json={"input": items, "max_output_tokens": 2}).json()
+@pytest.mark.parametrize("own", [None, "same", "in_resp_named-1"])
+def test_given_input_items_when_listed_by_pages_then_all_come_in_order(client: httpx.Client, own: str | None) -> None:
+    """Whatever ids they came with: pages are found by them."""
+    ids = {} if own is None else {"type": "message", "id": own}
+    items = [{"role": "user", "content": str(number), **ids} for number in range(5)]
+    made = client.post(RESPONSES, json={"input": items, "max_output_tokens": 2, "request_id": "named"}).json()
+    assert made["id"] == "resp_named"
     found: list[str] = []
     after = ""
-    while True:
+    for _ in range(3):
         page = client.get(f"{RESPONSES}/{made['id']}/input_items?order=asc&limit=2{after}").json()
         found += [item["content"] for item in page["data"]]
         if not page["has_more"]:

@@ -139,14 +139,26 @@ def test_given_a_storm_of_clients_when_all_leave_then_nothing_is_held(server: Ru
     assert answer.status_code == 200
 
 
-def test_given_running_stream_when_cancelled_by_id_then_it_ends_as_cut_short(server: RunningServer) -> None:
-    fields = {"prompt": "hi", "ignore_eos": True, "max_tokens": _TOKENS, "stream": True, "request_id": "to-cancel"}
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("to-cancel", "cmpl-to-cancel"),
+        ("to-cancel", "to-cancel"),
+        ("cmpl-1", "cmpl-1"),
+        ("cmpl-1", "cmpl-cmpl-1"),
+        ("msg_cmpl-1", "cmpl-msg_cmpl-1"),
+    ],
+)
+def test_given_running_stream_when_cancelled_by_id_then_it_ends_as_cut_short(
+    server: RunningServer, name: str, asked: str
+) -> None:
+    fields = {"prompt": "hi", "ignore_eos": True, "max_tokens": _TOKENS, "stream": True, "request_id": name}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=fields, timeout=_PATIENCE) as answer:
         lines = answer.iter_lines()
         next(lines)
-        cancelled = httpx.post(f"{server.url}/v1/requests/cmpl-to-cancel/cancel", timeout=_PATIENCE)
+        cancelled = httpx.post(f"{server.url}/v1/requests/{asked}/cancel", timeout=_PATIENCE)
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    assert cancelled.json() == {"request_id": "to-cancel", "cancelled": True}
+    assert cancelled.json() == {"request_id": name, "cancelled": True}
     assert events[-1]["choices"][0]["finish_reason"] == "length"
     assert events[-1]["choices"][0]["stop_reason"] == "abort"
     assert httpx.post(f"{server.url}/v1/requests/unknown/cancel", timeout=_PATIENCE).status_code == 404

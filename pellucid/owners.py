@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from threading import Lock, RLock, Thread, current_thread, get_ident, main_thread
@@ -60,15 +61,16 @@ class Exclusive:
     def __init__(self, what: str) -> None:
         self._what = what
         self._lock = RLock()  # of the thread inside: it may come in again
-        self._inside = ""
+        self._inside: Thread | None = None
 
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
+            name = self._inside.name if self._inside is not None else ""
             raise WrongThreadError(
-                f"{self._what} was called by thread {current_thread().name!r} while thread {self._inside!r} is inside; it is "
-                "for one thread at a time"
+                f"{self._what} was called by thread {current_thread().name!r} while thread {name!r} is inside; it is for one "
+                "thread at a time"
             )
-        self._inside = current_thread().name
+        self._inside = current_thread()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -137,6 +139,10 @@ def owned(method: Callable[Concatenate[Self, Given], Made]) -> Callable[Concaten
 
 # ---- interrupts ---------------------------------------------------------------------------------------------------------
 
+_SIGINT = int(signal.SIGINT)
+# What `signal` wraps to turn numbers into enumerations, which takes ten times as long: this is done twice a step.
+_signals: Any = sys.modules.get("_signal", signal)
+
 
 class uninterrupted:  # noqa: N801  (a context manager that reads as a word)
     """Ctrl-C waits for the end of this block, so that it never falls into the middle of a change; a second one does not wait.
@@ -153,17 +159,17 @@ class uninterrupted:  # noqa: N801  (a context manager that reads as a word)
 
     def __enter__(self) -> uninterrupted:
         if get_ident() == main_thread().ident:
-            before = signal.getsignal(signal.SIGINT)
+            before = _signals.getsignal(_SIGINT)
             if callable(before):
                 self._before = before
-                signal.signal(signal.SIGINT, self._note)
+                _signals.signal(_SIGINT, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.is_interrupted:
             self._restore()
             self._tell()
-            handler = signal.getsignal(signal.SIGINT)
+            handler = _signals.getsignal(_SIGINT)
             if callable(handler):
                 handler(number, frame)
             return
@@ -172,8 +178,8 @@ class uninterrupted:  # noqa: N801  (a context manager that reads as a word)
             self._wake()
 
     def _restore(self) -> None:
-        if self._before is not None and signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, self._before)
+        if self._before is not None and _signals.getsignal(_SIGINT) == self._note:
+            _signals.signal(_SIGINT, self._before)
 
     def _tell(self) -> None:
         told, self._told = self._told, None

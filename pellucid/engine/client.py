@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -150,10 +149,9 @@ class EngineClient:
 
     def _end(self, request_ids: Sequence[str]) -> None:
         if self._turns.error is None:
-            with self._trusted():
-                for request_id in request_ids:
-                    self.engine.cancel(request_id)
-                self.engine.take_ended()
+            for request_id in request_ids:
+                self._trust(partial(self.engine.cancel, request_id))
+            self._trust(self.engine.take_ended)
 
     def settle(self) -> None:
         """Takes the empty step with which a padded batch ends, when it has."""
@@ -187,14 +185,12 @@ class EngineClient:
 
     def _step(self) -> None:
         self._turns.refuse_when_over()
-        with self._trusted():
-            self.engine.step()
+        self._trust(self.engine.step)
 
-    @contextmanager
-    def _trusted(self) -> Iterator[None]:
+    def _trust(self, call: Callable[[], object]) -> None:
         """Behind an error, the state of the engine can no longer be trusted."""
         try:
-            yield
+            call()
         except BaseException as error:
             self._turns.end(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
             raise

@@ -33,6 +33,12 @@ class LLM:
 
     `progress(done, total)` is told bytes while the first start packs the weights.
 
+    Any thread may call any method at any time. Requests of all threads are computed together, and each thread gets what it would
+    get alone, bit for bit: one thread at a time takes the steps, the others sleep until they have their outputs. Ctrl-C and
+    whatever else ends a call early ends its own requests and nobody else's. `close` tells all who wait by an `EngineDeadError`.
+    Within a step (in a signal handler, say) methods raise `WrongThreadError`, and in a process that was forked from the model's
+    they raise `ForkedError`; `close` is harmless in both.
+
     Raises:
         TypeError: an unknown keyword, by name.
         ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError: what cannot be loaded, and why.
@@ -139,7 +145,11 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, cache_salt: str | None = None
     ) -> Iterator[StreamChunk]:
-        """Yields news of one request as it is made; leaving the loop early cancels it."""
+        """Yields news of one request as it is made; leaving the loop early cancels it.
+
+        Steps are taken while the caller asks for the next chunk, here or by any other call of this model: a stream that is read
+        slowly finds all that came in the meantime, and loses nothing to a `generate` inside its loop.
+        """
         if not isinstance(prompt, str):
             prompt = _prompts([prompt])[0]
         reader = Reader(is_eager=True)

@@ -19,6 +19,7 @@ Prompt = str | Sequence[int]
 class Admitted:
     """What an engine has to know of a request that it can run."""
 
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     capture: tuple[str, ...] = ()  # names of activations, resolved
     num_state_bytes: int = 0  # that its hidden states and activations may take, all choices together
 
@@ -35,7 +36,7 @@ class RequestChecker:
     pads_to: int = 1  # policy `padded`: a prompt takes the place of the next multiple of this many tokens
 
     def tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The text, where it is one, and the token ids.
+        """The text, where it is one, and the token ids: all prompts come through here, whoever made their ids.
 
         Raises:
             InvalidRequestError: a text without a tokenizer, or an id that is none.
@@ -44,7 +45,10 @@ class RequestChecker:
             if self.tokenizer is None:
                 raise InvalidRequestError("prompt is text, but the model has no tokenizer: give token ids", "prompt")
             check_well_formed("prompt", prompt)
-            return prompt, self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(prompt)
+            if token_ids and max(token_ids) >= self.vocab_size:
+                self._refuse_ids(token_ids, prompt)
+            return prompt, token_ids
         if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
             raise InvalidRequestError(
                 f"prompt is a {type(prompt).__name__}; it must be a text or a list of token ids", "prompt"
@@ -54,15 +58,35 @@ class RequestChecker:
             self._refuse_ids(token_ids)
         return None, token_ids
 
-    def _refuse_ids(self, token_ids: list[int]) -> None:
-        """Names the first id that is none; there may be none, as in an empty list."""
+    def _refuse_ids(self, token_ids: Sequence[int], text: str | None = None, field: str = "prompt") -> None:
+        """Names the first id that is none, of a list or of what the tokenizer made of `text`; there may be none, as in an empty
+        list."""
         for index, token in enumerate(token_ids):
             if isinstance(token, bool) or not isinstance(token, int):
-                raise InvalidRequestError(f"prompt[{index}] is {shown(token)}; token ids are integers", "prompt")
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(
-                    f"prompt[{index}] is {shown(token)}; token ids are in [0, {self.vocab_size:,})", "prompt"
-                )
+                raise InvalidRequestError(f"{field}[{index}] is {shown(token)}; token ids are integers", field)
+            if 0 <= token < self.vocab_size:
+                continue
+            limit = f"token ids are in [0, {self.vocab_size:,})"
+            if text is None or self.tokenizer is None:
+                raise InvalidRequestError(f"{field}[{index}] is {shown(token)}; {limit}", field)
+            spelling = self.tokenizer.raw_token(token)
+            raise InvalidRequestError(
+                f"{field}: the tokenizer makes {shown(spelling)} token {token:,}, which the model has not; {limit}",
+                field,
+            )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each bad word as it is tokenised at the start of a text and behind a space."""
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for text in (text for word in params.bad_words for text in (word, " " + word.lstrip())):
+            token_ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            self._refuse_ids(token_ids, text, "bad_words")
+            found[token_ids] = None
+        return tuple(found)
 
     def check(
         self,
@@ -88,13 +112,12 @@ class RequestChecker:
         check_vocabulary(params, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
-        if params.bad_words and self.tokenizer is None:
-            raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+        bad_words = self._bad_words(params)
         hidden_states, capture, steering = options.hidden_states, options.capture, options.steering
         asked = {"return_hidden_states": hidden_states, "capture": capture, "steering": steering}
         fields = [name for name, value in asked.items() if value is not None]
         if not fields:
-            return Admitted()
+            return Admitted(bad_words)
         if self.hidden_states is None:
             raise InvalidRequestError(f"{fields[0]}: this engine hands out no hidden states", fields[0])
         if steering is not None:
@@ -110,7 +133,7 @@ class RequestChecker:
             told += f", {num_values:,} values of hidden states" if num_values else ""
             num_values += rows * width  # both together may take no more
             limits.refuse_when_large(told, num_values, params.n, "capture")
-        return Admitted(names, limits.num_bytes(num_values, params.n))
+        return Admitted(bad_words, names, limits.num_bytes(num_values, params.n))
 
     def grammar(self, params: SamplingParams) -> Grammar | None:
         """The structure that is asked for, compiled; the last ones are kept, so that a server does it before its engine asks.
@@ -149,3 +172,9 @@ class RequestChecker:
             padded = -(-num_prompt_tokens // self.pads_to) * self.pads_to
             room = max(1, min(room, self.max_model_len - padded + 1))  # the last token is never computed
         return room if params.max_tokens is None else min(params.max_tokens, room)
+
+
+def _shown(text: str | None) -> str:
+    """A token's spelling as an error quotes it, at most 80 characters."""
+    quoted = repr(text or "")
+    return quoted if len(quoted) <= 80 else quoted[:77] + "..."

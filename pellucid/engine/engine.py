@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pellucid.config import EngineConfig
-from pellucid.engine.admission import Prompt, RequestChecker
+from pellucid.engine.admission import Admitted, Prompt, RequestChecker
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
@@ -168,9 +168,12 @@ class LLMEngine:
         if request_id in self._choice_ids:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
-        names = self.checker.check(token_ids, params, options).capture
+        admitted = self.checker.check(token_ids, params, options)
+        names = admitted.capture
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
-        cores = self._choices(request_id, tuple(token_ids), params, seed, options, names)
+        cores = self._choices(request_id, tuple(token_ids), params, seed, options, admitted)
+        hidden = options.hidden_states
+        choices = [self.output.new_choice(i, params, seed, token_ids, hidden, names) for i in range(params.n)]
         added: list[str] = []
         try:
             for core in cores:
@@ -181,8 +184,6 @@ class LLMEngine:
                 self.scheduler.cancel(choice_id)
                 self.scheduler.forget(choice_id)
             raise
-        hidden = options.hidden_states
-        choices = [self.output.new_choice(i, params, seed, token_ids, hidden, names) for i in range(params.n)]
         text = prompt_text if text is None else text
         state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
         self._choice_ids[request_id] = added
@@ -459,15 +460,10 @@ class LLMEngine:
         params: SamplingParams,
         seed: int,
         options: RequestOptions,
-        capture: tuple[str, ...],
+        admitted: Admitted,
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
-        now, many, bad_words, grammar = (
-            self._clock(),
-            params.n > 1,
-            self._bad_words(params),
-            self.checker.grammar(params),
-        )
+        now, many, grammar = self._clock(), params.n > 1, self.checker.grammar(params)
         return [
             EngineCoreRequest(
                 request_id=f"{request_id}/{index}" if many else request_id,
@@ -481,26 +477,19 @@ class LLMEngine:
                 cache_salt=options.cache_salt,
                 arrival_time=now,
                 eos_token_ids=self.eos_token_ids,
-                bad_words_token_ids=bad_words,
+                bad_words_token_ids=admitted.bad_words_token_ids,
                 hidden_states=options.hidden_states,
-                capture=capture,
+                capture=admitted.capture,
                 steering=options.steering,
                 grammar=grammar,
             )
             for index in range(params.n)
         ]
 
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Each bad word as it is tokenised at the start of a text and behind a space."""
-        if self.tokenizer is None:
-            return ()
-        spellings = [text for word in params.bad_words for text in (word, " " + word.lstrip())]
-        encoded = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in spellings]
-        return tuple(dict.fromkeys(encoded))
-
 
 def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> _Executed:
-    """Runs a plan; when that fails, the requests of the plan end with the reason and the engine lives on."""
+    """Runs a plan. What is wrong with one request the executor says in its output. An error that it raises is nobody's in
+    particular: the requests of the plan end with the reason, and the engine lives on."""
     began, failed = clock(), False
     try:
         output = executor.execute(plan)

@@ -494,7 +494,12 @@ def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> 
     try:
         output = executor.execute(plan)
     except Exception as error:
-        _log.warning("step %d failed; its requests end with an error", plan.step_id, exc_info=error)
+        _log.error(
+            "step %d failed as a whole; it cannot be told for which request, so all %d of it end with an error",
+            plan.step_id,
+            len(plan.entries),
+            exc_info=error,
+        )
         reason = str(error) if isinstance(error, NativeError) else f"the step failed: {type(error).__name__}: {error}"
         output, failed = ModelRunnerOutput({}, errors={entry.request_id: reason for entry in plan.entries}), True
     return _Executed(output, clock() - began, failed)

@@ -21,7 +21,12 @@ class Executable(Protocol):
 
     def run(self, batch: BatchInput, keep: Iterable[str] = (), steering: Steering = NO_STEERING) -> F32:
         """Forward for all T tokens; logits [L, V] of `batch.logit_rows`, valid until the next call. Activations named in `keep`
-        can be read afterwards; `steering` is added to activations."""
+        can be read afterwards; `steering` is added to activations.
+
+        Raises:
+            RowError, ActivationsError: what the batch could be computed without.
+            NativeError: the core refused it; the error names the token or the sequence where it is about one.
+        """
 
     def logits_of(self, rows: npt.NDArray[np.int32]) -> F32:
         """Logits [L, V] of rows of the last batch."""
@@ -53,7 +58,11 @@ class Executor(Protocol):
     model: Any  # pellucid.executor.loader.LoadedModel
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
-        """Computes a plan's tokens and samples where it says so."""
+        """Computes a plan's tokens and samples where it says so.
+
+        What is wrong with one request stands in `errors` and ends that request alone: the results of the others are those that
+        they have without it. An error that is raised ends all requests of the plan.
+        """
 
     def close(self) -> None:
         """Frees everything."""

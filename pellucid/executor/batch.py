@@ -61,14 +61,13 @@ class RequestRows:
         self._tables_NW = np.full((num_places, max_blocks), -1, np.int32)
 
     def add(self, new: NewRequest, row: SamplingRow) -> RunnerRequest:
-        """Takes in a request that was admitted, or resumed after a preemption."""
-        if not self._free_places:
-            self._grow()
+        """Takes in a request that was admitted, or resumed after a preemption. One that cannot be has no place."""
         token_ids = np.array([*new.prompt_token_ids, *new.output_token_ids], np.int32)
         hidden = None if new.hidden_states is None else WantedStates(new.hidden_states, len(new.prompt_token_ids))
-        request = RunnerRequest(
-            row, NativeRow(row), self._free_places.pop(), token_ids, hidden, new.capture, new.steering
-        )
+        native_row = NativeRow(row)
+        if not self._free_places:
+            self._grow()
+        request = RunnerRequest(row, native_row, self._free_places.pop(), token_ids, hidden, new.capture, new.steering)
         self._tables_NW[request.place] = -1
         self._newest_N[request.place] = token_ids[-1]
         self._num_shared_N[request.place] = len(new.block_ids) * self.block_size

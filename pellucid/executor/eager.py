@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pellucid.config import EngineConfig
+from pellucid.errors import RowError
 from pellucid.executor.base import F32
 from pellucid.executor.loader import LoadedModel
 from pellucid.hidden import NO_STEERING, Steering
@@ -87,6 +88,8 @@ def quantised_matrices(file: ProgramFile) -> dict[str, list[tuple[int, abi.Weigh
 def _steering_rows(spans: Iterable[tuple[int, int, Any]], like: torch.Tensor) -> torch.Tensor:
     rows = torch.full_like(like, -0.0)  # changes no bit of what it is added to
     for begin, end, vector in spans:
+        if vector.shape != tuple(rows.shape[1:]):
+            raise RowError(f"a vector {list(vector.shape)} is added to an activation {rows.shape[1]} wide", begin)
         rows[begin:end] = torch.from_numpy(vector)
     return rows
 
@@ -104,7 +107,7 @@ class EagerModel:
 
     def run(self, batch: BatchInput, keep: Iterable[str] = (), steering: Steering = NO_STEERING) -> F32:
         """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards;
-        `steering` is added to activations."""
+        `steering` is added to activations. Raises as `Executable.run`."""
         names = frozenset(keep)
         self._kept = {}
 

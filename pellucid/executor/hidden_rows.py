@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RunnerRequest
+from pellucid.executor.blame import Errors, note
 from pellucid.hidden import FINAL_LAYER, layer_name
 from pellucid.plan import CapturedRows, PlanEntry
 
@@ -28,7 +29,8 @@ class _Part:
 
 
 class HiddenRows:
-    """What a step has to keep, found before it runs; what it kept, copied once, behind sampling."""
+    """What a step has to keep, found before it runs; what it kept, copied once, behind sampling. What cannot be gathered of one
+    request stands in `errors`."""
 
     def __init__(
         self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], query_start: npt.NDArray[np.int32]
@@ -59,10 +61,10 @@ class HiddenRows:
         return {*map(layer_name, layers), *(name for part in self._captured for name in part.request.capture)}
 
     def gather_hidden(
-        self, executable: Executable, accepted_drafts: Mapping[str, Sized]
+        self, executable: Executable, accepted_drafts: Mapping[str, Sized], errors: Errors
     ) -> tuple[dict[str, F32], dict[str, list[int]]]:
         """Rows [n, layers, D] and their positions, by request id. Single rows of the same layers are parts of one array."""
-        layers = {layer: _layer(executable, layer) for layer in self._layers}
+        layers: dict[int, F32] = {}
         states: dict[str, F32] = {}
         positions: dict[str, list[int]] = {}
         singles: dict[tuple[int, ...], dict[str, int]] = {}
@@ -70,26 +72,35 @@ class HiddenRows:
             end = _end_of_text(part, accepted_drafts)
             kept = wanted if wanted[-1] < end else [position for position in wanted if position < end]
             name, wanted_layers = part.entry.request_id, _layers(part)
-            positions[name] = kept
-            if len(kept) == 1:
-                singles.setdefault(wanted_layers, {})[name] = kept[0] + part.offset
-            else:
-                states[name] = _taken([position + part.offset for position in kept], wanted_layers, layers)
+            try:
+                layers |= {layer: _layer(executable, layer) for layer in wanted_layers if layer not in layers}
+                if len(kept) == 1:
+                    singles.setdefault(wanted_layers, {})[name] = kept[0] + part.offset
+                else:
+                    states[name] = _taken([position + part.offset for position in kept], wanted_layers, layers)
+                positions[name] = kept
+            except Exception as error:
+                note(errors, name, error)
         for wanted_layers, rows in singles.items():
             found_NLD = _taken(list(rows.values()), wanted_layers, layers)
             states |= {name: found_NLD[index : index + 1] for index, name in enumerate(rows)}
         return states, positions
 
-    def gather_captured(self, executable: Executable, accepted_drafts: Mapping[str, Sized]) -> dict[str, CapturedRows]:
+    def gather_captured(
+        self, executable: Executable, accepted_drafts: Mapping[str, Sized], errors: Errors
+    ) -> dict[str, CapturedRows]:
         """All rows that are part of a text, by request id."""
         found = {}
         for part in self._captured:
             start, end = part.entry.start, _end_of_text(part, accepted_drafts)
-            values = {
-                name: executable.activation(name)[start + part.offset : end + part.offset].copy()
-                for name in part.request.capture
-            }
-            found[part.entry.request_id] = CapturedRows(start, values)
+            try:
+                values = {
+                    name: executable.activation(name)[start + part.offset : end + part.offset].copy()
+                    for name in part.request.capture
+                }
+                found[part.entry.request_id] = CapturedRows(start, values)
+            except Exception as error:
+                note(errors, part.entry.request_id, error)
         return found
 
 

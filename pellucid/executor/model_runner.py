@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RequestRows, RunnerRequest
+from pellucid.executor.blame import Errors, blamed, note
 from pellucid.executor.checksum import row_checksums
 from pellucid.executor.hidden_rows import HiddenRows
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
+from pellucid.ops.batch import BatchInput
 from pellucid.outputs import TokenLogprobs
 from pellucid.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.sampling.native import NativeSampler
@@ -46,53 +48,101 @@ class ModelRunner:
         self._ended_at = time.perf_counter()
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
-        """Runs one plan: books what is new, computes, samples."""
-        self._book(plan)
-        if not plan.entries:
-            return ModelRunnerOutput({})
-        requests = [self._requests[entry.request_id] for entry in plan.entries]
-        batch = self._rows.build(plan.entries, requests)
+        """Runs one plan: books what is new, computes, samples.
+
+        A request that fails is forgotten at once and named in `errors`. What it spoiled for the others is computed again without
+        it, and before anything was sampled, so that no state is advanced twice. Plans that were made before its error was read
+        may still have entries of it: they are passed over.
+        """
+        errors = self._book(plan)
+        entries, output = self._known(plan.entries, errors), None
+        while entries and output is None:
+            requests = [self._requests[entry.request_id] for entry in entries]
+            batch = self._rows.build(entries, requests)
+            try:
+                forward = self._forward(entries, requests, batch)
+            except Exception as error:
+                guilty = blamed(error, entries, requests, batch)
+                if not guilty:
+                    raise
+                for request_id in guilty:
+                    note(errors, request_id, error)
+                entries = [entry for entry in entries if entry.request_id not in errors]
+                continue
+            output = self._output(entries, requests, batch, forward, errors)
+        for request_id in errors:
+            self._forget(request_id)
+        return ModelRunnerOutput({}, errors=errors) if output is None else output
+
+    def _forward(self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], batch: BatchInput) -> _Forward:
         began = time.perf_counter()
-        idle = began - self._ended_at
-        hidden = HiddenRows(plan.entries, requests, batch.query_start) if self._num_wanting else None
+        hidden = HiddenRows(entries, requests, batch.query_start) if self._num_wanting else None
         if hidden is None:
             logits = self.executable.run(batch)
         else:
             logits = self.executable.run(batch, hidden.activations, hidden.steering)
-        computed = time.perf_counter()
-        sampled = _Sampled()
-        self._sample(plan.entries, requests, logits, sampled)
-        prompt_logprobs = self._prompt_logprobs(plan.entries, requests, batch.query_start)
-        kept = {} if hidden is None else self._gather(hidden, sampled)
+        return _Forward(logits, hidden, began, time.perf_counter())
+
+    def _output(
+        self,
+        entries: Sequence[PlanEntry],
+        requests: Sequence[RunnerRequest],
+        batch: BatchInput,
+        forward: _Forward,
+        errors: Errors,
+    ) -> ModelRunnerOutput:
+        """Samples, and gathers what else is wanted of a forward pass."""
+        sampled = _Sampled(errors)
+        self._sample(entries, requests, forward.logits, sampled)
+        prompt_logprobs = self._prompt_logprobs(entries, requests, batch.query_start, errors)
+        kept = {} if forward.hidden is None else self._gather(forward.hidden, sampled)
+        idle = forward.began - self._ended_at
         self._ended_at = time.perf_counter()
         return ModelRunnerOutput(
             sampled_token_ids=sampled.token_ids,
             logprobs=sampled.logprobs,
             prompt_logprobs=prompt_logprobs,
-            errors=sampled.errors,
+            errors=errors,
             accepted_drafts=sampled.accepted_drafts,
             logits_checksums=sampled.checksums,
-            execute_seconds=computed - began,
-            sample_seconds=self._ended_at - computed,
+            execute_seconds=forward.computed - forward.began,
+            sample_seconds=self._ended_at - forward.computed,
             idle_seconds=idle,
             **kept,
         )
 
     def _gather(self, hidden: HiddenRows, sampled: _Sampled) -> dict[str, Any]:
-        states, positions = hidden.gather_hidden(self.executable, sampled.accepted_drafts)
-        captured = hidden.gather_captured(self.executable, sampled.accepted_drafts)
+        states, positions = hidden.gather_hidden(self.executable, sampled.accepted_drafts, sampled.errors)
+        captured = hidden.gather_captured(self.executable, sampled.accepted_drafts, sampled.errors)
         return {"last_hidden_states": states, "hidden_states_positions": positions, "captured": captured}
 
-    def _book(self, plan: StepPlan) -> None:
+    def _book(self, plan: StepPlan) -> Errors:
+        """Forgets what has ended and takes in what is new; why some of it could not be taken in."""
+        errors: Errors = {}
         for request_id in (*plan.finished, *plan.preempted):
             self._forget(request_id)
         for new in plan.new_requests:
             self._forget(new.request_id)  # the plan that preempted it may have failed before it came here
-            request = self._requests[new.request_id] = self._rows.add(new, self._row(new))
+            try:
+                request = self._rows.add(new, self._row(new))
+            except Exception as error:
+                note(errors, new.request_id, error)
+                continue
+            self._requests[new.request_id] = request
             self._num_wanting += request.wants_rows
         for entry in plan.entries:
-            if entry.new_block_ids:
+            if entry.new_block_ids and entry.request_id in self._requests:
                 self._rows.add_blocks(self._requests[entry.request_id], entry.new_block_ids)
+        return errors
+
+    def _known(self, entries: Sequence[PlanEntry], errors: Errors) -> Sequence[PlanEntry]:
+        """The entries of requests that have not failed in this plan or one before."""
+        known = [entry for entry in entries if entry.request_id in self._requests]
+        if len(known) < len(entries):
+            for entry in entries:
+                if entry.request_id not in self._requests:
+                    errors.setdefault(entry.request_id, "the request failed in a step before")
+        return known
 
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
@@ -133,12 +183,17 @@ class ModelRunner:
                     found.checksums.setdefault(one.entry.request_id, []).append(checksum)
             outcomes = self._native.sample(some, [one.request.native_row for one in pending])
             pending = [one for one, token in zip(pending, outcomes, strict=True) if one.take(token, found)]
-        if sampling:
-            newest = [found.token_ids.get(one.entry.request_id, 0) for one in sampling]  # 0: it failed, and is dropped
-            self._rows.set_newest([one.request for one in sampling], newest)
+        living = [one for one in sampling if one.entry.request_id in found.token_ids]
+        if living:
+            newest = [found.token_ids[one.entry.request_id] for one in living]
+            self._rows.set_newest([one.request for one in living], newest)
 
     def _prompt_logprobs(
-        self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], query_start: npt.NDArray[np.int32]
+        self,
+        entries: Sequence[PlanEntry],
+        requests: Sequence[RunnerRequest],
+        query_start: npt.NDArray[np.int32],
+        errors: Errors,
     ) -> dict[str, tuple[int, list[TokenLogprobs]]]:
         """The chunk's rows predict the prompt's next tokens; logits are made in slices that fit the logits buffer."""
         found: dict[str, tuple[int, list[TokenLogprobs]]] = {}
@@ -149,7 +204,10 @@ class ModelRunner:
                 continue
             rows = np.arange(end - entry.start, dtype=np.int32) + query_start[i]
             targets = request.row.prompt_token_ids[entry.start + 1 : end + 1]
-            found[entry.request_id] = (entry.start, self._logprobs_of(rows, targets, top_n))
+            try:
+                found[entry.request_id] = (entry.start, self._logprobs_of(rows, targets, top_n))
+            except Exception as error:
+                note(errors, entry.request_id, error)
         return found
 
     def _logprobs_of(self, rows: npt.NDArray[np.int32], targets: Sequence[int], top_n: int) -> list[TokenLogprobs]:
@@ -162,13 +220,23 @@ class ModelRunner:
         return logprobs
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """What a forward pass left, and when."""
+
+    logits: F32
+    hidden: HiddenRows | None
+    began: float
+    computed: float
+
+
 @dataclass
 class _Sampled:
     """What sampling brought, by request id."""
 
+    errors: Errors
     token_ids: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
     accepted_drafts: dict[str, list[AcceptedDraft]] = field(default_factory=dict)
     checksums: dict[str, list[int]] = field(default_factory=dict)
 
@@ -188,7 +256,11 @@ class _Pending:
         if token.error is not None:
             found.errors[request_id] = token.error
             return False
-        problem = self.request.row.advance(token.token_id)
+        try:
+            problem = self.request.row.advance(token.token_id)
+        except Exception as error:  # of a custom matcher
+            note(found.errors, request_id, error)
+            return False
         if problem is not None:
             found.errors[request_id] = problem
             return False

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import WeightFormatError
+from pellucid.errors import ActivationsError, RowError, WeightFormatError, reason_of
 from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
@@ -38,12 +38,17 @@ class NativeProgram:
 
     def run(self, batch: BatchInput, keep: Iterable[str] = (), steering: Steering = NO_STEERING) -> F32:
         """Forward for all T tokens; logits [L, V] of `batch.logit_rows`. Activations named in `keep` can be read afterwards;
-        `steering` is added to activations."""
+        `steering` is added to activations. Raises as `Executable.run`."""
         names = (tuple(sorted(keep)), tuple(sorted(steering)))
         with self._alone:
             self._program, self._places = self._plain, {}
             if any(names):
-                self._program, variant = self._variant(names)
+                try:
+                    self._program, variant = self._variant(names)
+                except Exception as error:
+                    raise ActivationsError(
+                        f"{', '.join(names[0] + names[1])}: {reason_of(error)}", sum(names, ())
+                    ) from error
                 self._places = variant.places
                 for name, buffer in variant.inputs.items():
                     _fill(self._program.input(buffer, batch.num_tokens), steering[name])
@@ -96,6 +101,8 @@ def _fill(rows_TD: F32, spans: Iterable[tuple[int, int, F32]]) -> None:
     """-0.0 changes no bit of what it is added to."""
     rows_TD[:] = -0.0
     for begin, end, vector in spans:
+        if vector.shape != rows_TD.shape[1:]:
+            raise RowError(f"a vector {list(vector.shape)} is added to an activation {rows_TD.shape[1]} wide", begin)
         rows_TD[begin:end] = vector
 
 

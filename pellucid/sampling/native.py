@@ -134,10 +134,13 @@ class NativeSampler:
                 failed[places.pop(error.index)] = reason_of(error)
         if not failed and not results["status"].any() and not any(row.struct.wants_log_sum_exp for row in rows):
             return [SampledToken(token) for token in results["token"].tolist()]
-        outcomes = {place: SampledToken(-1, None, reason) for place, reason in failed.items()}
+        outcomes = {}
         for index, place in enumerate(places):
-            outcomes[place] = self._outcome(logits_LV[place], results, index, rows[place].row)
-        return [outcomes[place] for place in range(len(rows))]
+            try:
+                outcomes[place] = self._outcome(logits_LV[place], results, index, rows[place].row)
+            except Exception as error:
+                failed[place] = _noted(error)
+        return [outcomes.get(place) or SampledToken(-1, None, failed[place]) for place in range(len(rows))]
 
     def _refreshed(self, rows: Sequence[NativeRow], failed: dict[int, str]) -> dict[int, int]:
         """The addresses of the rows that could be brought to their present state, by place."""
@@ -146,8 +149,7 @@ class NativeSampler:
             try:
                 addresses[place] = row.refresh(self.vocab_size)
             except Exception as error:  # of a custom matcher: whatever it is, it is this row's alone
-                _log.warning("a row cannot be sampled; its request ends with an error", exc_info=error)
-                failed[place] = reason_of(error)
+                failed[place] = _noted(error)
         return addresses
 
     def _outcome(self, logits_V: FloatArray, results: abi.AnyArray, index: int, row: SamplingRow) -> SampledToken:
@@ -163,3 +165,9 @@ class NativeSampler:
             return SampledToken(token)
         stats = RowStats(results["token"], results["max"], results["log_sum_exp"])
         return SampledToken(token, token_logprobs(logits_V, stats, index, token, top_n))
+
+
+def _noted(error: Exception) -> str:
+    """Why a row's request ends, also told to the log."""
+    _log.warning("a row cannot be sampled; its request ends with an error", exc_info=error)
+    return reason_of(error)

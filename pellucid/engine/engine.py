@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
 from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
-from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError
+from pellucid.errors import EXITS, EngineDeadError, InvalidRequestError, NativeError, PellucidError, reason_of
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.hidden import HiddenStatesLimits
@@ -128,6 +128,7 @@ class LLMEngine:
         self._numbers = itertools.count()
         self._choice_ids: dict[str, list[str]] = {}
         self._ended_outside: list[TokenEvent] = []
+        self._without_text: dict[str, str] = {}  # choices whose text could not be made in this step, and why
         self._in_flight: deque[_Step] = deque()
         self._is_idle = True
         self._execute = partial(_execute, executor, clock)
@@ -344,14 +345,9 @@ class LLMEngine:
         result, began = executed.output, self._clock()
         if executed.failed:
             self.scheduler.tell_again(step.plan)
-        for choice_id in result.prompt_logprobs.keys() & self.scheduler.living(step.plan):
-            self.output.add_prompt_logprobs(choice_id, *result.prompt_logprobs[choice_id])
-        for choice_id in result.last_hidden_states.keys() & self.scheduler.living(step.plan):
-            positions = result.hidden_states_positions[choice_id]
-            self.output.add_hidden_states(choice_id, positions, result.last_hidden_states[choice_id])
-        for choice_id in result.captured.keys() & self.scheduler.living(step.plan):
-            self.output.add_captured(choice_id, result.captured[choice_id])
-        stop_check = self.output.stop_check if self.output.watches_stops else None
+        if result.prompt_logprobs or result.last_hidden_states or result.captured:
+            self._take_rows(result, self.scheduler.living(step.plan))
+        stop_check = self._stop_check if self.output.watches_stops else None
         events = self.scheduler.apply(step.plan, result, stop_check)
         outputs = self._process(events, began)
         if step.plan.entries:
@@ -364,20 +360,46 @@ class LLMEngine:
         self._is_idle = not self.scheduler.has_unfinished
         return outputs
 
-    def _process(self, events: Sequence[TokenEvent], now: float) -> StepOutputs:
-        if self._ended_outside:
-            events = [*self._ended_outside, *events]
-            self._ended_outside = []
+    def _take_rows(self, result: ModelRunnerOutput, living: Set[str]) -> None:
+        """Books what a step brought beside tokens. What cannot be booked ends its request, as an error of the executor would."""
+        rows: dict[str, None] = dict.fromkeys((*result.prompt_logprobs, *result.last_hidden_states, *result.captured))
+        for choice_id in rows.keys() & living:
+            try:
+                if choice_id in result.prompt_logprobs:
+                    self.output.add_prompt_logprobs(choice_id, *result.prompt_logprobs[choice_id])
+                if choice_id in result.last_hidden_states:
+                    positions = result.hidden_states_positions[choice_id]
+                    self.output.add_hidden_states(choice_id, positions, result.last_hidden_states[choice_id])
+                if choice_id in result.captured:
+                    self.output.add_captured(choice_id, result.captured[choice_id])
+            except EXITS:
+                raise
+            except BaseException as error:
+                result.errors.setdefault(choice_id, self._broken(choice_id, error))
+
+    def _stop_check(self, choice_id: str, token_id: int) -> str | None:
+        """`OutputProcessor.stop_check`; a choice whose text cannot be made is ended when its token is booked."""
+        try:
+            return self.output.stop_check(choice_id, token_id)
+        except EXITS:
+            raise
+        except BaseException as error:
+            self._without_text[choice_id] = self._broken(choice_id, error)
+            return None
+
+    def _broken(self, choice_id: str, error: BaseException) -> str:
+        _log.warning("the output of request %r cannot be made; it ends with an error", choice_id, exc_info=error)
+        return reason_of(error)
+
+    def _process(self, events: list[TokenEvent], now: float) -> StepOutputs:
+        """Makes outputs of events. An event whose output cannot be made becomes, in `events` too, the end of its request."""
         streams: dict[str, RequestState] = {}
         finished: list[RequestState] = []
-        for event in events:
-            state = self.output.add_token(event, now)
-            if event.finish_status is not None:
-                self._finish(state, event, event.finish_status, now)
-                if state.finished:
-                    finished.append(state)
-            if state.stream:
-                streams[state.request_id] = state
+        outside, self._ended_outside = self._ended_outside, []
+        for event in outside:
+            self._process_event(event, now, streams, finished)
+        if events:
+            events[:] = [made for event in events if (made := self._process_event(event, now, streams, finished))]
         chunks = [chunk for state in streams.values() for chunk in self.output.take_chunks(state)]
         for state in finished:
             del self._choice_ids[state.request_id]
@@ -388,6 +410,41 @@ class LLMEngine:
         if self.sink is not None:
             self.sink(brought)
         return brought
+
+    def _process_event(
+        self, event: TokenEvent, now: float, streams: dict[str, RequestState], finished: list[RequestState]
+    ) -> TokenEvent | None:
+        """The event as it was booked; None behind the end that an error made of one before it in the same step."""
+        if not self.output.follows(event.request_id):
+            return None
+        state = self.output.state_of(event.request_id)
+        try:
+            self.output.add_token(event, now)
+            reason = self._without_text.pop(event.request_id, None) if self._without_text else None
+        except EXITS:
+            raise
+        except BaseException as error:
+            reason = self._broken(event.request_id, error)
+        event = event if reason is None else self._without_work(event, reason)
+        if event.finish_status is not None:
+            try:
+                self._finish(state, event, event.finish_status, now)
+            except EXITS:
+                raise
+            except BaseException as error:
+                event = self._without_work(event, self._broken(event.request_id, error))
+                self._finish(state, event, RequestStatus.FINISHED_ERROR, now)
+            if state.finished:
+                finished.append(state)
+        if state.stream:
+            streams[state.request_id] = state
+        return event
+
+    def _without_work(self, event: TokenEvent, reason: str) -> TokenEvent:
+        """The event as the end of its request, of which nothing more is made."""
+        self.output.drop_work(event.request_id)
+        self.scheduler.finish(event.request_id, RequestStatus.FINISHED_ERROR, error=reason)
+        return event._replace(finish_status=RequestStatus.FINISHED_ERROR, stop_reason=None, error=reason)
 
     def _finish(self, state: RequestState, event: TokenEvent, status: RequestStatus, now: float) -> None:
         request = self.scheduler.get(event.request_id)

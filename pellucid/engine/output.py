@@ -137,6 +137,16 @@ class OutputProcessor:
         """The request that a choice belongs to."""
         return self._choices[choice_id][0]
 
+    def follows(self, choice_id: str) -> bool:
+        """True from `add` until the choice has ended."""
+        return choice_id in self._choices
+
+    def drop_work(self, choice_id: str) -> None:
+        """Makes nothing more of a choice than it has: its detokeniser, its stop strings or its rows have failed."""
+        choice = self._choices[choice_id][1]
+        self._num_with_stops -= choice.stop is not None
+        choice.detokenizer = choice.stop = choice.hidden = choice.captured = None
+
     @property
     def watches_stops(self) -> bool:
         """True while a living choice has stop strings: then `stop_check` must see its tokens."""
@@ -217,9 +227,8 @@ class OutputProcessor:
         return moved
 
     def finish(self, event: TokenEvent, status: RequestStatus, now: float) -> RequestState:
-        """Ends a choice: text that was held back is released, unless a stop string cut it."""
-        state, choice = self._choices.pop(event.request_id)
-        self._num_with_stops -= choice.stop is not None
+        """Ends a choice: text that was held back is released, unless a stop string cut it. It is followed until that is done."""
+        state, choice = self._choices[event.request_id]
         if choice.detokenizer is not None:
             if choice.stop is None and not state.stream:
                 known = len(choice.output.token_ids) - _ends_by_id(event)
@@ -238,6 +247,8 @@ class OutputProcessor:
             choice.output.hidden_states, choice.output.hidden_states_positions = states, positions
         if choice.captured is not None:
             choice.output.captured = choice.captured.result(len(choice.output.token_ids))
+        del self._choices[event.request_id]
+        self._num_with_stops -= choice.stop is not None
         self._moved[state.request_id] = state
         if state.finished:
             state.finished_at = now

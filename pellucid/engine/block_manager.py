@@ -47,6 +47,7 @@ class BlockManager:
         self._hash_of_block: list[bytes | None] = [None] * num_blocks
         self._content_of_block: list[_Content | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
+        self._tainted: set[int] = set()  # held, but computed by a request that failed: never cached
         self._num_cached_free = 0
         self._peak_used = 0
         self._num_hits = 0
@@ -142,7 +143,7 @@ class BlockManager:
         """Let others share the blocks that the first `num_computed` tokens, all really computed, have filled."""
         if not self._may_share(request):
             return
-        num_full = num_computed // self.block_size
+        num_full = self._num_trusted(request, num_computed // self.block_size)
         self._extend_hashes(request, num_full)
         for index in range(num_full - 1, -1, -1):
             block_id, digest = request.block_table[index], request.block_hashes[index]
@@ -151,17 +152,19 @@ class BlockManager:
             self._block_of_hash[digest] = block_id
             self._hash_of_block[block_id] = digest
             self._content_of_block[block_id] = self._content(request, index)
+            request.cached_blocks.append((block_id, digest))
 
     def free(self, request: Request, discard: bool = False) -> None:
         """Give all blocks of a request back, the last first, so that tails are reused before what others may share.
 
-        With `discard` their content is not trusted any more: nobody will share it from now on.
+        With `discard` what it computed is not trusted any more: nobody will share it from now on. Blocks that it shared stay
+        with those who computed them.
         """
+        if discard:
+            self._distrust(request)
         for block_id in reversed(request.block_table):
             if self._num_owners[block_id] < 1:
                 raise InvariantError(f"block {block_id} of request {request.request_id!r} is freed but has no owner")
-            if discard:
-                self._forget_hash(block_id)
             self._release(block_id)
         request.block_table.clear()
 
@@ -172,6 +175,39 @@ class BlockManager:
         for block_id in list(self._block_of_hash.values()):
             self._forget_hash(block_id)
         return True
+
+    # ---- what failed requests leave --------------------------------------------------------------------------------
+
+    def _distrust(self, request: Request) -> None:
+        """Forget what a request has cached, wherever it stands by now, and all that was computed on top of it."""
+        caches = {block_id for block_id, digest in request.cached_blocks if self._hash_of_block[block_id] == digest}
+        for block_id in self._with_followers(caches) if caches else ():
+            self._forget_hash(block_id)
+            if self._num_owners[block_id] > (block_id in request.block_table):
+                self._tainted.add(block_id)
+        request.cached_blocks.clear()
+
+    def _with_followers(self, block_ids: set[int]) -> set[int]:
+        """Cached blocks and those whose chain goes through them."""
+        followers: dict[bytes, list[int]] = {}
+        for block_id in self._block_of_hash.values():
+            content = self._content_of_block[block_id]
+            if content is not None:
+                followers.setdefault(content[0], []).append(block_id)
+        found, pending = set(block_ids), list(block_ids)
+        while pending:
+            digest = self._hash_of_block[pending.pop()]
+            new = [] if digest is None else [one for one in followers.get(digest, ()) if one not in found]
+            found.update(new)
+            pending += new
+        return found
+
+    def _num_trusted(self, request: Request, num_full: int) -> int:
+        """How many of its full blocks stand before the first that a failed request computed."""
+        if not self._tainted:
+            return num_full
+        table = request.block_table[:num_full]
+        return next((index for index, block_id in enumerate(table) if block_id in self._tainted), num_full)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -252,6 +288,7 @@ class BlockManager:
         self._num_owners[block_id] -= 1
         if self._num_owners[block_id]:
             return
+        self._tainted.discard(block_id)
         if not self.enable_prefix_caching:
             self._forget_hash(block_id)
         self._free[block_id] = None
@@ -300,6 +337,9 @@ class BlockManager:
         num_cached_free = sum(1 for block_id in hashed if block_id in self._free)
         if self._num_cached_free != num_cached_free:
             raise InvariantError(f"{self._num_cached_free} free blocks count as cached but {num_cached_free} are")
+        for block_id in self._tainted:
+            if self._hash_of_block[block_id] is not None or block_id in self._free:
+                raise InvariantError(f"block {block_id} of a failed request is cached or free")
         for block_id in hashed:
             if not self.enable_prefix_caching and block_id in self._free:
                 raise InvariantError(f"free block {block_id} is cached although prefix caching is off")

@@ -112,6 +112,7 @@ class Request:
     __slots__ = (
         "block_hashes",
         "block_table",
+        "cached_blocks",
         "core",
         "error",
         "first_wanted_row",
@@ -142,6 +143,7 @@ class Request:
         self.num_cached_tokens = 0  # prefix hit at the first admission
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # chain over the full blocks of token_ids, grown on demand by BlockManager
+        self.cached_blocks: list[tuple[int, bytes]] = []  # that it computed and others may share, and their hashes
         self.num_preemptions = 0
         self.prompt_lookup: PromptLookup | None = None  # where drafts come from, made when the first are asked for
         self.first_wanted_row = first_wanted_row(core)

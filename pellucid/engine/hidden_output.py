@@ -84,7 +84,8 @@ class CapturedOfChoice:
             return None
         found = {}
         for name in self._names:
-            values = np.empty((num_rows, self._pieces[0].values[name].shape[1]), np.float32)
+            # zeros where a failed step left a gap: what memory holds may be another request's
+            values = np.zeros((num_rows, self._pieces[0].values[name].shape[1]), np.float32)
             for start, piece in self._pieces:
                 some = piece[name][: max(0, num_rows - start)]
                 values[start : start + len(some)] = some

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from utils.neighbours import COMPANIES, NAN_TOKEN, VOCAB, Asked, World, alone, asked, assert_same_bits, build_model
 
+from pellucid.engine.messages import Submit
+from pellucid.engine.wire import decode_command, encode
 from pellucid.errors import InvalidRequestError
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.options import RequestOptions
@@ -180,7 +182,12 @@ def submit_any(world: World, draw: random.Random) -> str | None:
     known = set(world.engine.output.requests)
     try:
         about = options(draw) if draw.random() < 0.4 else RequestOptions()
-        return world.submit(Asked(prompt_of(draw), params_of(draw), about), "any")
+        request = Asked(prompt_of(draw), params_of(draw), about)
+        request_id = world.submit(request, "any")
+        ids = world.engine.output.requests[request_id].prompt_token_ids
+        sent = encode(Submit(1, request_id, ids, request.params, None, about))
+        assert decode_command(sent) is not None, "an engine in a process of its own could not read it"
+        return request_id
     except InvalidRequestError:
         assert set(world.engine.output.requests) == known
         return None

@@ -172,9 +172,3 @@ class RequestChecker:
             padded = -(-num_prompt_tokens // self.pads_to) * self.pads_to
             room = max(1, min(room, self.max_model_len - padded + 1))  # the last token is never computed
         return room if params.max_tokens is None else min(params.max_tokens, room)
-
-
-def _shown(text: str | None) -> str:
-    """A token's spelling as an error quotes it, at most 80 characters."""
-    quoted = repr(text or "")
-    return quoted if len(quoted) <= 80 else quoted[:77] + "..."

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 _MAX_SHOWN = 80
+_TOO_LONG = "a number of too many digits to be shown"
 
 
 def shown(value: object) -> str:
@@ -13,8 +14,16 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python writes no integers of more than some thousand digits
-        text = "a number of too many digits to be shown"
+        text = _TOO_LONG
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+def shown_number(value: int) -> str:
+    """`value` as an error tells it, with commas."""
+    try:
+        return f"{value:,}"
+    except ValueError:
+        return _TOO_LONG
 
 
 class PellucidError(Exception):

@@ -15,7 +15,7 @@ from numbers import Real
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError, shown, shown_number
 from pellucid.float32 import as_float32, first_not_finite
 
 MAX_POSITIONS = 1 << 20
@@ -111,7 +111,7 @@ class HiddenStatesParams:
         for position in self.positions or ():
             if not -most <= position < most:
                 raise InvalidRequestError(
-                    f"hidden_states_for_tokens names position {shown(position)}; {num_prompt_tokens:,} prompt tokens and at "
+                    f"hidden_states_for_tokens names position {shown_number(position)}; {num_prompt_tokens:,} prompt tokens and at "
                     f"most {max_tokens:,} generated ones have rows in [{-most:,}, {most:,})",
                     "hidden_states_for_tokens",
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError, shown, shown_number
 from pellucid.hidden import HiddenStatesLimits
 from pellucid.options import NO_OPTIONS, RequestOptions
 from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
@@ -68,7 +68,7 @@ class RequestChecker:
                 continue
             limit = f"token ids are in [0, {self.vocab_size:,})"
             if text is None or self.tokenizer is None:
-                raise InvalidRequestError(f"{field}[{index}] is {shown(token)}; {limit}", field)
+                raise InvalidRequestError(f"{field}[{index}] is {shown_number(token)}; {limit}", field)
             spelling = self.tokenizer.raw_token(token)
             raise InvalidRequestError(
                 f"{field}: the tokenizer makes {shown(spelling)} token {token:,}, which the model has not; {limit}",

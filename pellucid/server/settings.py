@@ -157,7 +157,7 @@ def _optional_text(value: Any) -> str | None:
 
 def _texts(value: Any) -> str | None:
     is_fine = isinstance(value, tuple) and all(_text(item) is None for item in value)
-    return None if is_fine else "it must be texts that are not empty"
+    return None if is_fine else "it must be texts that are not empty, and valid UTF-8"
 
 
 def _key(value: Any) -> str | None:

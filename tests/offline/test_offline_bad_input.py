@@ -20,6 +20,7 @@ from pellucid.errors import (
     WeightFormatError,
 )
 
+LONG = 10**5000  # Python does not write it
 Case = tuple[Callable[[LLM], Any], type[Exception], str]
 
 
@@ -89,6 +90,83 @@ REQUESTS: dict[str, Case] = {
     "penalty too great": (ask(presence_penalty=3.0), InvalidRequestError, r"presence_penalty is 3.0.*\[-2, 2\]"),
     "repetition zero": (ask(repetition_penalty=0.0), InvalidRequestError, r"repetition_penalty is 0.0.*\[1e-06, 10\]"),
     "seed too great": (ask(seed=2**64), InvalidRequestError, "seed is"),
+    "surrogate in a prompt": (
+        lambda m: m.generate("a\ud800"),
+        InvalidRequestError,
+        r"prompt holds .* U\+D800 at position 1",
+    ),
+    "surrogate in one of many": (
+        lambda m: m.generate(["a", "\udfff"]),
+        InvalidRequestError,
+        r"prompt holds .* U\+DFFF",
+    ),
+    "surrogate in a text": (lambda m: m.encode(["a", "\ud800"]), InvalidRequestError, "texts holds"),
+    "surrogate in a streamed prompt": (lambda m: list(m.stream("\ud800")), InvalidRequestError, "prompt holds"),
+    "surrogate in a continuation": (lambda m: m.score(["a"], ["\ud800"]), InvalidRequestError, "continuations holds"),
+    "surrogate in a scored prompt": (lambda m: m.score(["\ud800"], ["a"]), InvalidRequestError, "prompts holds"),
+    "surrogate in a message": (
+        lambda m: m.chat([{"role": "user", "content": "a\ud83d"}]),
+        InvalidRequestError,
+        r"messages\[0\]\.content holds",
+    ),
+    "surrogate in a part": (
+        lambda m: m.chat([{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]),
+        InvalidRequestError,
+        r"messages\[0\]\.content\[0\]\.text holds",
+    ),
+    "surrogate in a tool": (
+        lambda m: m.chat([{"role": "user", "content": "a"}], tools=[{"name": "\ud83d"}]),
+        InvalidRequestError,
+        r"tools\[0\]\.name holds",
+    ),
+    "surrogate in a template's variable": (
+        lambda m: m.chat([{"role": "user", "content": "a"}], chat_template_kwargs={"a": {"\ud83d": 1}}),
+        InvalidRequestError,
+        r"template_kwargs\.a holds",
+    ),
+    "surrogate in a salt": (lambda m: m.generate("a", cache_salt="\ud800"), InvalidRequestError, "cache_salt holds"),
+    "surrogate in a stop": (ask(stop=["a", "\ud800"]), InvalidRequestError, "stop holds"),
+    "surrogate in a bad word": (ask(bad_words="\ud800"), InvalidRequestError, "bad_words holds"),
+    "surrogate in a regex": (ask(structured_outputs={"regex": "\ud800"}), InvalidRequestError, "regex holds"),
+    "surrogate in a schema": (
+        ask(structured_outputs={"json": '{"const": "\\ud800"}'}),
+        InvalidRequestError,
+        "json holds",
+    ),
+    "surrogate in a choice": (
+        ask(structured_outputs={"choice": ["\ud800"]}),
+        InvalidRequestError,
+        r"choice\[0\] holds",
+    ),
+    "surrogate in a name of an activation": (
+        lambda m: m.generate("a", capture=["\ud800"]),
+        InvalidRequestError,
+        "capture",
+    ),
+    "schema of NaN": (ask(structured_outputs={"json": {"const": math.nan}}), InvalidRequestError, "json is no JSON"),
+    "schema of a long number": (
+        ask(structured_outputs={"json": {"const": LONG}}),
+        InvalidRequestError,
+        "json is no JSON",
+    ),
+    "long id": (lambda m: m.generate([[LONG]]), InvalidRequestError, r"prompt\[0\] is a number of too many digits"),
+    "long ids to be told": (lambda m: m.get_tokenizer().decode([LONG]), InvalidRequestError, "too many digits"),
+    "long seed": (ask(seed=LONG), InvalidRequestError, "seed is a number of too many digits"),
+    "long temperature": (ask(temperature=LONG), InvalidRequestError, "temperature is a number of too many digits"),
+    "long n": (ask(n=-LONG), InvalidRequestError, "n is a number of too many digits"),
+    "long stop": (ask(stop=[LONG]), InvalidRequestError, r"stop\[0\] is a number of too many digits"),
+    "long biased id": (ask(logit_bias={LONG: 1.0}), InvalidRequestError, "logit_bias is a number of too many digits"),
+    "long priority": (
+        lambda m: m.generate("a", priority=LONG),
+        InvalidRequestError,
+        "priority is a number of too many",
+    ),
+    "long position": (
+        lambda m: m.generate("a b", return_hidden_states=True, hidden_states_for_tokens=[LONG]),
+        InvalidRequestError,
+        "hidden_states_for_tokens.* a number of too many digits",
+    ),
+    "long parameters": (lambda m: m.generate("a", LONG), TypeError, "sampling_params is a number of too many digits"),
     "score of unequal lists": (lambda m: m.score(["a"], []), ValueError, "1 prompts and 0 continuations"),
     "chat without role": (lambda m: m.chat([{"content": "x"}]), InvalidRequestError, r"messages\[0\]"),
 }
@@ -105,6 +183,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "two workers": ({"tensor_parallel_size": 2}, ConfigError, "tensor_parallel_size is 2"),
     "longer than the model": ({"max_model_len": 10**6}, ConfigError, "max_model_len is 1,000,000; the model has"),
     "caching as text": ({"enable_prefix_caching": "yes"}, ConfigError, "enable_prefix_caching is 'yes'"),
+    "a long number": ({"num_blocks": LONG}, ConfigError, "num_blocks is a number of too many digits"),
     "gpu": ({"device": "cuda"}, ConfigError, "device is 'cuda'; .*cpu"),
     "speculation of an unknown kind": (
         {"speculative_method": "draft"},

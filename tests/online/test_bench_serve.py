@@ -31,6 +31,7 @@ from pellucid.bench.serve_load import Arrivals
 from pellucid.bench.serve_metrics import Timing, is_good, most_open
 from pellucid.bench.serve_options import ServeOptions
 from pellucid.errors import InvalidRequestError
+from pellucid.json_text import dumps
 from pellucid.text.tokenizer import Tokenizer
 
 SMALL: dict[str, Any] = {"num_prompts": 6, "random_input_len": 12, "random_output_len": 5}
@@ -226,6 +227,9 @@ def test_bench_when_the_data_set_is_a_file_then_lines_are_asked_in_order_and_aga
     [
         ("{", "line 1 is not JSON"),
         ("[]", "line 1 needs either prompt or messages"),
+        ('{"prompt": "\\ud800"}', "prompt holds the lone surrogate U+D800"),
+        ('{"prompt": "a", "output_tokens": NaN}', "line 1 is not JSON: NaN"),
+        ("[" * 100_000, "line 1 is not JSON"),
         ('{"prompt": "a", "messages": []}', "line 1 needs either prompt or messages"),
         ('{"prompt": ""}', "line 1: the prompt is ''"),
         ('{"prompt": "a", "output_tokens": 0}', "output_tokens is 0"),
@@ -240,6 +244,25 @@ def test_bench_when_a_line_of_the_file_is_wrong_then_it_is_named(tmp_path: Path,
     with pytest.raises(InvalidRequestError) as caught:
         bench(Script(), dataset_name="custom", dataset_path=path)
     assert message in str(caught.value)
+
+
+def test_bench_when_options_are_infinite_or_texts_are_halves_then_the_result_is_strict_json(
+    tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may spell half a character, and say what is no number."""
+    monkeypatch.setattr("utils.scripted_server._WORDS", ("half\ud83d", "whole"))
+    monkeypatch.setattr("utils.scripted_server.usage_of", lambda request, count: {"completion_tokens": count})
+    monkeypatch.setattr("utils.scripted_server.encoded", _ascii_events)
+    result, _ = bench(Script(), request_rate=1000.0, burstiness=math.inf, tokenizer=tokenizer_folder)
+    assert result.report["completed"] == 6
+    text = dumps(result.detailed(), indent=1)
+    found = json.loads(text.encode(), parse_constant=lambda constant: pytest.fail(constant))
+    assert (found["burstiness"], found["request_rate"]) == ("inf", 1000.0)
+
+
+def _ascii_events(events: list[tuple[float, Any]]) -> list[tuple[float, bytes]]:
+    texts = [(wait, event if isinstance(event, str) else json.dumps(event)) for wait, event in events]
+    return [(wait, f"data: {text}\n\n".encode()) for wait, text in texts]
 
 
 # ---- when it is asked --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from kit.bits import OutputBits, begins_like, difference
-from kit.campaign import Campaign, Report, run
+from kit.campaign import Campaign, Plant, Report, run
 from kit.scratch import Scratch
 from kit.soak_cases import PRECISIONS, ROOM, Asked, Group, Model, Pool, Round, Rounds
 
@@ -38,9 +38,9 @@ _LONE: dict[str, Any] = {
     "block_size": 16,
 }
 PLANTS = {
-    "row": "one log-probability of a step with a long neighbour is off by its last bit",
-    "chain": "cached blocks are shared whatever steers their request",
-    "hidden": "a hidden state changes where its request was computed in chunks",
+    "row": Plant("a log-probability of a step with a long neighbour is off by its last bit", "logprobs differ"),
+    "chain": Plant("cached blocks are shared whatever steers their request", "differ"),
+    "hidden": Plant("hidden states are off by their last bits", "hidden_states differ"),
 }
 
 

@@ -9,7 +9,21 @@ import pytest
 
 CAMPAIGNS = Path(__file__).resolve().parents[2] / "scripts" / "campaigns"
 CLEAN, FOUND, PLANT_NOT_FOUND = 0, 1, 3
-SOAK = ("--inline", "--threads", "1", "--precision", "float32", "--isa", "avx2", "--round", "24", "--pool", "40")
+SOAK = (
+    "--inline",
+    "--seed",
+    "2",
+    "--threads",
+    "1",
+    "--precision",
+    "float32",
+    "--isa",
+    "avx2",
+    "--round",
+    "24",
+    "--pool",
+    "100",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +40,7 @@ def run(name: str, *arguments: str) -> int:
 
 def test_soak_when_engines_are_sound_then_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("soak", *SOAK, "--count", "72", "--longest", "1100") == CLEAN
-    assert "72 requests in 3 cases, seed 1" in capsys.readouterr().out
+    assert "72 requests in 3 cases, seed 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["row", "chain", "hidden"])
@@ -51,3 +65,30 @@ def test_supervisor_when_the_process_of_the_cases_crashes_or_hangs_then_a_findin
     arguments = ("--longest", "60", "--round", "1", "--isa", "avx2", "--case-seconds", "5")
     assert run("soak", *arguments, "--plant", fault) == FOUND
     assert told in capsys.readouterr().out
+
+
+OFFLINE = ("--inline", "--calls", "40")
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_fuzz_offline_when_the_engine_is_sound_then_nothing_is_found(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run("fuzz_offline", *OFFLINE, "--seed", "2", "--kinds", kind, "--count", "80")
+    said = capsys.readouterr().out
+    assert status == CLEAN, said
+    assert "80 requests in 2 cases" in said
+
+
+@pytest.mark.parametrize("fault", ["neighbour", "untyped", "unnamed", "leak"])
+def test_fuzz_offline_when_a_fault_is_planted_then_found(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("fuzz_offline", *OFFLINE, "--kinds", "llm", "--count", "2000", "--plant", fault)
+    assert status == FOUND
+    assert f"the planted fault '{fault}' was found" in capsys.readouterr().out
+
+
+def test_lines_when_asked_for_then_the_table_names_what_was_not_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fuzz_offline", *OFFLINE, "--kinds", "thread", "--count", "40", "--lines", "--keep-going")
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("pellucid/engine/admission.py")).split()
+    assert 40 < int(row[2]) <= int(row[1])

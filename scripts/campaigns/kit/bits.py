@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kit.findings import signature_of
 from pellucid.outputs import CompletionOutput, Logprob, RequestOutput
 
 Row = dict[int, Logprob]
@@ -71,7 +72,10 @@ def begins_like(found: OutputBits, expected: OutputBits) -> tuple[str, str] | No
 
 def _choice_difference(found: ChoiceBits, expected: ChoiceBits) -> tuple[str, str] | None:
     if found.ending[2] != expected.ending[2]:
-        return f"error: {found.ending[2]}", f"ended with {found.ending}, alone with {expected.ending}"
+        return (
+            f"error: {signature_of(str(found.ending[2]))}",
+            f"ended with {found.ending}, alone with {expected.ending}",
+        )
     if found.token_ids != expected.token_ids:
         return "tokens differ", _first(found, expected)
     if found.logprobs != expected.logprobs:

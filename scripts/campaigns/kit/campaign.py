@@ -12,6 +12,7 @@ import argparse
 import faulthandler
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -24,9 +25,6 @@ from typing import Any, Protocol
 from kit.findings import Findings, signature_of
 
 CLEAN, FOUND, PLANT_NOT_FOUND = 0, 1, 3
-# Faults of the process itself, for every campaign: the supervisor must find them.
-COMMON_PLANTS = {"crash": "the process aborts in its second case", "hang": "its second case never ends"}
-
 Report = Callable[[str, str], None]  # (signature, detail)
 Emit = Callable[[dict[str, Any]], None]
 
@@ -45,16 +43,32 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
+class Plant:
+    """A fault that can be planted: what is made wrong, and the pattern of the signature by which it must be found."""
+
+    what: str
+    found_as: str
+
+
+# Faults of the process itself, for every campaign: the supervisor must find them.
+COMMON_PLANTS = {
+    "crash": Plant("the process aborts in its second case", "the process died of SIGABRT"),
+    "hang": Plant("its second case never ends", "hang"),
+}
+
+
+@dataclass(frozen=True)
 class Campaign:
-    """A script's word about itself. `plants`: name -> what is made wrong, beside the common ones."""
+    """A script's word about itself. `plants`: by name, beside the common ones."""
 
     script: str
     purpose: str
     start: Callable[[argparse.Namespace], Runner]
     count: int
-    plants: Mapping[str, str] = field(default_factory=dict)
+    plants: Mapping[str, Plant] = field(default_factory=dict)
     unit: str = "requests"
     case_seconds: float = 120.0  # a case that takes longer hangs
+    reach: Sequence[str] = ()  # files of the package, as patterns, of whose lines `--lines` tells which ran
     add_options: Callable[[argparse._ArgumentGroup], None] | None = None
 
     def parser(self) -> argparse.ArgumentParser:
@@ -69,12 +83,15 @@ class Campaign:
         parser.add_argument("--only", type=int, metavar="CASE", help="run this case alone: a reproduction")
         parser.add_argument("--keep-going", action="store_true", help="go on behind findings and list them by kind")
         plants = {**self.plants, **COMMON_PLANTS}
-        told = "; ".join(f"{name}: {what}" for name, what in plants.items())
+        told = "; ".join(f"{name}: {plant.what}" for name, plant in plants.items())
         parser.add_argument("--plant", choices=plants, metavar="FAULT", help=f"a fault that must be found. {told}")
         parser.add_argument("--inline", action="store_true", help="no child process: for debuggers, tests and --lines")
         parser.add_argument(
             "--case-seconds", type=float, default=self.case_seconds, help="a case that takes longer hangs"
         )
+        if self.reach:
+            told = f"tell which lines of {', '.join(self.reach)} ran; needs --inline"
+            parser.add_argument("--lines", action="store_true", help=told)
         parser.add_argument("--worker", type=int, metavar="FD", help=argparse.SUPPRESS)
         if self.add_options is not None:
             self.add_options(parser.add_argument_group("what the cases are made of"))
@@ -111,10 +128,15 @@ def run(campaign: Campaign, arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.worker is not None:
         return _serve(campaign, options)
+    tells_lines = getattr(options, "lines", False)
+    if tells_lines and not options.inline:
+        parser.error("--lines needs --inline")
     began = time.monotonic()
     tally = Tally()
     try:
-        if options.inline:
+        if tells_lines:
+            _work_traced(campaign, options, tally.take)
+        elif options.inline:
             _work(campaign, options, tally.take)
         else:
             from kit.supervisor import supervise
@@ -123,13 +145,27 @@ def run(campaign: Campaign, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     _tell(campaign, parser, options, tally, time.monotonic() - began)
-    return _status(options, tally)
+    return _status(campaign, options, tally)
 
 
-def _status(options: argparse.Namespace, tally: Tally) -> int:
-    if tally.findings:
-        return FOUND
-    return PLANT_NOT_FOUND if options.plant is not None else CLEAN
+def _status(campaign: Campaign, options: argparse.Namespace, tally: Tally) -> int:
+    if options.plant is not None:
+        return FOUND if is_plant_found(campaign, options, tally) else PLANT_NOT_FOUND
+    return FOUND if tally.findings else CLEAN
+
+
+def is_plant_found(campaign: Campaign, options: argparse.Namespace, tally: Tally) -> bool:
+    """Whether one of the findings is the planted fault: others do not count for it."""
+    plants = {**campaign.plants, **COMMON_PLANTS}
+    plant = plants.get(options.plant)
+    return plant is not None and any(re.search(plant.found_as, found) for found in tally.findings.kinds)
+
+
+def is_over(campaign: Campaign, options: argparse.Namespace, tally: Tally) -> bool:
+    """Whether what was found ends the run: the planted fault where there is one, else anything, unless it keeps going."""
+    if options.plant is not None:
+        return is_plant_found(campaign, options, tally)
+    return bool(tally.findings) and not options.keep_going
 
 
 # ---- the worker ---------------------------------------------------------------------------------------------------------
@@ -162,13 +198,21 @@ def _work(campaign: Campaign, options: argparse.Namespace, emit: Emit) -> None:
             with _reporting(report, "case"):
                 tell({"made": runner.run(case, report)})
             is_spent = 0 < options.seconds < time.monotonic() - began
-            if is_spent or tally.made >= options.count or (tally.findings and not _goes_on(options)):
+            if is_spent or tally.made >= options.count or is_over(campaign, options, tally):
                 break
         tell({"figures": dict(runner.figures())})
 
 
-def _goes_on(options: argparse.Namespace) -> bool:
-    return options.keep_going and options.plant is None
+def _work_traced(campaign: Campaign, options: argparse.Namespace, emit: Emit) -> None:
+    from kit.reach import Reach
+
+    reach = Reach(campaign.reach)
+    reach.start()
+    try:
+        _work(campaign, options, emit)
+    finally:
+        reach.stop()
+        print(reach.table())
 
 
 def _numbers(options: argparse.Namespace) -> Iterator[int]:
@@ -219,19 +263,32 @@ def _tell(
     figures = "".join(f", {name} {value:,}" for name, value in tally.figures.items())
     print(
         f"{Path(campaign.script).stem}: {tally.made:,} {campaign.unit} in {tally.cases:,} cases, seed {options.seed}, "
-        f"{seconds:,.1f} s, {rate:,.1f}/s{figures}: {_verdict(options, tally)}",
+        f"{seconds:,.1f} s, {rate:,.1f}/s{figures}: {_verdict(campaign, options, tally)}",
         flush=True,
     )
 
 
-def _verdict(options: argparse.Namespace, tally: Tally) -> str:
+def _verdict(campaign: Campaign, options: argparse.Namespace, tally: Tally) -> str:
     if options.plant is not None:
-        return f"the planted fault {options.plant!r} was {'found' if tally.findings else 'NOT FOUND'}"
+        is_found = is_plant_found(campaign, options, tally)
+        return f"the planted fault {options.plant!r} was {'found' if is_found else 'NOT FOUND'}"
     kinds = len(tally.findings.kinds)
     return f"FOUND {kinds:,} kinds, {tally.findings.times:,} times" if kinds else "nothing found"
 
 
-_OF_THE_RUN = ("seed", "seconds", "count", "first", "only", "keep_going", "inline", "case_seconds", "worker", "help")
+_OF_THE_RUN = (
+    "seed",
+    "seconds",
+    "count",
+    "first",
+    "only",
+    "keep_going",
+    "inline",
+    "case_seconds",
+    "lines",
+    "worker",
+    "help",
+)
 
 
 def reproduction(campaign: Campaign, parser: argparse.ArgumentParser, options: argparse.Namespace, case: int) -> str:

@@ -143,7 +143,7 @@ class Pool:
             options = replace(options, hidden_states=self._hidden_states(draw, length, max_tokens))
         if length <= 2100 and draw.random() < 0.04:
             options = replace(options, capture=CaptureParams((draw.choice(("layers.0.mlp", "layers.*", "norm")),)))
-        if draw.random() < 0.04:
+        if draw.random() < 0.08:
             vector = [draw.uniform(-1, 1) for _ in range(self._model.hidden_size)]
             options = replace(options, steering=SteeringParams.from_request({"layers.0": vector}))
         return options
@@ -265,7 +265,12 @@ class Rounds:
         drawn = (self._pool.get(group, draw.randrange(self._pool.size)) for _ in range(20 * self._size))
         fitting = (one for one in drawn if one.num_positions <= longest and (one.params.max_tokens or 1) >= fewest)
         found = list(itertools.islice(fitting, max(2, self._size // 2)))
-        return draw.choices(found or [self._pool.get(group, 0)], k=self._size)
+        return draw.choices(found or [self._shortest(group)], k=self._size)
+
+    def _shortest(self, group: Group) -> Asked:
+        return min(
+            (self._pool.get(group, number) for number in range(self._pool.size)), key=lambda one: one.num_positions
+        )
 
     @staticmethod
     def _arrivals(draw: Random, asked: list[Asked]) -> tuple[list[int], dict[int, int], list[bool]]:
@@ -292,6 +297,8 @@ def _settings(draw: Random, threads: Sequence[int]) -> dict[str, Any]:
     if settings["policy"] == "padded":
         settings["max_num_batched_tokens"] = 8192
         return settings
+    if settings["policy"] == "prefill_first":
+        settings["max_num_batched_tokens"] = draw.choice((256, 512, 2048, 8192))
     if draw.random() < 0.15:
         settings["kv_layout"] = "slot"
     else:
@@ -325,8 +332,11 @@ def _few_blocks(draw: Random, settings: dict[str, Any], asked: list[Asked]) -> d
 
 
 def _longest(settings: dict[str, Any]) -> int:
-    """So that no round takes ages: where chunks are small, or each token is a block."""
-    if settings["max_num_batched_tokens"] < 100:
+    """What can run, and no round takes ages: where chunks are small, or each token is a block."""
+    chunk = int(settings["max_num_batched_tokens"])
+    if settings["policy"] == "prefill_first":  # whole prompts
+        return chunk
+    if chunk < 100:
         return 2100
     return 4200 if settings.get("kv_layout") == "slot" else 10**9
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kit.campaign import Campaign, Tally
+from kit.campaign import Campaign, Tally, is_over
 
 _START_SECONDS = 120.0  # beside the time of a case: imports, a model that is packed
 _DYING_SECONDS = 10.0
@@ -33,8 +33,7 @@ def supervise(campaign: Campaign, options: argparse.Namespace, arguments: Sequen
         has_ended = _Worker(campaign, options, own).watch(tally)
         first = tally.last_case + 1
         is_spent = tally.made >= options.count or (options.seconds and time.monotonic() - began >= options.seconds)
-        is_over = options.only is not None or not options.keep_going or options.plant is not None
-        if has_ended or is_spent or is_over:
+        if has_ended or is_spent or options.only is not None or is_over(campaign, options, tally):
             return
 
 

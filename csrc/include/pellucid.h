@@ -120,7 +120,7 @@ enum {
 };
 
 typedef struct pld_weight {
-  const void *data; /* 64-byte aligned for PLD_PANELS */
+  const void *data; /* 64-byte aligned for PLD_PANELS, else as its values are */
   int64_t rows;     /* N; 1 for vectors */
   int64_t cols;     /* K */
   pld_dtype dtype;  /* PLD_F32, PLD_BF16, or in PLD_PANELS a quantised type */
@@ -450,7 +450,7 @@ typedef struct pld_decode_batch {
 } pld_decode_batch;
 /* PLD_OK; PLD_NO_SPACE, PLD_ABORTED, PLD_INVALID_BATCH: nothing has changed in the cache, no sequence was evicted.
  * Below that an internal failure, which changes nothing either. A step that was aborted on its way leaves no rows to
- * ask for.
+ * ask for; cells that it wrote hold again what they held, but for those of a SLOT cache that nobody holds.
  */
 PLD_API pld_status pld_decode(pld_program *program, pld_kv *kv, const pld_decode_batch *batch);
 /* Logits [V] of row `index` of the last decoded batch; null when none were asked for. Valid until the next. */

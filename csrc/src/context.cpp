@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <new>
+#include <system_error>
+#include <utility>
 
 #include "cpu.hpp"
 #include "error.hpp"
@@ -14,7 +17,10 @@ static constexpr int kMaxSpinUs = 1000000;
 
 void Scratch::reserve(size_t bytes) {
   if (bytes <= capacity_) return;
-  storage_.reset(new std::byte[bytes + 64]);
+  // Without an exception of its own, so that a sanitizer's allocator may refuse as well.
+  std::unique_ptr<std::byte[]> storage(new (std::nothrow) std::byte[bytes + 64]);
+  if (storage == nullptr) throw std::bad_alloc();
+  storage_ = std::move(storage);
   size_t misaligned = reinterpret_cast<uintptr_t>(storage_.get()) % 64;
   data_ = storage_.get() + (64 - misaligned) % 64;
   capacity_ = bytes;
@@ -88,7 +94,11 @@ static pld_status create_context(const pld_context_params *given, pld_context **
     return fail(PLD_NOT_SUPPORTED, "isa is %d; this machine has at most %d", params->isa, cpu.best_isa);
   int n_threads = params->num_threads > 0 ? params->num_threads : std::min(cpu.physical_cores, kMaxThreads);
   pld_isa isa = params->isa == PLD_ISA_AUTO ? cpu.best_isa : params->isa;
-  *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa, params->poison != 0);
+  try {
+    *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa, params->poison != 0);
+  } catch (const std::system_error &error) {
+    return fail(PLD_OUT_OF_MEMORY, "%d threads cannot be started: %s", n_threads, error.what());
+  }
   return PLD_OK;
 }
 

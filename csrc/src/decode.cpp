@@ -378,7 +378,10 @@ pld_status decode_block(pld_program &p, pld_kv &kv, const Work &work) {
   fill_rows(work, flat);
   if (pld_status status = fill_blocks(p, kv, work, p.marks, flat)) return status;
   Entrance entrance(*kv.sequences, work);
+  // A cell that is written again may be one that other steps see.
+  CellBackup backup(kv, work.asked.abort != nullptr ? flat.slot_mapping : std::vector<int64_t>{});
   if (pld_status status = run_work(p, kv, work, flat, {})) return status;
+  backup.drop();
   entrance.keep();
   return PLD_OK;
 }

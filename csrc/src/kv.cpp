@@ -1,8 +1,10 @@
 #include "kv.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "dequantize.hpp"
@@ -181,7 +183,47 @@ pld_status read_kv(const pld_kv *kv, int32_t layer, int64_t cell, float *k, floa
   return PLD_OK;
 }
 
+// visit(place, bytes) for each number of a cell, in one order.
+template <typename Visit>
+void each_number(const pld_kv &kv, int64_t cell, Visit &&visit) {
+  for (int32_t layer = 0; layer < kv.n_layers; ++layer)
+    for (int64_t g = 0; g < kv.n_kv_heads; ++g) {
+      std::byte *unit = unit_of(kv, layer, cell, g);
+      for (int part = 0; part < 2; ++part) {
+        for (int64_t e = 0; e < kv.head_dim; ++e)
+          visit(unit + place_of(kv, part, cell % kGroup, e) * kv.value_bytes, static_cast<size_t>(kv.value_bytes));
+        if (kv.dtype == PLD_I8) visit(unit + kv.scale_offset + (part * kGroup + cell % kGroup) * 4, size_t{4});
+      }
+    }
+}
+
+size_t cell_bytes(const pld_kv &kv) {
+  const int64_t part = kv.head_dim * kv.value_bytes + (kv.dtype == PLD_I8 ? 4 : 0);
+  return static_cast<size_t>(2 * part * kv.n_kv_heads * kv.n_layers);
+}
+
 }  // namespace
+
+CellBackup::CellBackup(pld_kv &kv, const std::vector<int64_t> &cells) : kv_(kv) {
+  std::copy_if(cells.begin(), cells.end(), std::back_inserter(cells_), [](int64_t cell) { return cell >= 0; });
+  saved_.resize(cells_.size() * cell_bytes(kv));
+  std::byte *to = saved_.data();
+  for (const int64_t cell : cells_)
+    each_number(kv, cell, [&](const std::byte *place, size_t bytes) {
+      std::memcpy(to, place, bytes);
+      to += bytes;
+    });
+}
+
+CellBackup::~CellBackup() {
+  if (saved_.empty()) return;
+  const std::byte *from = saved_.data();
+  for (const int64_t cell : cells_)
+    each_number(kv_, cell, [&](std::byte *place, size_t bytes) {
+      std::memcpy(place, from, bytes);
+      from += bytes;
+    });
+}
 
 void copy_cell(pld_kv &kv, int64_t from, int64_t to) {
   const auto bytes = static_cast<size_t>(kv.value_bytes);

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "pellucid.h"
 
@@ -43,5 +44,18 @@ namespace pld {
 // All layers of one cell to another; and one layer's keys [G, E] of a cell, rounded as the cache rounds them.
 void copy_cell(pld_kv &kv, int64_t from, int64_t to);
 void store_keys(pld_kv &kv, int32_t layer, int64_t cell, const float *keys);
+
+// What cells hold, put back at the end unless it was dropped: for a step that may end on its way.
+class CellBackup {
+ public:
+  CellBackup(pld_kv &kv, const std::vector<int64_t> &cells);  // those below 0 are passed over
+  ~CellBackup();
+  void drop() { saved_.clear(); }
+
+ private:
+  pld_kv &kv_;
+  std::vector<int64_t> cells_;
+  std::vector<std::byte> saved_;
+};
 
 }  // namespace pld

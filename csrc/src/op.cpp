@@ -198,6 +198,8 @@ pld_status check_weight(const pld_weight &w, int index) {
   if (bytes == 0) return fail(PLD_INVALID_ARGUMENT, "weight %d: its size overflows", index);
   if (w.layout == PLD_PANELS && reinterpret_cast<uintptr_t>(w.data) % 64 != 0)
     return fail(PLD_INVALID_ARGUMENT, "weight %d is packed but not 64-byte aligned", index);
+  if (w.layout == PLD_ROW_MAJOR && reinterpret_cast<uintptr_t>(w.data) % (w.dtype == PLD_F32 ? 4 : 2) != 0)
+    return fail(PLD_INVALID_ARGUMENT, "weight %d is not aligned to its values", index);
   return PLD_OK;
 }
 

@@ -100,7 +100,11 @@ void store_half(uint8_t *target, float value) {
   std::memcpy(target, &half, 2);
 }
 
-int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
+// To nearest even, within [low, high]; a NaN becomes `low`.
+int round_to(float value, int low, int high) {
+  if (!(value > static_cast<float>(low))) return low;
+  return value < static_cast<float>(high) ? static_cast<int>(std::nearbyint(value)) : high;
+}
 
 // d = greatest magnitude / 127.
 void quantise_q8_0(const float *x, uint8_t *block) {
@@ -109,8 +113,7 @@ void quantise_q8_0(const float *x, uint8_t *block) {
   store_half(block, greatest / 127.0f);
   const float d = load_f16(block), inverse = d > 0.0f ? 1.0f / d : 0.0f;
   for (int i = 0; i < 32; ++i)
-    block[2 + i] =
-        static_cast<uint8_t>(static_cast<int8_t>(clamp(static_cast<int>(std::nearbyint(x[i] * inverse)), -127, 127)));
+    block[2 + i] = static_cast<uint8_t>(static_cast<int8_t>(round_to(x[i] * inverse, -127, 127)));
 }
 
 // Quants q of `levels` steps from `low` for scale d: sum of squared errors.
@@ -138,8 +141,7 @@ void quantise_q4_0(const float *x, uint8_t *block) {
     uint8_t half[2], q[32];
     store_half(half, greatest / (-8.0f + 0.15f * static_cast<float>(step)));
     const float d = load_f16(half), inverse = d != 0.0f ? 1.0f / d : 0.0f;
-    for (int i = 0; i < 32; ++i)
-      q[i] = static_cast<uint8_t>(clamp(static_cast<int>(std::nearbyint(x[i] * inverse)) + 8, 0, 15));
+    for (int i = 0; i < 32; ++i) q[i] = static_cast<uint8_t>(round_to(x[i] * inverse, -8, 7) + 8);
     const float error = error_of(x, q, [&](int v) { return d * static_cast<float>(v - 8); });
     if (error < best || step == -6) {
       best = error;
@@ -163,8 +165,7 @@ void quantise_q4_1(const float *x, uint8_t *block) {
     store_half(halves, (high - low - 2.0f * cut) / 15.0f);
     store_half(halves + 2, low + cut);
     const float d = load_f16(halves), m = load_f16(halves + 2), inverse = d > 0.0f ? 1.0f / d : 0.0f;
-    for (int i = 0; i < 32; ++i)
-      q[i] = static_cast<uint8_t>(clamp(static_cast<int>(std::nearbyint((x[i] - m) * inverse)), 0, 15));
+    for (int i = 0; i < 32; ++i) q[i] = static_cast<uint8_t>(round_to((x[i] - m) * inverse, 0, 15));
     const float error = error_of(x, q, [&](int v) { return d * static_cast<float>(v) + m; });
     if (error < best || step == 0) {
       best = error;
@@ -184,7 +185,7 @@ void put_i8(const float *row, int64_t cols, int64_t column, uint8_t *strip) {
     Quants q;
     for (int64_t i = 0; i < kQuantGroup; ++i) {
       const float x = k + i < cols ? row[k + i] : 0.0f;
-      q[i] = static_cast<uint8_t>(clamp(static_cast<int>(std::nearbyint(x * inverse)), -127, 127) + 128);
+      q[i] = static_cast<uint8_t>(round_to(x * inverse, -127, 127) + 128);
     }
     put_group(q, PLD_I8, column, strip + group_offset(kStripI8, k / kQuantGroup));
   }

@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <chrono>
+#include <utility>
 
 namespace pld {
 
@@ -36,10 +37,17 @@ void Barrier::wait() {
 
 Pool::Pool(int n_threads, int spin_us) : n_threads_(n_threads), spin_us_(spin_us), barrier_(n_threads) {
   threads_.reserve(static_cast<size_t>(n_threads - 1));
-  for (int thread = 1; thread < n_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < n_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
+  } catch (...) {
+    stop();  // those that were started: nobody else will
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true);
@@ -62,8 +70,18 @@ void Pool::run(Body body, void *argument) {
     region_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  body(argument, 0);
+  run_body(0);
   spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+  if (error_ != nullptr) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Pool::run_body(int thread) {
+  try {
+    body_(argument_, thread);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    error_ = std::current_exception();
+  }
 }
 
 uint64_t Pool::await_region(uint64_t seen) {
@@ -85,7 +103,7 @@ void Pool::work(int thread) {
   while (true) {
     seen = await_region(seen);
     if (stop_.load()) return;
-    body_(argument_, thread);
+    run_body(thread);
     running_.fetch_sub(1, std::memory_order_release);
   }
 }

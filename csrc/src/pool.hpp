@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -33,10 +34,13 @@ class Pool {
 
   int n_threads() const { return n_threads_; }
   Barrier &barrier() { return barrier_; }
-  // Calls body(argument, thread) on every worker and waits for all. The body must not throw.
+  // Calls body(argument, thread) on every worker and waits for all. What one of them throws is thrown here when all
+  // have ended; a body that waits for others must not throw.
   void run(Body body, void *argument);
 
  private:
+  void run_body(int thread);
+  void stop();
   void work(int thread);
   uint64_t await_region(uint64_t seen);
 
@@ -45,6 +49,7 @@ class Pool {
   Barrier barrier_;
   Body body_ = nullptr;
   void *argument_ = nullptr;
+  std::exception_ptr error_;  // of the region
   alignas(64) std::atomic<uint64_t> region_{0};
   alignas(64) std::atomic<int> running_{0};
   std::atomic<bool> stop_{false};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 from collections.abc import Sequence
 from ctypes import (
@@ -386,6 +387,7 @@ class Program(_Handle):
         ops, buffers = np.ascontiguousarray(ops), np.ascontiguousarray(buffers)
         if ops.dtype != OP_DTYPE or buffers.dtype != BUFFER_DTYPE:
             raise ValueError(f"ops are {ops.dtype} and buffers {buffers.dtype}; expected pld_op and pld_buffer structs")
+        hidden, logits = operator.index(hidden), operator.index(logits)  # a file may say anything
         if not (0 <= hidden < len(buffers) and 0 <= logits < len(buffers)):
             raise ValueError(f"hidden {hidden} and logits {logits} must be buffers, of which there are {len(buffers)}")
         self._context, self._weights = context, list(weights)

@@ -59,7 +59,7 @@ class ProgramFile:
             raise WeightFormatError(f"{self.path.name}: section {name!r} is absent or over {MAX_TEXT_BYTES:,} bytes")
         try:
             return json.loads(section.tobytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WeightFormatError(f"{self.path.name}: section {name!r} is not JSON: {error}") from None
 
 
@@ -133,7 +133,7 @@ def _read(mapping: Bytes, path: Path) -> tuple[dict[str, Any], dict[str, Bytes],
     try:
         meta = json.loads(mapping[start : start + length].tobytes())
         table = {str(name): (int(at), int(n)) for name, (at, n) in meta["sections"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise WeightFormatError(f"{path.name}: the header is damaged: {error}") from None
     base = aligned(start + length)
     sections = {}

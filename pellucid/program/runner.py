@@ -151,6 +151,10 @@ def load_program(
 
 
 def _stored_bytes(rows: int, cols: int, dtype: int, layout: int) -> int:
+    if not all(type(value) is int for value in (rows, cols, dtype, layout)):
+        raise TypeError(
+            f"weight [{rows!r:.40}, {cols!r:.40}] of type {dtype!r:.40} in layout {layout!r:.40}: no integers"
+        )
     if layout == abi.PANELS:
         return abi.packed_bytes(rows, cols, dtype)
     return rows * abi.row_bytes(dtype, cols)

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from pellucid import ops
 from pellucid.errors import WeightFormatError
+from pellucid.ops import abi
+from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.file import MAGIC, open_program_file, write_program_file
 from pellucid.program.planner import Uses, assign_slots, last_uses
+from pellucid.program.runner import load_program
 from pellucid.program.tracer import RecordedOp, Recording, trace
 
 
@@ -151,7 +154,13 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "section negative": (lambda b: b.replace(b'"ops": [0, 3]', b'"ops": [0,-3]'), "lies outside"),
     "section not numbers": (lambda b: b.replace(b'"ops": [0, 3]', b'"ops": ["", ]'), "damaged"),
     "section misaligned": (lambda b: b.replace(b'"ops": [0, 3]', b'"ops": [1, 3]'), "lies outside"),
+    "section at no integer": (lambda b: with_header(b, b'{"sections": {"ops": [1e999, 3]}}'), "header is damaged"),
+    "header nested too deeply": (lambda b: with_header(b, b"[" * 100_000), "header is damaged"),
 }
+
+
+def with_header(whole: bytes, header: bytes) -> bytes:
+    return whole[:8] + len(header).to_bytes(8, "little") + whole[16:96] + header + whole[96:]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -170,3 +179,36 @@ def test_text_section_when_absent_or_not_json_then_typed_error(tmp_path: Path) -
         file.text("tokenizer")
     with pytest.raises(WeightFormatError, match="'ops' is not JSON"):
         file.text("ops")
+
+
+def test_text_section_when_nested_too_deeply_then_typed_error(tmp_path: Path) -> None:
+    write_program_file(tmp_path / "a.pld", {}, {"config": b"[" * 100_000}, 64, lambda data: None)
+    with pytest.raises(WeightFormatError, match="'config' is not JSON"):
+        open_program_file(tmp_path / "a.pld").text("config")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": [["w", "x", 4, 0, 0, 0, 64]]},
+        {"weights": [["w", 4, 4, 1.5, 0, 0, 64]]},
+        {"weights": [["w", 4, 4, 0, [], 0, 64]]},
+        {"weights": [["w", 4, 2**70, 0, 0, 0, 64]]},
+        {"weights": [["w", True, 16, 0, 0, 0, 64]]},
+        {"logits": 0.5},
+        {"hidden": 0.5},
+        {"hidden": [0]},
+        {"n_forward_ops": "1"},
+    ],
+    ids=str,
+)
+def test_program_when_its_header_holds_other_types_then_typed_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    meta = {"format_version": FORMAT_VERSION, "n_forward_ops": 1, "hidden": 0, "logits": 1, "vocab_size": 4}
+    tables = {
+        "ops": np.zeros(1, abi.OP_DTYPE).tobytes(),
+        "buffers": np.zeros(2, abi.BUFFER_DTYPE).tobytes(),
+    }
+    meta |= {"weights": [["w", 4, 4, 0, 0, 0, 64]], **change}
+    write_program_file(tmp_path / "a.pld", meta, tables, 64, lambda data: None)
+    with pytest.raises(WeightFormatError, match="the program is damaged"):
+        load_program(abi.Context(1), open_program_file(tmp_path / "a.pld"), 4, 4)

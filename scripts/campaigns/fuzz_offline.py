@@ -54,7 +54,9 @@ class FuzzOffline:
 
     def __init__(self, options: argparse.Namespace) -> None:
         logging.getLogger("pellucid").setLevel(logging.CRITICAL)
-        self._seed, self._kinds, self._plant = options.seed, options.kinds, options.plant
+        self._seed, self._plant = options.seed, options.plant
+        can_plant = [kind for kind in options.kinds if kind != "process"]  # engines that can be reached into
+        self._kinds = can_plant if options.plant in _PLANTERS and can_plant else options.kinds
         self._calls = {kind: options.calls or count for kind, count in _CALLS.items()}
         self._scratch = Scratch("fuzz-offline")
         odd, bare = self._scratch.tiny_model("odd", has_beyond=True), self._scratch.tiny_model("bare")

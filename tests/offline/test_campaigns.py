@@ -87,6 +87,22 @@ def test_fuzz_offline_when_a_fault_is_planted_then_found(fault: str, capsys: pyt
     assert f"the planted fault '{fault}' was found" in capsys.readouterr().out
 
 
+HTTP = ("--inline", "--kinds", "app", "--requests", "40")
+
+
+def test_fuzz_http_when_the_server_is_sound_then_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("fuzz_http", *HTTP, "--count", "80", "--seed", "2")
+    said = capsys.readouterr().out
+    assert status == CLEAN, said
+    assert "80 requests in 2 cases" in said
+
+
+@pytest.mark.parametrize("fault", ["bug", "neighbour", "leak"])
+def test_fuzz_http_when_a_fault_is_planted_then_found(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fuzz_http", *HTTP, "--count", "4000", "--plant", fault) == FOUND
+    assert f"the planted fault '{fault}' was found" in capsys.readouterr().out
+
+
 def test_lines_when_asked_for_then_the_table_names_what_was_not_reached(capsys: pytest.CaptureFixture[str]) -> None:
     run("fuzz_offline", *OFFLINE, "--kinds", "thread", "--count", "40", "--lines", "--keep-going")
     table = capsys.readouterr().out

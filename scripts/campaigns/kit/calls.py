@@ -210,7 +210,9 @@ class Calls:
 
 
 def _near(draw: Random, ends: tuple[float, float]) -> Any:
-    """At an end of a range or just beyond it, as the type that the end has."""
+    """At an end of a range or just beyond it, as the type that the end has; or a number of any kind."""
+    if draw.random() < 0.3:
+        return values.number(draw)
     end = draw.choice(ends)
     if isinstance(end, int):
         return end + draw.choice((-1, 0, 1))

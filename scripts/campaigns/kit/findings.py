@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass, field
 
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_NAME = re.compile(r"\b[0-9a-f]{16,}\b")
 _NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
 
 
 def signature_of(text: str) -> str:
     """`text` without its quotations and numbers, so that two messages of one kind are equal."""
-    return _NUMBER.sub("N", _QUOTED.sub("'…'", text.split("\n", 1)[0]))[:160]
+    plain = _QUOTED.sub("'…'", text.split("\n", 1)[0])
+    return _NUMBER.sub("N", _NAME.sub("…", plain))[:160]
 
 
 @dataclass

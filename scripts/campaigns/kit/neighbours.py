@@ -35,7 +35,7 @@ def make_neighbours(model: Path, count: int, *, vocab_size: int, longest: int) -
     """`count` requests of at most `longest` positions and their lone runs, on one thread."""
     from pellucid import LLM
 
-    settings = {"max_model_len": longest, "num_blocks": longest, "num_threads": 1, "max_num_seqs": 1}
+    settings: dict[str, Any] = {"max_model_len": longest, "num_blocks": longest, "num_threads": 1, "max_num_seqs": 1}
     with LLM(model, enable_prefix_caching=False, max_num_batched_tokens=512, **settings) as llm:
         return [_make(llm, Random(f"neighbour/{number}"), vocab_size, longest) for number in range(count)]
 

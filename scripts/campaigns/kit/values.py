@@ -200,6 +200,11 @@ def anything(draw: Random) -> Any:
     return draw.choice(TEXTS) if kind < 0.65 else draw.choice(_OBJECTS)()
 
 
+def number(draw: Random) -> Any:
+    """One that may be lost on the way to another type."""
+    return draw.choice(FLOATS if draw.random() < 0.6 else INTEGERS)
+
+
 def text(draw: Random) -> str:
     """One that may be hard to tokenise, to send, or to show."""
     if draw.random() < 0.6:

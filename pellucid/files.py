@@ -109,7 +109,7 @@ def remove_unused(path: Path) -> bool:
     try:
         is_folder = path.is_dir() and not path.is_symlink()
         access = os.O_RDONLY if is_folder else os.O_RDWR  # network file systems lock for writers alone
-        descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -189,7 +189,7 @@ def _stem(path: Path) -> str:
 def _new_part(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         part = path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}{PART_SUFFIX}")
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         hold(descriptor)
         if is_at(part, identity(os.fstat(descriptor))):
             return part, os.fdopen(descriptor, "w+b")
@@ -232,7 +232,7 @@ class LineFile:
 
     def __init__(self, path: Path, *, append: bool = False, mode: int = 0o666) -> None:
         self.path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC)
         with storage_errors(path):
             self._descriptor = os.open(path, flags, mode)
             status = os.fstat(self._descriptor)

@@ -89,6 +89,8 @@ int64_t now_ns() {
   return now.tv_sec * INT64_C(1'000'000'000) + now.tv_nsec;
 }
 
+bool is_set(const volatile int32_t *stop) { return stop != nullptr && __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
+
 // The calling thread runs, and reads, only while nobody else wants to, from now on: not everybody may go back.
 void become_idle() {
 #if defined(__linux__)
@@ -206,7 +208,7 @@ class IdleVerification {
 
   pld_status await(const volatile int32_t *stop, int64_t *bad_block) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (!is_done_ && (stop == nullptr || *stop == 0)) done_.wait_for(lock, std::chrono::nanoseconds(kSliceNs));
+    while (!is_done_ && !is_set(stop)) done_.wait_for(lock, std::chrono::nanoseconds(kSliceNs));
     stop_ = true;
     done_.wait_for(lock, kPatience, [this] { return is_done_; });
     *bad_block = is_done_ ? bad_block_ : -1;
@@ -243,8 +245,8 @@ extern "C" pld_status pld_model_verify(int32_t file, const pld_verify_params *pa
                        static_cast<long long>(params->bytes_per_second));
 #if defined(__unix__) || defined(__APPLE__)
     if (params->idle != 0) return pld::IdleVerification::run(file, *params, bad_block);
-    const auto is_stopped = [params] { return params->stop != nullptr && *params->stop != 0; };
-    return pld::Verification(file, params->bytes_per_second, is_stopped).run(bad_block);
+    return pld::Verification(file, params->bytes_per_second, [params] { return pld::is_set(params->stop); })
+        .run(bad_block);
 #else
     (void)file;
     return pld::fail(PLD_NOT_SUPPORTED, "this system reads no files by descriptor");

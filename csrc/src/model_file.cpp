@@ -11,6 +11,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -48,21 +49,22 @@ class Mapping {
   ~Mapping() {
 #if defined(__unix__) || defined(__APPLE__)
     if (data_ != nullptr) munmap(data_, size_);
+    if (file_ >= 0) ::close(file_);
 #endif
   }
   pld_status open(const char *path) {
 #if defined(__unix__) || defined(__APPLE__)
-    const int file = ::open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0) return fail(PLD_INVALID_ARGUMENT, "%s: cannot be opened", path);
+    file_ = ::open(path, O_RDONLY | O_CLOEXEC);
+    if (file_ < 0) return fail(PLD_INVALID_ARGUMENT, "%s: cannot be opened", path);
     struct stat info;
-    if (fstat(file, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 0) {
-      void *memory = mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file, 0);
+    if (fstat(file_, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 0) {
+      void *memory = mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file_, 0);
       if (memory != MAP_FAILED) {
         data_ = memory;
         size_ = static_cast<size_t>(info.st_size);
       }
     }
-    ::close(file);
+    (void)flock(file_, LOCK_SH);  // who tidies a cache of models leaves this one alone
     return data_ != nullptr ? PLD_OK : fail(PLD_INVALID_ARGUMENT, "%s: cannot be mapped", path);
 #else
     return fail(PLD_NOT_SUPPORTED, "%s: this system maps no files", path);
@@ -74,6 +76,7 @@ class Mapping {
  private:
   void *data_ = nullptr;
   size_t size_ = 0;
+  int file_ = -1;
 };
 
 }  // namespace

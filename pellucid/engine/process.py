@@ -179,7 +179,7 @@ def _private_folder() -> tuple[str, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         try:
-            held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            held = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # it was removed before it was held
             continue
         hold(held)

@@ -86,7 +86,7 @@ def open_program_file(path: Path) -> ProgramFile:
         DamagedFileError: it is not as it was written.
         OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         hold(descriptor)
         whole = _mapped(descriptor, path)
@@ -101,7 +101,7 @@ def open_program_file(path: Path) -> ProgramFile:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The header of a program file alone. Raises as `open_program_file`, but for checksums, which are not looked at."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         return _read(_mapped(descriptor, path), path)[0]
     finally:
@@ -163,7 +163,8 @@ def write_program_file(
     anything, says how many bytes from the start are final: their checksums are taken while they are at hand.
 
     Raises:
-        StorageError: the file cannot be written; the disk has that much room before the first weight is packed.
+        StorageError: the file cannot be written. Room for all of it is reserved first (`posix_fallocate`): a full disk is told before
+            the first weight is packed, and is no signal later.
     """
     sections, offset = {}, 0
     for name, content in [*small.items(), ("data", None)]:

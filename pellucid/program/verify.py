@@ -65,7 +65,7 @@ class Verification:
         if self._in_background and self._stopped.wait(BACKGROUND_DELAY_SECONDS):
             return
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._path, os.O_RDONLY)
         except OSError as error:
             _log.warning("%s cannot be verified: %s", self._path, error.strerror)
             return

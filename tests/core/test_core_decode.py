@@ -19,6 +19,7 @@ from pellucid import LLM, SamplingParams
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
 from pellucid.errors import ConfigError, NativeError
+from pellucid.files import remove_unused
 from pellucid.ops import abi
 
 OK, NO_SPACE, ABORTED, INVALID_BATCH, NOT_SUPPORTED, INVALID_SEQ, INVALID_POS, EMPTY = 0, 1, 2, -1, -4, -6, -7, -8
@@ -368,6 +369,17 @@ def test_model_file_with_any_byte_changed_when_opened_then_refused_or_usable(com
         except NativeError:
             refused += 1
     assert refused > 50
+
+
+def test_model_file_when_the_core_has_it_open_then_who_tidies_up_leaves_it_alone(
+    compiled: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.pld"
+    path.write_bytes(compiled.read_bytes())
+    model = CoreModel(path, layout="slot")
+    assert not remove_unused(path)
+    model.close()
+    assert remove_unused(path)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

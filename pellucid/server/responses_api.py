@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -108,14 +109,13 @@ class ResponsesEndpoints:
 
 def _listed(request: ResponsesRequest, response_id: str) -> list[dict[str, Any]]:
     """The items of a request as they are listed: each has an id, its own or, where it has none or one that was there, one of ours."""
-    items = [item.model_dump(exclude_none=True) for item in request.items]
-    taken: set[str] = set()
-    for number, item in enumerate(items):
-        name = item.get("id") or f"in_{response_id}-{number}"
-        while name in taken:
-            name = f"in_{response_id}-{number}" if name == item.get("id") else f"{name}-{number}"
-        taken.add(name)
-        item["id"] = name
+    items = [{"id": None, **item.model_dump(exclude_none=True)} for item in request.items]
+    own, taken = {item["id"] for item in items}, set[str]()
+    numbers = (f"in_{response_id}-{number}" for number in itertools.count())
+    ours = (name for name in numbers if name not in own)
+    for item in items:
+        item["id"] = item["id"] if item["id"] and item["id"] not in taken else next(ours)
+        taken.add(item["id"])
     return items
 
 

@@ -34,7 +34,7 @@ from report import draw_charts, markdown
 
 HERE = Path(__file__).resolve().parent
 TOKEN_RANGE = (100, 40_000)
-LOAD_SECONDS, RUN_SECONDS, MIXED_SECONDS = 600, 300, 1800
+LOAD_SECONDS, RUN_SECONDS, MIXED_SECONDS, END_SECONDS = 600, 300, 1800, 60
 
 # engine: worker, environment
 ENGINES = {
@@ -154,7 +154,9 @@ class Worker:
                 raise WorkerError(f"took more than {limit:.0f} s")
             more = os.read(self.process.stdout.fileno(), 65_536)
             if not more:
-                raise WorkerError(f"ended with status {self.process.wait()}: {self._last_words()}")
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its output only
+                    self.process.wait(END_SECONDS)
+                raise WorkerError(f"ended with status {self.process.returncode}: {self._last_words()}")
             self._left += more
         line, self._left = self._left.split(b"\n", 1)
         reply: dict[str, Any] = json.loads(line)
@@ -184,7 +186,7 @@ class Worker:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.wait(END_SECONDS)
         self._log.close()
 
 

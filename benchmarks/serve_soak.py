@@ -88,7 +88,7 @@ class Memory(threading.Thread):
     def stop(self) -> list[int]:
         """The samples, in bytes."""
         self._done.set()
-        self.join()
+        self.join(60)
         return self.samples
 
 

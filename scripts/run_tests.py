@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES: dict[str, tuple[str, ...]] = {
@@ -23,6 +25,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 REFERENCE_PACKAGES = ("torch", "transformers", "accelerate")
 NO_TESTS_RAN = 5  # pytest's exit status
+END_SECONDS = 120  # that tests may take to end what they have started
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -82,7 +85,27 @@ def run_suite(suite: str, options: argparse.Namespace, rest: list[str], environm
     keyword += ["--slow"] if options.slow else []
     command = [sys.executable, "-m", "pytest", *folders, *keyword, *rest]
     print(f"[run] {suite}: pytest {' '.join([*folders, *keyword, *rest])}", flush=True)
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    return status_of(command, environment)
+
+
+def status_of(command: list[str], environment: dict[str, str]) -> int:
+    """Runs pytest. Whoever ends this script ends it too, in order, so that no process of a test stays behind."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+        process.wait(END_SECONDS)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # pytest had it too
+        process.wait(END_SECONDS)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.kill()
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ settings.register_profile("pellucid", deadline=None)
 settings.load_profile("pellucid")
 
 LAYOUTS = ("slot", "block")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whoever ends a test run in the middle ends what its tests have started: finalisers run as after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

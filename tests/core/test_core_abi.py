@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from utils.children import finished
 
 from pellucid.errors import ConfigError, NativeError
 from pellucid.ops import abi, structs
@@ -304,8 +304,8 @@ def test_structures_when_compiled_by_a_c_compiler_then_sizes_and_offsets_are_tho
     source = tmp_path / "layout.c"
     source.write_text("\n".join([*lines, "  return 0;", "}"]))
     flags = ["-std=c99", "-Wall", "-Werror", "-pedantic", f"-I{header}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(tmp_path / "layout")], check=True)
-    printed = subprocess.run([str(tmp_path / "layout")], capture_output=True, text=True, check=True).stdout
+    finished([compiler, *flags, source, "-o", tmp_path / "layout"], check=True)
+    printed = finished([tmp_path / "layout"], check=True).stdout
     assert [int(line) for line in printed.split()] == expected
 
 

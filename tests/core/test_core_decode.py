@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import random
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from utils.batch_builders import BlockBatchState, build_decode_batch
+from utils.children import finished
 from utils.core_model import CoreModel
 from utils.tiny_models import build_tiny_checkpoint
 
@@ -387,12 +387,10 @@ def test_c_example_when_built_then_generates_the_tokens_of_llm(compiled: Path, t
     library, program = Path(abi.library()._name), tmp_path / "generate"
     flags = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-I", ROOT / "csrc" / "include"]
     source = ROOT / "examples" / "c" / "generate.c"
-    subprocess.run(["cc", *flags, source, library, f"-Wl,-rpath,{library.parent}", "-o", program], check=True)
+    finished(["cc", *flags, source, library, f"-Wl,-rpath,{library.parent}", "-o", program], check=True)
     prompt = [9, 8, 7, 6, 5, 4, 3]
     with LLM(str(compiled)) as llm:
         expected = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].token_ids
     for layout in LAYOUTS:
-        done = subprocess.run(
-            [program, compiled, "12", layout, *map(str, prompt)], capture_output=True, text=True, check=True
-        )
+        done = finished([program, compiled, "12", layout, *map(str, prompt)], check=True)
         assert [int(word) for word in done.stdout.split()] == list(expected)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from utils.children import finished
 
 from pellucid.ops import abi
 
@@ -57,7 +57,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = HERE / "c" / "one_op.c"
     flags = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-O1", "-I", include]
     link = [f"-Wl,-rpath,{library.parent}", "-o", target]
-    subprocess.run(["cc", *flags, source, library, *link], check=True)
+    finished(["cc", *flags, source, library, *link], check=True)
     return target
 
 
@@ -65,7 +65,7 @@ def instructions(driver: Path, case: str, rows: int, folder: Path) -> int:
     """Collected inside pld_op_run."""
     command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=pld_op_run"]
     out = f"--callgrind-out-file={folder / 'out'}"
-    done = subprocess.run([*command, out, driver, case, str(rows)], capture_output=True, text=True, check=True)
+    done = finished([*command, out, driver, case, str(rows)], timeout=600, check=True)
     found = re.search(r"Collected : (\d+)", done.stderr)
     if found is None:
         raise AssertionError(done.stderr)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from utils.children import finished
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "run_tests.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return finished(command)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,6 @@ def test_layout_when_given_then_tests_of_the_other_are_passed_over() -> None:
     name = "test_abort_when_set_on_the_way"
     command = [sys.executable, "-m", "pytest", "--co", "-q", "tests/core/test_core_sequences.py", "-k", name]
     for layout, other in (("slot", "block"), ("block", "slot")):
-        done = subprocess.run([*command, "--kv-layout", layout], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = finished([*command, "--kv-layout", layout], cwd=ROOT, check=True)
         assert f"[{layout}]" in done.stdout
         assert f"[{other}]" not in done.stdout

@@ -183,7 +183,7 @@ async def test_callers_when_they_sit_in_loops_of_their_own_threads_then_all_are_
     def run() -> None:
         found.append(asyncio.run(joined(engine.stream("hello world", SHORT))))
 
-    threads = [Thread(target=run) for _ in range(4)]
+    threads = [Thread(target=run, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     mine = await joined(engine.stream("hello world", SHORT))

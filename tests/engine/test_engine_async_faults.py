@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from utils.async_engines import (
     transport_of,
     until,
 )
+from utils.children import child
 
 from pellucid import LLM
 from pellucid.engine.async_engine import AsyncLLMEngine
@@ -237,16 +237,15 @@ time.sleep(600)
 async def test_engine_process_when_its_parent_ends_then_it_ends_too_and_its_folder_is_gone(
     model: Path, end: signal.Signals
 ) -> None:
-    command = [sys.executable, "-c", _PARENT, str(model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+    with child([sys.executable, "-c", _PARENT, model]) as parent:
         assert parent.stdout is not None
         pid, folder = parent.stdout.readline().split()
-        child = psutil.Process(int(pid))
-        assert child.is_running()
+        engine = psutil.Process(int(pid))
+        assert engine.is_running()
         parent.send_signal(end)
         parent.wait(PATIENCE)
-        psutil.wait_procs([child], timeout=PATIENCE)
-        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        psutil.wait_procs([engine], timeout=PATIENCE)
+        assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
         assert not Path(folder).exists()
 
 

@@ -65,7 +65,7 @@ class World:
         self.seen: list[Event] = []
         self._unread: deque[Event] = deque()
         owner = EngineOwner(Start(EngineConfig.from_kwargs(model, SETTINGS), 100), self.inbox, self.events.put)
-        self.thread = Thread(target=owner.run)
+        self.thread = Thread(target=owner.run, daemon=True)
         self.thread.start()
         self.until(lambda event: isinstance(event, Loaded))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from utils.children import finished
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM
@@ -27,9 +28,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_checkpoint(tmp_path_factory.mktemp("bench"), "llama"))
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str) -> CompletedProcess[str]:
     command = [sys.executable, "-m", "pellucid.cli", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    return finished(command, timeout=180)
 
 
 def report_of(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:

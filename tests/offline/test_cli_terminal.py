@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import select
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
+from utils.children import Terminal, child, finished
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.commands.chat import Conversation, _split_paragraphs
@@ -25,14 +24,6 @@ from pellucid.params import SamplingParams
 LONG = ("--temperature", "0", "--max-tokens", "100000", "--ignore-eos", "--num-threads", "1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interrupts_are_heard() -> Iterator[None]:
-    """A test run in the background may have inherited that interrupts are ignored, and its children would too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(build_tiny_checkpoint(tmp_path_factory.mktemp("cli_terminal"), "llama", max_position_embeddings=2**20))
@@ -42,14 +33,11 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pellucid.cli", *arguments]
 
 
-class Terminal:
-    """A program whose streams are all one terminal."""
+class ShownTerminal(Terminal):
+    """The command at a terminal, and what it shows there."""
 
     def __init__(self, *arguments: str) -> None:
-        self.pid, self.file = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="xterm", COLUMNS="100", LINES="30")
-            os.execv(sys.executable, command(*arguments))
+        super().__init__(command(*arguments), {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"})
 
     def send(self, text: str) -> None:
         os.write(self.file, text.encode())
@@ -66,33 +54,30 @@ class Terminal:
                 pytest.fail(f"the program left before it showed {expected!r}: {shown[-300:]!r}")
         return shown
 
-    def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
 
 def test_chat_at_a_terminal_when_interrupted_then_the_answer_stops_and_the_talk_goes_on(checkpoint: Path) -> None:
-    terminal = Terminal("chat", "-m", str(checkpoint), *LONG, "--num-blocks", "4000")
-    terminal.read_until("/help")
-    terminal.send("hello\n")
-    terminal.read_until("\x1b[?25l")  # the answer is being drawn
-    time.sleep(0.3)
-    terminal.send("\x03")
-    terminal.read_until("(stopped)")
-    terminal.send("/help\n")
-    terminal.read_until("stops an answer\r\n> ")
-    time.sleep(0.5)  # readline must be waiting: a signal just before that is seen with the next key only
-    terminal.send("\x03")  # at the prompt it only begins a new line
-    terminal.read_until("> ")
-    time.sleep(0.1)
-    terminal.send("\x04")
-    shown = terminal.read_until("tokens/s")
-    assert "Traceback" not in shown
-    assert terminal.status() == 0
+    with ShownTerminal("chat", "-m", str(checkpoint), *LONG, "--num-blocks", "4000") as terminal:
+        terminal.read_until("/help")
+        terminal.send("hello\n")
+        terminal.read_until("\x1b[?25l")  # the answer is being drawn
+        time.sleep(0.3)
+        terminal.send("\x03")
+        terminal.read_until("(stopped)")
+        terminal.send("/help\n")
+        terminal.read_until("stops an answer\r\n> ")
+        time.sleep(0.5)  # readline must be waiting: a signal just before that is seen with the next key only
+        terminal.send("\x03")  # at the prompt it only begins a new line
+        terminal.read_until("> ")
+        time.sleep(0.1)
+        terminal.send("\x04")
+        shown = terminal.read_until("tokens/s")
+        assert "Traceback" not in shown
+        assert terminal.status() == 0
 
 
 def test_generate_when_interrupted_then_status_130_without_a_traceback(checkpoint: Path) -> None:
     arguments = command("generate", "hello", "-m", str(checkpoint), *LONG, "--num-blocks", "4000")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with child(arguments) as process:
         assert process.stdout is not None
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -103,7 +88,7 @@ def test_generate_when_interrupted_then_status_130_without_a_traceback(checkpoin
 
 def test_output_when_its_reader_leaves_then_ends_quietly(checkpoint: Path) -> None:
     arguments = command("generate", "hello", "-m", str(checkpoint), *LONG, "--num-blocks", "4000")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with child(arguments) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(1)
@@ -117,7 +102,7 @@ def test_output_when_its_reader_leaves_then_ends_quietly(checkpoint: Path) -> No
 def test_run_when_its_input_goes_on_then_results_come_as_soon_as_they_are_next(checkpoint: Path) -> None:
     arguments = command("run", "-", "-m", str(checkpoint), "--max-num-seqs", "1", "--num-blocks", "16")
     lines = b"".join(json.dumps({"prompt": [5, 6], "max_tokens": 1}).encode() + b"\n" for _ in range(7))
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with child(arguments, stdin=PIPE, stderr=None, text=False) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(lines)
@@ -178,5 +163,5 @@ def test_start_when_text_is_generated_into_a_pipe_then_nothing_heavy_is_imported
         "print([name for name in ('torch', 'transformers', 'rich.console', 'huggingface_hub') if name in sys.modules])"
     )
     arguments = [sys.executable, "-c", program, "generate", "hello", "-m", str(checkpoint), "--max-tokens", "1"]
-    done = subprocess.run([*arguments, "--num-blocks", "16"], capture_output=True, text=True, timeout=60, check=True)
+    done = finished([*arguments, "--num-blocks", "16"], check=True)
     assert done.stdout.splitlines()[-1] == "[]"

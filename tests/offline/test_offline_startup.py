@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from utils.children import finished
 from utils.tiny_models import build_tiny_checkpoint
 
 _START = """
@@ -22,7 +22,7 @@ with LLM(sys.argv[1], num_blocks=16, max_model_len=64) as llm:
 
 def imported_modules(model: Path) -> tuple[set[str], str]:
     command = [sys.executable, "-X", "importtime", "-c", _START, str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = finished(command)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     return {line.rsplit("|", 1)[1].strip() for line in lines}, done.stdout.strip()
@@ -46,5 +46,5 @@ def test_packed_model_when_started_again_then_imports_no_torch_and_no_model_code
 
 def test_package_when_imported_alone_then_brings_nothing_with_it() -> None:
     command = [sys.executable, "-c", "import sys, pellucid; print('numpy' in sys.modules, 'torch' in sys.modules)"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = finished(command, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from utils.children import finished
 from utils.scripted_server import Script, ScriptedServer
 
 from pellucid.bench.serve_checks import CHECKS, CheckOptions, CheckResult, run_checks
@@ -192,9 +193,9 @@ def test_multi_turn_when_the_model_is_judged_then_a_forgotten_fact_fails() -> No
     assert failed(check(Script(), only=("multi-turn",), judges_answers=True)) == {"multi-turn"}
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> CompletedProcess[str]:
     line = [sys.executable, "-m", "pellucid.cli", "check-server", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    return finished(line)
 
 
 def test_command_when_a_check_fails_then_status_one_and_table_problems_and_json_tell_it(tmp_path: Path) -> None:

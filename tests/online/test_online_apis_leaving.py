@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from utils.http_server import RunningServer, running_server
+from utils.waiting import until
 
 _PATIENCE = 120.0
 _TOKENS = 7000  # of an answer that nobody waits for
@@ -33,8 +34,7 @@ def _stats(server: RunningServer) -> Any:
 
 
 def _wait_for_tokens(server: RunningServer, since: int) -> None:
-    while _stats(server).generation_tokens <= since:
-        pass
+    until(lambda: _stats(server).generation_tokens > since, "a token")
 
 
 def _post(server: RunningServer, path: str, **fields: Any) -> socket.socket:
@@ -99,11 +99,14 @@ def test_given_engine_that_dies_when_streams_run_then_each_is_told_in_its_own_wo
             body = {**BODIES[path], "stream": stream}
             answers[path, stream] = httpx.post(running.url + path, json=body, timeout=_PATIENCE)
 
-        threads = [threading.Thread(target=ask, args=(path, stream)) for path in BODIES for stream in (False, True)]
+        threads = [
+            threading.Thread(target=ask, args=(path, stream), daemon=True)
+            for path in BODIES
+            for stream in (False, True)
+        ]
         for thread in threads:
             thread.start()
-        while _stats(running).num_running < len(threads):
-            pass
+        until(lambda: _stats(running).num_running == len(threads), "the last request")
         running.engine.close()
         for thread in threads:
             thread.join(_PATIENCE)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from utils.http_server import RunningServer, running_server
+from utils.waiting import until
 
 _PATIENCE = 120.0
 _BODY = b'{"prompt":"hi","max_tokens":2}'
@@ -149,8 +150,7 @@ def test_given_as_many_connections_as_may_when_one_more_comes_then_it_is_told(se
     finally:
         for connection in held:
             connection.close()
-    while _send(server, _whole())[0] != 200:  # the others are about to be noticed as gone
-        pass
+    until(lambda: _send(server, _whole())[0] == 200, "the end of the others")
 
 
 def test_given_two_requests_at_once_on_a_connection_when_answered_then_in_order(server: RunningServer) -> None:

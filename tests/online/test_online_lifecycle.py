@@ -6,17 +6,19 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from utils.children import child, finished
+from utils.waiting import until
 
 _PATIENCE = 120.0
 _LONG = {"prompt": [5] * 8, "temperature": 0, "ignore_eos": True, "max_tokens": 3000}
@@ -28,27 +30,23 @@ def _command(model: Path, *options: str) -> list[str]:
 
 
 @contextmanager
-def _serving(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _serving(model: Path, *options: str, ignores_interrupts: bool = False) -> Iterator[tuple[Popen[str], str]]:
     """(process, URL without /v1) of a server that is up."""
-    process = subprocess.Popen(
-        _command(model, "--port", "0", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
+    command = _command(model, "--port", "0", *options)
+    with child(command, ignores_interrupts=ignores_interrupts) as process:
         assert process.stdout is not None
         line = process.stdout.readline().strip()
         assert line, process.stderr and process.stderr.read()
         url = line.removesuffix("/v1")
-        while True:
-            try:
-                httpx.get(f"{url}/health", timeout=_PATIENCE)
-                break
-            except httpx.ConnectError:
-                time.sleep(0.05)
+        until(lambda: _is_up(url), "the server")
         yield process, url
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=_PATIENCE).status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def _ask(url: str, answers: list[Any], **fields: Any) -> threading.Thread:
@@ -58,14 +56,13 @@ def _ask(url: str, answers: list[Any], **fields: Any) -> threading.Thread:
         except httpx.HTTPError as error:
             answers.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 
 
 def _wait_for_running(url: str, count: int) -> None:
-    while f" {count}.0" not in _running_line(url):
-        time.sleep(0.02)
+    until(lambda: f" {count}.0" in _running_line(url), f"request {count}")
 
 
 def _running_line(url: str) -> str:
@@ -141,14 +138,26 @@ def test_given_idle_server_when_interrupted_then_the_status_is_0_and_no_trace_is
     assert all(json.loads(line)["level"] for line in errors.splitlines())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("options", [(), ("--engine-process",)], ids=["thread", "process"])
+def test_given_server_that_a_shell_put_into_the_background_when_told_to_end_then_the_status_is_0(
+    tiny_model: Path, options: tuple[str, ...], number: signal.Signals
+) -> None:
+    """Such a shell lets it ignore interrupts. It asked for SIGINT itself, and its engine process ends with it."""
+    with _serving(tiny_model, *options, ignores_interrupts=True) as (process, _):
+        engines = psutil.Process(process.pid).children()
+        assert len(engines) == len(options)
+        process.send_signal(number)
+        assert process.wait(_PATIENCE) == 0
+        assert not psutil.wait_procs(engines, _PATIENCE)[1]
+
+
 def test_given_taken_port_when_served_then_it_says_so_before_loading(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            _command(tmp_path / "no such model", "--port", str(port)), capture_output=True, text=True, timeout=_PATIENCE
-        )
+        done = finished(_command(tmp_path / "no such model", "--port", str(port)))
     assert done.returncode == 1
     assert (
         done.stderr.strip().splitlines()[-1] == f"error: port {port} on 127.0.0.1 is taken: choose another with --port"
@@ -175,7 +184,7 @@ def test_given_key_in_the_environment_when_served_then_it_is_needed(tiny_model: 
 def test_given_bad_option_when_served_then_it_is_refused_before_loading(
     tiny_model: Path, options: tuple[str, ...], words: str
 ) -> None:
-    done = subprocess.run(_command(tiny_model, *options), capture_output=True, text=True, timeout=_PATIENCE)
+    done = finished(_command(tiny_model, *options))
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr

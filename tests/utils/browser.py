@@ -6,16 +6,17 @@ import base64
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from subprocess import DEVNULL, TimeoutExpired
 from typing import Any
+
+from utils.children import child
 
 PATIENCE = 120.0  # the machine may stand still for a while
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -71,12 +72,10 @@ class Browser:
         command_read, self._command_write = os.pipe()
         self._answer_read, answer_write = os.pipe()
         arguments = [program, *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER, str(command_read), str(answer_write), *arguments],
-            pass_fds=(command_read, answer_write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+        launcher = [sys.executable, "-c", _LAUNCHER, str(command_read), str(answer_write), *arguments]
+        self._ending = ExitStack()
+        self._process = self._ending.enter_context(
+            child(launcher, pass_fds=(command_read, answer_write), stdout=DEVNULL, stderr=DEVNULL)
         )
         os.close(command_read)
         os.close(answer_write)
@@ -128,12 +127,10 @@ class Browser:
 
     def close(self) -> None:
         """Ends the browser and all of its processes."""
-        with suppress(OSError, subprocess.TimeoutExpired):
+        with suppress(OSError, TimeoutExpired):
             self.send("Browser.close")
             self._process.wait(10)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._ending.close()
         self._reader.join(10)
         os.close(self._command_write)
         os.close(self._answer_read)

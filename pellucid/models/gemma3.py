@@ -64,7 +64,7 @@ class Gemma3Block(Module):
         self.self_attn = Gemma3Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(width, eps, offset=1.0)
         self.pre_feedforward_layernorm = RMSNorm(width, eps, offset=1.0)
-        self.mlp = GatedMLP(width, config.intermediate_size, _activation(config), bias=config.mlp_bias)
+        self.mlp = GatedMLP(width, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
         self.post_feedforward_layernorm = RMSNorm(width, eps, offset=1.0)
 
     def forward(self, x_TD: Any, residual_TD: Any, table: Any) -> tuple[Any, Any]:
@@ -80,10 +80,6 @@ class Gemma3Block(Module):
     def named_outputs(self, output: Any) -> dict[str, tuple[Any, ...]]:
         """The residual stream behind the layer."""
         return {"": output}
-
-
-def _activation(config: ModelConfig) -> str:
-    return {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
 
 
 class Gemma3Model(Module):

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from pellucid.ops.dispatch import call, call_one
-from pellucid.ops.spec import ACTIVATIONS, OpSpec
+from pellucid.ops.spec import ACTIVATIONS, OpSpec, activation_name
 
 __all__ = [
     "act",
@@ -33,9 +33,7 @@ __all__ = [
 
 
 def _act(name: str) -> int:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation is {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[activation_name(name)]
 
 
 def embedding(input_ids: Any, weight: Any) -> Any:

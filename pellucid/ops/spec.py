@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pellucid.errors import ConfigError
+from pellucid.errors import ConfigError, UnsupportedModelError
 from pellucid.float32 import problem_of
 from pellucid.ops.structs import NUM_FLOATS
 
@@ -30,6 +30,17 @@ OP_KINDS = {
 OP_NAMES = {code: name for name, code in OP_KINDS.items()}
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
+# Other names of the same functions, as transformers' `ACT2FN` has them.
+ACTIVATION_ALIASES = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "linear": "none",
+}
 # Which operand of these ops is a matrix, kept in packed panels; every other weight is a float32 vector or table.
 MATRIX_OPERANDS = {"linear": (0,), "moe": (0, 1), "embedding": (0,)}
 
@@ -57,6 +68,19 @@ class OpSpec:
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
     out_widths: tuple[int, ...] = ()
+
+
+def activation_name(name: str) -> str:
+    """The name of an activation in `ACTIVATIONS`, from that or any other name that it has.
+
+    Raises:
+        UnsupportedModelError: there is none of that name; the text lists all.
+    """
+    found = ACTIVATION_ALIASES.get(name, name)
+    if found not in ACTIVATIONS:
+        known = ", ".join([*ACTIVATIONS, *ACTIVATION_ALIASES])
+        raise UnsupportedModelError(f"activation is {name[:80]!r}; known are {known}")
+    return found
 
 
 class Recorder(Protocol):

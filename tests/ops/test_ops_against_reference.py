@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from pellucid import ops
+from pellucid.errors import UnsupportedModelError
 from pellucid.ops import abi, reference
 from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
-from pellucid.ops.spec import ACTIVATIONS, OP_KINDS
+from pellucid.ops.spec import ACTIVATION_ALIASES, ACTIVATIONS, OP_KINDS
 
 ISAS = [isa for isa, code in abi.ISA_CODES.items() if isa != "auto" and code <= abi.ISA_CODES[abi.cpu_info().best_isa]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -173,6 +175,25 @@ def test_activations_when_inputs_are_extreme_then_finite_and_within_bound(native
         found, expected = both(native, lambda act=act: ops.act(x, act))
         assert torch.isfinite(found[0]).all()
         assert torch.allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alias", ACTIVATION_ALIASES)
+def test_other_names_of_activations_when_called_then_the_same_bits_and_the_function_of_transformers(
+    native: NativeBackend, alias: str
+) -> None:
+    x = random(7, 2 * 61, scale=4.0)
+    for call in (ops.act, ops.act_and_mul):
+        found, expected = both(native, lambda call=call: call(x, alias))
+        same = both(native, lambda call=call: call(x, ACTIVATION_ALIASES[alias]))
+        assert torch.equal(found[0], same[0][0])
+        assert torch.equal(expected[0], same[1][0])
+    found, _ = both(native, lambda: ops.act(x, alias))
+    assert_within("act", found, [transformers.activations.ACT2FN[alias](x)])
+
+
+def test_activation_that_is_unknown_when_called_then_typed_and_all_are_listed() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"activation is 'xielu'; known are none, silu, gelu, .*, swish, "):
+        ops.act(random(1, 1), "xielu")
 
 
 def test_gather_rows_when_rows_repeat_and_descend_then_copied(native: NativeBackend) -> None:

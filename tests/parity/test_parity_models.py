@@ -137,3 +137,17 @@ def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_clos
     with capsys.disabled():
         print(f" [bfloat16 mean logprob difference {mean:.4f}]", end="")
     assert mean < 0.08
+
+
+@pytest.mark.parametrize("act", ["swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "linear"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_activation_of_any_name_when_run_then_logprobs_are_transformers(tmp_path: Path, family: str, act: str) -> None:
+    key = "hidden_activation" if family == "gemma3" else "hidden_act"
+    checkpoint = build_tiny_checkpoint(tmp_path, family, **{key: act})
+    prompt = random_prompts()[0]
+    with torch.no_grad():
+        logits = load_reference(checkpoint)(torch.tensor([prompt])).logits[0].double()
+    expected = torch.log_softmax(logits, -1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    with LLM(checkpoint, dtype="float32", num_threads=1, num_blocks=32) as llm:
+        found = torch.tensor(llm.score([prompt[:1]], [prompt[1:]])[0], dtype=torch.float64)
+    assert torch.allclose(found, expected, atol=3e-5, rtol=0)

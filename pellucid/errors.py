@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 _MAX_SHOWN = 80
@@ -137,3 +138,17 @@ class WrongThreadError(PellucidError, RuntimeError):
 
 class InvariantError(PellucidError, RuntimeError):
     """A self-check of the engine failed: a bug in Pellucid, never the caller's fault."""
+
+
+_OF_FILES = (ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError, TokenizerError, TraceError)
+
+
+@contextmanager
+def about(origin: str) -> Iterator[None]:
+    """Puts the name of a file or a model before the text of an error that a file caused, unless it stands there already."""
+    try:
+        yield
+    except _OF_FILES as error:
+        if origin in str(error):
+            raise
+        raise type(error)(f"{origin}: {error}") from error

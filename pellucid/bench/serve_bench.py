@@ -16,7 +16,7 @@ from pellucid.bench.serve_dataset import LoadRequest
 from pellucid.bench.serve_load import LoadRun, run_load
 from pellucid.bench.serve_metrics import Timing, metrics, timing_of
 from pellucid.bench.serve_options import ServeOptions
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, about
 from pellucid.json_text import well_formed
 from pellucid.text.tokenizer import Tokenizer
 
@@ -68,7 +68,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = resolve_model(name)
     if path.suffix != ".gguf":
         return Tokenizer.from_directory(path if path.is_dir() else path.parent)
-    return Tokenizer.from_gguf(open_gguf(path).metadata)
+    with about(path.name):
+        return Tokenizer.from_gguf(open_gguf(path).metadata)
 
 
 class _Bench:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pellucid.commands.load import packing_progress
 from pellucid.config import EngineConfig
-from pellucid.errors import ConfigError
+from pellucid.errors import ConfigError, about
 from pellucid.executor.loader import build_program
 from pellucid.executor.program_cache import PROGRAM_SUFFIX
 from pellucid.ops import abi
@@ -30,7 +30,7 @@ def compile_model(config: EngineConfig, target: Path) -> int:
         raise ConfigError(f"{path.name} is compiled already")
     context = abi.Context(config.num_threads, config.isa)
     try:
-        with packing_progress() as progress:
+        with packing_progress() as progress, about(path.name):
             build_program(path, config, context, target, progress)
     finally:
         context.close()

@@ -13,10 +13,8 @@ import torch
 from pellucid.config import EngineConfig
 from pellucid.errors import RowError
 from pellucid.executor.base import F32
-from pellucid.executor.loader import LoadedModel
+from pellucid.executor.loader import LoadedModel, open_module
 from pellucid.hidden import NO_STEERING, Steering
-from pellucid.models.config import ModelConfig
-from pellucid.models.registry import ModelRegistry
 from pellucid.ops import abi, gather_rows
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope
@@ -62,9 +60,7 @@ def load_eager(
     checkpoint: Checkpoint, backend: NativeBackend, dtype: str, stored: Mapping[str, list[tuple[int, abi.Weight]]]
 ) -> Any:
     """The checkpoint's model as a torch module with its weights; matrices in `stored` are used as they are packed."""
-    config = ModelConfig.from_dict(checkpoint.config)
-    model = ModelRegistry.resolve(config.architecture)(config)
-    model.load_weights(checkpoint.tensors())
+    _, model = open_module(checkpoint)
     keep = {id(parameter): parts for name, parameter in model.named_parameters() if (parts := stored.get(name))}
     for _, parameter in model.named_parameters():
         if id(parameter) in keep:

@@ -9,14 +9,22 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pellucid import __version__
 from pellucid.config import EngineConfig
-from pellucid.errors import ConfigError, StorageError, TokenizerError, WeightFormatError
+from pellucid.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    StorageError,
+    TokenizerError,
+    WeightFormatError,
+    about,
+)
+from pellucid.executor.file_values import FileValues, Origins
 from pellucid.executor.program_cache import PROGRAM_SUFFIX, ProgramCache
 from pellucid.files import storage_errors
-from pellucid.models.config import ModelConfig
+from pellucid.models.config import ModelConfig, architecture_of
 from pellucid.models.registry import ModelRegistry
 from pellucid.ops import abi
 from pellucid.program.builder import FORMAT_VERSION, build_program_file
@@ -25,15 +33,19 @@ from pellucid.program.verify import verify_file
 from pellucid.quant.scheme import WeightScheme
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.weights.hub import cache_dir, remove_leftovers, resolve_model
+from pellucid.weights.json_files import shown
+
+if TYPE_CHECKING:
+    from pellucid.weights.checkpoint import Checkpoint
 
 # Rooms whose code decides what a program is: a change there makes cached programs stale.
 _CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "quant", "text", "weights")
 _PACKING_ATTEMPTS = 3  # another process may remove a program before this one holds it
 _CORE_DTYPES = {"float32": abi.F32, "bfloat16": abi.BF16}
 
-Progress = Callable[[int, int], None]
-
 _log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class LoadedModel:
     """A model ready to run, and what the engine must know of it."""
 
     config: ModelConfig
-    generation_config: dict[str, Any]
+    generation_config: dict[str, Any]  # as `FileValues` has it
+    eos_token_ids: tuple[int, ...]  # what ends a request
     tokenizer: Tokenizer | None
     file: ProgramFile
     fingerprint: str
@@ -50,27 +63,20 @@ class LoadedModel:
     max_model_len: int = 0
     is_ours: bool = False  # the file is one of the cache's, not one that somebody gave
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a request: the generation config's, else the model's, and the tokenizer's."""
-        return end_tokens(self.config, self.generation_config, self.tokenizer)
-
-
-def end_tokens(config: ModelConfig, generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The generation config's, else the model's, and the tokenizer's."""
-    given = generation_config.get("eos_token_id")
-    found = (given,) if isinstance(given, int) else tuple(given or ())
-    found = found or config.eos_token_ids
-    own = tokenizer.eos_token_ids if tokenizer is not None else ()
-    return tuple(dict.fromkeys((*found, *own)))
-
 
 def model_files(path: Path) -> list[Path]:
-    """The files that a model consists of: weights, configuration, tokenizer; sorted."""
+    """The files that a model consists of: weights, configuration, tokenizer; sorted.
+
+    Raises:
+        ModelNotFoundError: there is no such folder, or it cannot be read.
+    """
     if path.is_file():
         return [path]
     suffixes = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
-    return sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+    try:
+        return sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+    except OSError as error:
+        raise ModelNotFoundError(f"the folder {path} cannot be read: {error.strerror}") from None
 
 
 def _stamps(files: Iterator[Path] | list[Path]) -> list[tuple[str, int, int]]:
@@ -144,7 +150,8 @@ def _packed(
     progress: Progress | None,
 ) -> LoadedModel:
     for _ in range(_PACKING_ATTEMPTS):
-        build_program(path, config, context, cache.path(key), progress)
+        with about(path.name):
+            build_program(path, config, context, cache.path(key), progress)
         model = _from_cache(cache, key, config)
         if model is not None:
             cache.drop_stale(cache.path(key), model.file.meta)
@@ -180,13 +187,13 @@ def build_program(
     from pellucid.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    model_config = ModelConfig.from_dict(checkpoint.config)
-    model = ModelRegistry.resolve(model_config.architecture)(model_config)
-    model.load_weights(checkpoint.tensors())
+    origins = Origins(*map(checkpoint.origin, ("config.json", "generation_config.json", "tokenizer.json")))
+    model_config, model = open_module(checkpoint)
     recording = trace(model)
     dtype = resolve_dtype(config.dtype, [view.dtype for view in _views(model)], config.quantization)
     scheme = WeightScheme(_CORE_DTYPES[dtype], config.dtype == "auto", config.quantization)
     tokenizer = load_tokenizer(path, config, checkpoint)
+    values = FileValues.of(model_config, checkpoint.generation_config, tokenizer, origins)
     meta = {
         "kind": "program",
         "model": path.name,
@@ -194,6 +201,7 @@ def build_program(
         "dtype": dtype,
         "quantization": config.quantization,
         "keeps": scheme.keep,
+        "origins": [origins.config, origins.generation_config, origins.tokenizer],
     }
     texts = {
         "config": json.dumps(checkpoint.config).encode(),
@@ -211,13 +219,28 @@ def build_program(
             "head_dim": model_config.head_dim,
             "max_positions": model_config.max_position_embeddings,
             "kv_dtype": _CORE_DTYPES[dtype],
-            "end_tokens": end_tokens(model_config, checkpoint.generation_config, tokenizer),
+            "end_tokens": values.eos_token_ids,
         },
         vocab_size=model_config.vocab_size,
         meta=meta,
         texts=texts,
         progress=progress,
     )
+
+
+def open_module(checkpoint: Checkpoint) -> tuple[ModelConfig, Any]:
+    """A checkpoint's configuration and its module, each parameter of which knows its pieces.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightFormatError: what is wrong with the files, by name.
+    """
+    with about(checkpoint.origin("config.json")):
+        model_class = ModelRegistry.resolve(architecture_of(checkpoint.config))
+        config = ModelConfig.from_dict(checkpoint.config)
+        model = model_class(config)
+    with about(checkpoint.path.name):
+        model.load_weights(checkpoint.tensors())
+    return config, model
 
 
 def _views(model: Any) -> Iterator[Any]:
@@ -233,7 +256,8 @@ def load_tokenizer(path: Path, config: EngineConfig, checkpoint: Any) -> Tokeniz
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_directory(folder)
     if checkpoint.gguf is not None and checkpoint.gguf.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab":
-        return Tokenizer.from_gguf(checkpoint.gguf.metadata)
+        with about(checkpoint.gguf.path.name):
+            return Tokenizer.from_gguf(checkpoint.gguf.metadata)
     return None
 
 
@@ -245,19 +269,30 @@ def resolve_dtype(asked: str, stored: list[str], quantization: str | None = None
 
 
 def _loaded(file: ProgramFile, key: str, *, from_cache: bool, is_ours: bool) -> LoadedModel:
-    bundle = file.text("tokenizer")
+    hf_config, generation_config, bundle = (file.text(name) for name in ("config", "generation_config", "tokenizer"))
+    name, dtype = file.path.name, file.meta.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _CORE_DTYPES:
+        raise WeightFormatError(f"{name}: dtype is {shown(dtype)}; it must be one of {', '.join(_CORE_DTYPES)}")
     try:
         tokenizer = None if bundle is None else Tokenizer.from_bundle(bundle)
     except TokenizerError as error:
-        raise WeightFormatError(f"{file.path.name}: the tokenizer is damaged: {error}") from None
-    model_config = ModelConfig.from_dict(file.text("config"))
+        raise WeightFormatError(f"{name}: the tokenizer is damaged: {error}") from None
+    if not isinstance(generation_config, dict):
+        raise WeightFormatError(f"{name}: generation_config is {shown(generation_config)}; it must be an object")
+    with about(name):
+        model_config = ModelConfig.from_dict(hf_config)
+        origins = Origins.read(file.meta.get("origins"), name)
+        values = FileValues.of(model_config, generation_config, tokenizer, origins)
+    for problem in values.problems:
+        _log.warning("%s", problem)
     return LoadedModel(
         config=model_config,
-        generation_config=file.text("generation_config"),
+        generation_config=values.generation_config,
+        eos_token_ids=values.eos_token_ids,
         tokenizer=tokenizer,
         file=file,
         fingerprint=key,
-        dtype=str(file.meta["dtype"]),
+        dtype=dtype,
         from_cache=from_cache,
         is_ours=is_ours,
     )

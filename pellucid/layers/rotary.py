@@ -79,7 +79,7 @@ def inverse_frequencies(
     """[dim / 2] float32 frequencies and the factor on cosines and sines, by `rope_scaling` of a Hugging Face config.
 
     Raises:
-        ConfigError: the scaling kind is unknown, a field that it needs is missing, or what comes out is not finite.
+        ConfigError: the scaling kind is unknown, or a field that it needs is missing or cannot be used, or what comes out is not finite.
     """
     scaling = {"rope_theta": theta, **(scaling or {})}
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
@@ -90,16 +90,12 @@ def inverse_frequencies(
             frequencies, scale = _SCALINGS[kind](_plain(theta, dim), scaling, max_positions)
     except KeyError as error:
         raise ConfigError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
-    except (ArithmeticError, ValueError) as error:  # such as the logarithm of a rope_theta of 1
-        raise ConfigError(f"rope_scaling is {_shown(scaling)}: {error}") from None
-    if first_not_finite(frequencies) is not None or not FINITE.holds(scale):
-        raise ConfigError(f"rope_scaling is {_shown(scaling)}; frequencies and their factor must be {FINITE.text}")
+    except (TypeError, ValueError, ArithmeticError) as error:  # such as the logarithm of a rope_theta of 1
+        raise ConfigError(f"rope_scaling of type {kind!r} has a value that cannot be used: {error}") from None
+    is_finite = first_not_finite(frequencies) is None and FINITE.holds(scale)
+    if frequencies.shape != (dim // 2,) or not is_finite:
+        raise ConfigError(f"rope_scaling of type {kind!r} does not give {dim // 2} frequencies that are {FINITE.text}")
     return frequencies, scale
-
-
-def _shown(scaling: Mapping[str, Any]) -> str:
-    text = repr(dict(scaling))
-    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 class RotaryTable(Module):

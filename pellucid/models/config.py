@@ -7,6 +7,7 @@ Defaults per family are those of the transformers configuration classes; both sp
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,6 @@ LIMITS: dict[str, int] = {
     "sliding_window": 2**31 - 1,
     "max_window_layers": 2_048,
     "sliding_window_pattern": 2_048,
-    "bos_token_id": 2**31 - 1,
-    "eos_token_id": 2**31 - 1,
 }
 
 _COMMON: dict[str, Any] = {
@@ -101,12 +100,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
+# The class of a config that names none: as in transformers, its family decides.
+ARCHITECTURES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 # Fields that a family's classes fix, whatever the file says.
 _FIXED: dict[str, dict[str, Any]] = {"qwen2": {"attention_bias": True, "mlp_bias": False}}
 # Other spellings, tried in this order.
 _SPELLINGS: dict[str, tuple[str, ...]] = {"hidden_act": ("hidden_activation", "hidden_act")}
 # Families whose sliding window is off unless use_sliding_window.
 _OPTIONAL_WINDOW = frozenset({"qwen2", "qwen3"})
+TOKEN_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_ROPE_NUMBERS = {
+    *("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "partial_rotary_factor", "mscale", "mscale_all_dim"),
+}
 _MAX_TEXT = 200
 
 
@@ -170,14 +182,28 @@ class _Fields:
             raise _bad(name, value, f"it must be a string of 1 to {_MAX_TEXT} characters")
         return value
 
-    def eos_token_ids(self) -> tuple[int, ...]:
-        value = self.get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        for token in values:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= LIMITS["eos_token_id"]:
-                limit = f"each must be an integer from 0 to {LIMITS['eos_token_id']}"
-                raise _bad("eos_token_id", value, limit)
-        return tuple(dict.fromkeys(values))
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """Token ids that a file gives: those of the vocabulary, and those that lie outside of it."""
+
+    known: tuple[int, ...]
+    outside: tuple[int, ...]
+
+    @classmethod
+    def read(cls, name: str, value: object, vocab_size: int) -> GivenTokens:
+        """From the value of a key: None, an integer, or a list of integers where there may be several.
+
+        Raises:
+            ConfigError: it is anything else.
+        """
+        may_be_list = name == "eos_token_id"
+        values = value if isinstance(value, list) and may_be_list else [] if value is None else [value]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in values):
+            raise _bad(name, value, "it must be an integer" + (" or a list of integers" if may_be_list else ""))
+        ids = dict.fromkeys(values)
+        known = tuple(token for token in ids if 0 <= token < vocab_size)
+        return cls(known, tuple(token for token in ids if token not in known))
 
 
 def _real(name: str, value: object, *, positive: bool = True) -> float:
@@ -210,7 +236,9 @@ def _normal_scaling(name: str, value: object) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind:
         raise _bad(f"{name}.rope_type", kind, "it must be a non-empty string")
     for key, entry in scaling.items():
-        if isinstance(entry, (int, float)) and not isinstance(entry, bool):
+        if (isinstance(entry, (int, float)) and not isinstance(entry, bool)) or (
+            key in _ROPE_NUMBERS and entry is not None
+        ):
             _real(f"{name}.{key}", entry, positive=key in ("factor", "rope_theta"))
     return scaling
 
@@ -259,14 +287,37 @@ def _layer_types(fields: _Fields, layers: int, sliding_window: int | None) -> tu
     return None
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The model class that a config.json dictionary names, else that of its `model_type`, else the `model_type`; it may be "".
+
+    Raises:
+        ConfigError: one of the two is of another type.
+    """
     value = config.get("architectures")
     names = value if isinstance(value, list) else [] if value is None else [value]
-    if not names:
+    if names:
+        if not isinstance(names[0], str) or len(names[0]) > _MAX_TEXT:
+            raise _bad("architectures", value, "it must be a list of class names")
+        return names[0]
+    model_type = _model_type(_text_config(config))
+    return ARCHITECTURES.get(model_type, model_type)
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    value = config.get("model_type")
+    if value is None:
         return ""
-    if not isinstance(names[0], str) or len(names[0]) > _MAX_TEXT:
-        raise _bad("architectures", value, "it must be a list of class names")
-    return names[0]
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise _bad("model_type", value, "it must be a string")
+    return value
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that says what the language model is; the whole unless there are models of other things beside it."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    return ChainMap(text, {key: config[key] for key in ("torch_dtype", "dtype") if key in config})
 
 
 def _torch_dtype(config: Mapping[str, Any]) -> str | None:
@@ -284,7 +335,8 @@ class ModelConfig:
 
     `layer_types` is None when all layers are alike: sliding when `sliding_window` is set, else full. `rope_scaling` is
     None for plain rotary; its `rope_type` is one of transformers' or "factors" (each frequency divided by its own of
-    `factors`, as GGUF stores llama3's). `attention_bias` of qwen2 means q, k and v alone. `raw` is the whole file.
+    `factors`, as GGUF stores llama3's). `attention_bias` of qwen2 means q, k and v alone. Ids outside the vocabulary stand in
+    `foreign_tokens` alone, by key. `raw` is the whole file.
     """
 
     architecture: str
@@ -313,6 +365,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     torch_dtype: str | None
+    foreign_tokens: dict[str, tuple[int, ...]] = field(repr=False, compare=False)
     raw: dict[str, Any] = field(repr=False, compare=False)
 
     @classmethod
@@ -324,13 +377,8 @@ class ModelConfig:
         """
         if not isinstance(hf_config, Mapping):
             raise _bad("config", hf_config, "it must be an object")
-        raw = dict(hf_config)
-        config: Mapping[str, Any] = raw
-        if isinstance(raw.get("text_config"), dict):
-            config = {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **raw["text_config"]}
-        model_type = config.get("model_type", "")
-        if not isinstance(model_type, str) or len(model_type) > _MAX_TEXT:
-            raise _bad("model_type", model_type, "it must be a string")
+        config = _text_config(hf_config)
+        model_type = _model_type(config)
         fields = _Fields(config, model_type)
         if config.get("use_bidirectional_attention"):
             raise _bad("use_bidirectional_attention", True, "only causal attention is supported")
@@ -351,11 +399,13 @@ class ModelConfig:
         if model_type in _OPTIONAL_WINDOW and not fields.flag("use_sliding_window"):
             sliding_window = None
         eps = fields.optional_real("rms_norm_eps")
+        vocab_size = fields.size("vocab_size")
+        tokens = {name: GivenTokens.read(name, fields.get(name), vocab_size) for name in TOKEN_KEYS}
         rope = _rope(fields)
         return cls(
-            architecture=_architecture(raw),
+            architecture=architecture_of(hf_config),
             model_type=model_type,
-            vocab_size=fields.size("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.optional_size("intermediate_size") or 4 * hidden_size,
             num_hidden_layers=layers,
@@ -376,10 +426,11 @@ class ModelConfig:
             rope_local_base_freq=rope.local_theta,
             attn_logit_softcapping=fields.optional_real("attn_logit_softcapping"),
             final_logit_softcapping=fields.optional_real("final_logit_softcapping"),
-            bos_token_id=fields.optional_size("bos_token_id", least=0),
-            eos_token_ids=fields.eos_token_ids(),
+            bos_token_id=next(iter(tokens["bos_token_id"].known), None),
+            eos_token_ids=tokens["eos_token_id"].known,
             torch_dtype=_torch_dtype(config),
-            raw=raw,
+            foreign_tokens={name: given.outside for name, given in tokens.items() if name in config and given.outside},
+            raw=dict(hf_config),
         )
 
     def layer_window(self, layer: int) -> int | None:

@@ -63,8 +63,8 @@ class ModelRegistry:
             return cls._registered[key]
         place = next((place for name, place in _BUILT_IN.items() if _key(name) == key), None)
         if place is None:
-            known = ", ".join(cls.architectures())
-            raise UnsupportedModelError(f"unsupported model type {architecture!r}; known: {known}")
+            problem = f"unsupported model type {architecture!r}" if key else "the config names no model type"
+            raise UnsupportedModelError(f"{problem}; known: {', '.join(cls.architectures())}")
         module, name = place.split(":")
         return getattr(importlib.import_module(module), name)
 

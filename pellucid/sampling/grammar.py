@@ -222,8 +222,9 @@ def is_compiled(
 def _vocabulary_of(
     tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: Sequence[int] | None
 ) -> tuple[int, tuple[int, ...]]:
+    width = tokenizer.vocab_size if vocab_size is None else vocab_size
     eos = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
-    return tokenizer.vocab_size if vocab_size is None else vocab_size, tuple(eos)
+    return width, tuple(token_id for token_id in eos if 0 <= token_id < width)
 
 
 def _tokenizer(tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> LLTokenizer:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid.errors import TokenizerError
+from pellucid.errors import PellucidError, TokenizerError
+
+ID_LIMIT = 1 << 32  # the library's ids have 32 bits
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,16 @@ def backend_from_json(text: str, origin: str) -> Any:
     """
     from tokenizers import Tokenizer as Backend
 
-    try:
+    with library_errors(f"{origin} is not a usable tokenizer"):
         return Backend.from_str(text)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+
+
+@contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """What the `tokenizers` library raises inside, as a TokenizerError that begins with `problem`."""
+    try:
+        yield
+    except (PellucidError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # a panic in the library is not an Exception
-        raise TokenizerError(f"{origin} is not a usable tokenizer: {str(error)[:300]}") from error
+        raise TokenizerError(f"{problem}: {str(error)[:300]}") from error

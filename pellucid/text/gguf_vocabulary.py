@@ -190,9 +190,8 @@ class _Reader:
             return None
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TokenizerError(f"{key} is a {type(value).__name__}; it must be an integer")
-        if not 0 <= (token_id := operator.index(value)) < limit:
-            raise TokenizerError(f"{key} is {token_id}; the vocabulary has {limit} tokens")
-        return token_id
+        token_id = operator.index(value)
+        return token_id if 0 <= token_id < limit else None  # some files write -1 for none
 
 
 def _as_text(value: object, key: str = "") -> str:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pellucid.errors import InvalidRequestError, TokenizerError, shown
 from pellucid.json_text import lone_surrogate
-from pellucid.text.backend import SpecialTokens, backend_from_json
+from pellucid.text.backend import ID_LIMIT, SpecialTokens, backend_from_json, library_errors
 
 if TYPE_CHECKING:
     from datetime import datetime
 
 _BUNDLE_FORMAT = 1
-_ID_LIMIT = 1 << 32
 _PIECES = TypeVar("_PIECES")
 
 
@@ -61,8 +60,8 @@ class Tokenizer:
             ("pad_token_id", special.pad_token_id),
             *(("eos_token_id", token_id) for token_id in special.eos_token_ids),
         ):
-            if token_id is not None and not 0 <= token_id < _ID_LIMIT:
-                raise TokenizerError(f"{name} is {token_id}; it must lie in 0..{_ID_LIMIT - 1}")
+            if token_id is not None and not (type(token_id) is int and 0 <= token_id < ID_LIMIT):
+                raise TokenizerError(f"{name} is {token_id!r}; it must be an integer in 0..{ID_LIMIT - 1}")
         self._cache: dict[tuple[object, bool], Any] = {}
         self._fingerprint: str | None = None
         self.decoding = _decoding_kind(backend.decoder)
@@ -79,8 +78,7 @@ class Tokenizer:
         """
         from pellucid.text.tokenizer_files import read_directory
 
-        backend, special = read_directory(Path(path))
-        return cls(backend, special)
+        return cls(*read_directory(Path(path)))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
@@ -102,19 +100,21 @@ class Tokenizer:
         Raises:
             TokenizerError: not a bundle of this format.
         """
-        if bundle.get("format") != _BUNDLE_FORMAT:
-            raise TokenizerError(f"tokenizer bundle has format {bundle.get('format')!r}; expected {_BUNDLE_FORMAT}")
-        value: Any = bundle
+        value: Any = bundle if isinstance(bundle, Mapping) else {}
+        if value.get("format") != _BUNDLE_FORMAT:
+            raise TokenizerError(f"tokenizer bundle has format {value.get('format')!r}; expected {_BUNDLE_FORMAT}")
         try:
             special = SpecialTokens(
                 bos_token_id=value["bos_token_id"],
                 eos_token_ids=tuple(value["eos_token_ids"]),
                 pad_token_id=value["pad_token_id"],
-                names=dict(value["special_tokens"]),
-                chat_templates=dict(value["chat_templates"]),
+                names=_texts(value["special_tokens"]),
+                chat_templates=_texts(value["chat_templates"]),
             )
             return cls(backend_from_json(value["tokenizer_json"], "the bundle"), special, int(value["id_limit"]))
-        except (KeyError, TypeError) as error:
+        except TokenizerError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise TokenizerError(f"tokenizer bundle is incomplete or has wrong types: {error!r}") from error
 
     def to_bundle(self) -> dict[str, object]:
@@ -137,14 +137,16 @@ class Tokenizer:
 
         Raises:
             InvalidRequestError: `text` is not a `str` or holds a lone surrogate.
+            TokenizerError: the vocabulary has no token for a part of it, and none for what is unknown.
         """
         _check_text(text)
-        if len(text) < _LONG_TEXT:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
-        # It lets go of the interpreter lock, which `encode` holds. Not for all: it starts threads, of which a fork would warn.
-        found: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return found
+        ids: list[int]
+        with library_errors("the tokenizer cannot encode this text"):
+            if len(text) < _LONG_TEXT:
+                ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            else:  # It lets go of the interpreter lock, which `encode` holds. Not for all: it starts threads, of which a fork would warn.
+                ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD.
@@ -302,6 +304,13 @@ class Tokenizer:
             self._cache[key] = build(self, skip_special_tokens)
         pieces: _PIECES = self._cache[key]
         return pieces
+
+
+def _texts(value: Any) -> dict[str, str]:
+    found = dict(value)
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise TypeError("names and texts must be strings")
+    return found
 
 
 def _check_text(text: object) -> None:

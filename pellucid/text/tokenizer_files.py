@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pellucid.errors import TokenizerError
-from pellucid.text.backend import SpecialTokens, backend_from_json
+from pellucid.errors import TokenizerError, WeightFormatError
+from pellucid.text.backend import ID_LIMIT, SpecialTokens, backend_from_json, library_errors
+from pellucid.weights.json_files import GIT_LFS_POINTER, refuse_pointer, shown
 
+CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_MAX_ID_DIGITS = 10
+MAX_ID = 1 << 24  # as of a model's vocabulary; the library makes a list of all ids below the greatest
 
 
-def read_directory(directory: Path) -> tuple[Any, SpecialTokens]:
-    """(tokenizers.Tokenizer, special tokens) of a model directory.
+def read_directory(directory: Path) -> tuple[Any, SpecialTokens, int]:
+    """(tokenizers.Tokenizer, special tokens, first id beyond the vocabulary) of a model directory.
 
     What stands around a sequence is what tokenizer.json stores; the flags `add_bos_token` and `add_eos_token` of
     tokenizer_config.json are for vocabularies without that file and are not read.
@@ -27,9 +33,10 @@ def read_directory(directory: Path) -> tuple[Any, SpecialTokens]:
     if not file.is_file():
         raise TokenizerError(f"no tokenizer.json in {directory}; other tokenizer files are not read")
     backend = backend_from_json(_read_text(file), str(file))
-    config = _read_json(directory / "tokenizer_config.json")
-    names = _named_tokens(config, _read_json(directory / "special_tokens_map.json"))
-    _add_missing_tokens(backend, config, names)
+    config, specials = (_read_json(directory / name) for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE))
+    names = _named_tokens(config, specials)
+    with library_errors(f"{directory / CONFIG_FILE} and {file.name} do not fit together"):
+        _add_missing_tokens(backend, config, names)
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
     special = SpecialTokens(
         bos_token_id=ids.get("bos_token"),
@@ -38,14 +45,27 @@ def read_directory(directory: Path) -> tuple[Any, SpecialTokens]:
         names=names,
         chat_templates=_chat_templates(directory, config),
     )
-    return backend, special
+    return backend, special, _id_limit(backend, file)
 
 
-def _read_text(file: Path) -> str:
+def _id_limit(backend: Any, file: Path) -> int:
+    """The first id beyond the vocabulary. Refuses ids that no model has, and vocabularies that cannot be kept."""
+    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    token, last = max(vocabulary.items(), key=operator.itemgetter(1), default=("", -1))
+    if last >= MAX_ID:
+        raise TokenizerError(f"{file}: token {shown(token)} has id {last}; ids must be below {MAX_ID}")
+    if len(set(vocabulary.values())) < len(vocabulary):  # of two tokens with one id the library keeps one
+        backend_from_json(backend.to_str(), f"{file}: two tokens have one id, and without one of them it")
+    return last + 1
+
+
+def _read_text(file: Path, encoding: str = "utf-8-sig") -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding=encoding)
+        refuse_pointer(file, text[: len(GIT_LFS_POINTER)].encode(errors="replace"))
+    except (OSError, UnicodeDecodeError, WeightFormatError) as error:
         raise TokenizerError(f"{file} cannot be read: {error}") from error
+    return text
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -63,20 +83,28 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _token_text(value: object, origin: str) -> str:
     text = value.get("content") if isinstance(value, Mapping) else value
     if not isinstance(text, str):
-        raise TokenizerError(f"{origin} is {value!r}; it must be a string or an object with `content`")
+        raise TokenizerError(f"{origin} is {shown(value)}; it must be a string or an object with `content`")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise TokenizerError(f"{origin} is {shown(text)}; it must be well-formed Unicode")
     return text
 
 
 def _named_tokens(config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]) -> dict[str, str]:
-    merged = {**special_tokens_map, **config}
-    return {name: _token_text(merged[name], name) for name in NAMED_TOKENS if merged.get(name) is not None}
+    found = {}
+    for name in NAMED_TOKENS:
+        file, values = (CONFIG_FILE, config) if name in config else (SPECIAL_TOKENS_FILE, special_tokens_map)
+        if values.get(name) is not None:
+            found[name] = _token_text(values[name], f"{file}: {name}")
+    return found
 
 
 def _extra_tokens(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        values = config.get(key) or ()
+        values = config.get(key) or []
+        if not isinstance(values, (list, Mapping)):
+            raise TokenizerError(f"{CONFIG_FILE}: {key} is {shown(values)}; it must be a list or an object")
         for value in values.values() if isinstance(values, Mapping) else values:
-            yield _token_text(value, key)
+            yield _token_text(value, f"{CONFIG_FILE}: {key}")
 
 
 def _add_missing_tokens(backend: Any, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -86,11 +114,11 @@ def _add_missing_tokens(backend: Any, config: Mapping[str, Any], names: Mapping[
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing: dict[str, Any] = {}
     added = config.get("added_tokens_decoder") or {}
-    if not isinstance(added, Mapping) or not all(key.isdecimal() for key in added):
-        raise TokenizerError("tokenizer_config.json: added_tokens_decoder must be an object with ids as keys")
+    if not isinstance(added, Mapping) or not all(_is_id(key) for key in added):
+        raise TokenizerError(f"{CONFIG_FILE}: added_tokens_decoder must be an object with ids as keys")
     for token_id in sorted(added, key=int):
         value = added[token_id]
-        text = _token_text(value, f"added_tokens_decoder[{token_id}]")
+        text = _token_text(value, f"{CONFIG_FILE}: added_tokens_decoder[{token_id}]")
         flags = {flag: bool(value[flag]) for flag in _ADDED_TOKEN_FLAGS if isinstance(value, Mapping) and flag in value}
         flags["special"] = flags.get("special", False) or text in names.values()
         if text not in known:
@@ -102,14 +130,22 @@ def _add_missing_tokens(backend: Any, config: Mapping[str, Any], names: Mapping[
         backend.add_tokens(list(missing.values()))
 
 
+def _is_id(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS
+
+
 def _eos_token_ids(directory: Path, own: int | None) -> tuple[int, ...]:
     """The tokenizer's eos, then what generation_config.json (or, without one, config.json) adds."""
-    generation = _read_json(directory / "generation_config.json")
-    config = generation or _read_json(directory / "config.json")
+    file = directory / "generation_config.json"
+    config = _read_json(file)
+    if not config:
+        file = directory / "config.json"
+        config = _read_json(file)
     more = config.get("eos_token_id")
     more = [] if more is None else more if isinstance(more, list) else [more]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in more):
-        raise TokenizerError(f"eos_token_id is {more!r}; it must be an integer or a list of them")
+        raise TokenizerError(f"{file}: eos_token_id is {shown(more)}; it must be an integer or a list of them")
+    more = [token_id for token_id in more if 0 <= token_id < ID_LIMIT]
     return tuple(dict.fromkeys([*([] if own is None else [own]), *more]))
 
 
@@ -117,8 +153,10 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     """chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
-        return {"default": _read_text(jinja)}
-    value = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+        return {"default": _read_text(jinja, "utf-8")}
+    own = _read_json(directory / "chat_template.json")
+    file = "chat_template.json" if "chat_template" in own else CONFIG_FILE
+    value = own.get("chat_template", config.get("chat_template"))
     if value is None:
         return {}
     if isinstance(value, str):
@@ -126,7 +164,9 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     try:
         templates = {entry["name"]: entry["template"] for entry in value}
     except (TypeError, KeyError) as error:
-        raise TokenizerError("chat_template must be a string or a list of objects with name and template") from error
+        raise TokenizerError(
+            f"{file}: chat_template must be a string or a list of objects with name and template"
+        ) from error
     if not all(isinstance(text, str) for pair in templates.items() for text in pair):
-        raise TokenizerError("chat_template: names and templates must be strings")
+        raise TokenizerError(f"{file}: names and templates of chat_template must be strings")
     return templates

@@ -13,7 +13,7 @@ from pellucid.errors import ModelNotFoundError, UnsupportedModelError, WeightFor
 from pellucid.weights.gguf import GGUFFile, open_gguf
 from pellucid.weights.gguf_config import architecture_names, gguf_config, gguf_generation_config
 from pellucid.weights.gguf_names import NOT_PARAMETERS, hugging_face_name
-from pellucid.weights.mapping import format_error, read_json
+from pellucid.weights.json_files import format_error, read_config, shown
 from pellucid.weights.safetensors import index_shards, open_index, open_safetensors
 from pellucid.weights.tensor import TensorView, from_float32
 
@@ -22,6 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _PICKLED = (".bin", ".pt", ".pth")
+# What says that matrices are quantised; some older tools wrote a file of their own.
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Checkpoint:
     gguf: GGUFFile | None = field(repr=False)
     _views: Mapping[str, TensorView] = field(repr=False)
     _prepare: Mapping[str, Callable[[TensorView], TensorView]] = field(repr=False)
+
+    def origin(self, name: str) -> str:
+        """How a message calls what a file of this name says: a GGUF file says it itself."""
+        return self.path.name + f"/{name}" if self.gguf is None else self.gguf.path.name
 
     def names(self) -> tuple[str, ...]:
         """The parameter names, in file order."""
@@ -108,10 +115,27 @@ def _open_gguf_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, "gguf", (path,), config, gguf_generation_config(file), file, views, prepare)
 
 
+def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses checkpoints whose matrices are stored in a scheme of their own, by its name, before the first odd tensor is met."""
+    said = next((f"{CONFIG_FILE}: {key}{_method(config[key])}" for key in _QUANTISED_KEYS if config.get(key)), None)
+    said = said or next((f"{name}" for name in _QUANTISED_FILES if (folder / name).is_file()), None)
+    if said is not None:
+        raise UnsupportedModelError(
+            f"{folder.name}/{said}: quantised matrices are read from GGUF files only; take the model's GGUF file, or its "
+            "weights as they were before, with the option quantization"
+        )
+
+
+def _method(value: object) -> str:
+    method = value.get("quant_method") if isinstance(value, dict) else value
+    return "" if method is None else f" {shown(method)}"
+
+
 def _open_safetensors_checkpoint(folder: Path, weights: Path) -> Checkpoint:
-    config = read_json(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
+    _refuse_quantised(folder, config)
     generation = folder / GENERATION_CONFIG_FILE
-    generation_config = read_json(generation) if generation.is_file() else {}
+    generation_config = read_config(generation) if generation.is_file() else {}
     if weights.name.endswith(".index.json"):
         files, views = index_shards(weights), open_index(weights)
     else:
@@ -119,12 +143,18 @@ def _open_safetensors_checkpoint(folder: Path, weights: Path) -> Checkpoint:
     return Checkpoint(folder, "safetensors", files, config, generation_config, None, views, {})
 
 
+_WHAT_OF_SEVERAL = {
+    "*.gguf": "; name the file itself",
+    "*.safetensors": f", but no {INDEX_FILE}: it belongs to the model and says which tensor lies where",
+}
+
+
 def _only(folder: Path, pattern: str) -> Path | None:
     """The one file that matches, or None; ModelNotFoundError naming them when there are several."""
     found = sorted(folder.glob(pattern))
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:5])
-        raise ModelNotFoundError(f"{folder} has {len(found)} files {pattern} ({names}); name the file itself")
+        raise ModelNotFoundError(f"{folder} has {len(found)} files {pattern} ({names}){_WHAT_OF_SEVERAL[pattern]}")
     return found[0] if found else None
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pellucid.errors import WeightFormatError
-from pellucid.weights.mapping import check_spans, format_error, map_file, shown
+from pellucid.weights.json_files import format_error, shown
+from pellucid.weights.mapping import check_spans, map_file
 from pellucid.weights.tensor import TensorView, byte_count
 
 MAGIC = b"GGUF"

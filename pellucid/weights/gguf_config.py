@@ -10,7 +10,7 @@ import numpy as np
 from pellucid.errors import UnsupportedModelError, WeightFormatError
 from pellucid.weights.gguf import GGUFFile
 from pellucid.weights.gguf_names import ARCHITECTURES, ROPE_FACTORS, ArchitectureNames
-from pellucid.weights.mapping import format_error
+from pellucid.weights.json_files import format_error
 
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**31 - 1
@@ -66,12 +66,12 @@ class _Fields:
         return value
 
     def token(self, key: str) -> int | None:
-        """An optional `tokenizer.ggml.<key>` id."""
+        """An optional `tokenizer.ggml.<key>` id; whether it is one of the vocabulary is for others to say."""
         value = self.file.metadata.get(f"tokenizer.ggml.{key}")
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_SIZE:
-            raise self.bad(f"tokenizer.ggml.{key}", value, f"it must be an integer from 0 to {_MAX_SIZE}")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.bad(f"tokenizer.ggml.{key}", value, "it must be an integer")
         return value
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pellucid.errors import WeightFormatError
 from pellucid.files import whole_file
-from pellucid.weights.mapping import check_spans, format_error, map_file, parse_json, read_json, shown
+from pellucid.weights.json_files import format_error, parse_json, read_json, shown
+from pellucid.weights.mapping import check_spans, map_file
 from pellucid.weights.tensor import TensorView, byte_count
 
 MAX_HEADER_BYTES = 16 * 2**20  # parsing costs up to some 20 times as much memory
@@ -60,12 +61,8 @@ def _tensor(path: Path, name: str, info: Any, data: NDArray[np.uint8]) -> tuple[
     return TensorView(name, dtype, tuple(shape), data[begin:end]), begin, end
 
 
-def open_safetensors(path: str | Path) -> dict[str, TensorView]:
-    """All tensors of one file, by name, as views of its mapping.
-
-    Raises ModelNotFoundError when there is no such file and WeightFormatError when it contradicts the format.
-    """
-    path = Path(path)
+def _parts(path: Path) -> tuple[dict[str, Any], dict[str, str], NDArray[np.uint8]]:
+    """The entries of a file's header, its notes, and the data section."""
     buffer = map_file(path)
     if buffer.size < 8:
         raise format_error(path, "file size", buffer.size, "8 bytes of header length are needed")
@@ -81,9 +78,18 @@ def open_safetensors(path: str | Path) -> dict[str, TensorView]:
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise format_error(path, "__metadata__", notes, "it must map strings to strings")
+    return header, notes, buffer[8 + length :]
+
+
+def open_safetensors(path: str | Path) -> dict[str, TensorView]:
+    """All tensors of one file, by name, as views of its mapping.
+
+    Raises ModelNotFoundError when there is no such file and WeightFormatError when it contradicts the format.
+    """
+    path = Path(path)
+    header, _, data = _parts(path)
     if len(header) > MAX_TENSORS:
         raise format_error(path, "tensor count", len(header), f"the limit is {MAX_TENSORS}")
-    data = buffer[8 + length :]
     tensors: dict[str, TensorView] = {}
     spans: list[tuple[int, int, str]] = []
     for name, info in header.items():
@@ -96,13 +102,7 @@ def open_safetensors(path: str | Path) -> dict[str, TensorView]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The notes in a file's header; empty when it has none. Raises as `open_safetensors`."""
-    path = Path(path)
-    buffer = map_file(path)
-    length = int.from_bytes(buffer[:8].tobytes(), "little")
-    if buffer.size < 8 or length > min(MAX_HEADER_BYTES, buffer.size - 8):
-        raise format_error(path, "header length", length, f"the file has {buffer.size} bytes")
-    notes = parse_json(path, buffer[8 : 8 + length].tobytes()).get("__metadata__", {})
-    return {str(name): str(value) for name, value in notes.items()} if isinstance(notes, dict) else {}
+    return _parts(Path(path))[1]
 
 
 _WRITTEN_DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64"}

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from pellucid.errors import ConfigError
-from pellucid.models.config import DEFAULTS, ModelConfig
+from pellucid.models.config import ARCHITECTURES, DEFAULTS, ModelConfig, architecture_of
 
 CLASSES = {
     "llama": transformers.LlamaConfig,
@@ -205,8 +205,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["full_attention", "odd"]}, "layer_types is 'odd'; known are"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
     ({"hidden_act": 3}, "hidden_act is 3"),
-    ({"eos_token_id": [1, -1]}, r"eos_token_id is \[1, -1\]"),
-    ({"bos_token_id": -1}, "bos_token_id is -1; it must be from 0"),
+    ({"eos_token_id": "2"}, "eos_token_id is '2'; it must be an integer or a list of integers"),
+    ({"eos_token_id": [1, [2]]}, r"eos_token_id is \[1, \[2\]\]; it must be an integer or a list"),
+    ({"eos_token_id": [1, None]}, r"eos_token_id is \[1, None\]; it must be an integer or a list"),
+    ({"eos_token_id": True}, "eos_token_id is True; it must be an integer or a list"),
+    ({"eos_token_id": 2.0}, "eos_token_id is 2.0; it must be an integer or a list"),
+    ({"bos_token_id": [1]}, r"bos_token_id is \[1\]; it must be an integer"),
+    ({"pad_token_id": "<pad>"}, "pad_token_id is '<pad>'; it must be an integer"),
+    ({"rms_norm_eps": 1e39}, r"rms_norm_eps is 1e\+39; it must be finite and positive as a float32"),
+    ({"rms_norm_eps": 1e-50}, "rms_norm_eps is 1e-50; it must be finite and positive as a float32"),
     ({"architectures": [3]}, r"architectures is \[3\]"),
     ({"model_type": 5}, "model_type is 5; it must be a string"),
     ({"torch_dtype": 16}, "torch_dtype is 16"),
@@ -225,3 +232,24 @@ def test_config_with_one_bad_field_when_read_then_error_names_field_value_and_li
 def test_config_that_is_no_object_when_read_then_refused() -> None:
     with pytest.raises(ConfigError, match="config is 3"):
         ModelConfig.from_dict(3)  # type: ignore[arg-type]
+
+
+def test_ids_outside_the_vocabulary_when_read_then_they_are_told_apart_and_left_out() -> None:
+    given = {"vocab_size": 10, "eos_token_id": [2, 10, -1, 2**31, 10**30, 2, 9], "bos_token_id": 99, "pad_token_id": -1}
+    config = ModelConfig.from_dict({**BASE, **given})
+    assert (config.eos_token_ids, config.bos_token_id) == ((2, 9), None)
+    outside = {"eos_token_id": (10, -1, 2**31, 10**30), "bos_token_id": (99,), "pad_token_id": (-1,)}
+    assert config.foreign_tokens == outside
+    assert ModelConfig.from_dict({**BASE, "vocab_size": 2}).foreign_tokens == {}  # the family's own defaults
+
+
+def test_every_model_type_when_no_class_is_named_then_it_decides_as_in_transformers() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    assert {name: NAMES[name] for name in DEFAULTS} == ARCHITECTURES
+    for absent in ({}, {"architectures": None}, {"architectures": []}):
+        assert architecture_of({"model_type": "qwen2", **absent}) == "Qwen2ForCausalLM"
+        assert architecture_of({"text_config": {"model_type": "gemma3_text"}, **absent}) == "Gemma3ForCausalLM"
+    assert architecture_of({"model_type": "gpt2"}) == "gpt2"
+    assert architecture_of({"model_type": "llama", "architectures": ["MyForCausalLM"]}) == "MyForCausalLM"
+    assert architecture_of({}) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from utils.children import finished
 from utils.text_tokenizers import (
     CHAT_TEMPLATE,
     LLAMA3_PATTERN,
@@ -156,7 +158,7 @@ def test_given_named_templates_when_tools_are_passed_then_tool_use_is_rendered(t
         ("tokenizer_config.json", '{"chat_template": [1]}'),
         ("tokenizer_config.json", "{" * 100_000),
         ("generation_config.json", '{"eos_token_id": "2"}'),
-        ("generation_config.json", '{"eos_token_id": [-1]}'),
+        ("generation_config.json", '{"eos_token_id": [true]}'),
         ("chat_template.jinja", b"\xff\xfe"),
     ],
 )
@@ -294,9 +296,7 @@ HOSTILE = [
     (byte_level_metadata, "merges", lambda merges: ["nospace", *merges], r"merges\[0\]"),
     (byte_level_metadata, "merges", lambda merges: ["", *merges], r"merges\[0\]"),
     (byte_level_metadata, "merges", lambda _: {"a": 1}, "must be an array"),
-    (byte_level_metadata, "bos_token_id", lambda _: 900, "bos_token_id is 900"),
-    (byte_level_metadata, "bos_token_id", lambda _: -1, "bos_token_id is -1"),
-    (byte_level_metadata, "eos_token_id", lambda _: 1 << 40, "eos_token_id is"),
+    (byte_level_metadata, "bos_token_id", lambda _: 1.0, "must be an integer"),
     (byte_level_metadata, "eos_token_id", lambda _: "2", "must be an integer"),
     (byte_level_metadata, "eos_token_id", lambda _: True, "must be an integer"),
     (byte_level_metadata, "add_bos_token", lambda _: 1, "must be a bool"),
@@ -312,6 +312,14 @@ def test_given_hostile_metadata_when_loaded_then_tokenizer_error(build, key, cha
     metadata[f"tokenizer.ggml.{key}"] = change(metadata.get(f"tokenizer.ggml.{key}"))
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_gguf(metadata)
+
+
+@pytest.mark.parametrize("token", [900, -1, 1 << 40])
+def test_given_ids_outside_the_vocabulary_when_loaded_then_there_are_none(token: int) -> None:
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(bos_token_id=token, eos_token_id=token, add_bos_token=True))
+    assert tokenizer.bos_token_id is None
+    assert token not in tokenizer.eos_token_ids
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
 
 
 def test_given_scores_that_are_not_numbers_when_loaded_then_it_still_builds_or_fails_typed() -> None:
@@ -410,9 +418,6 @@ def test_given_a_template_that_writes_bos_when_a_chat_is_encoded_then_bos_stands
 
 
 def test_given_the_serving_path_when_a_tokenizer_is_loaded_then_no_heavy_module_is_imported(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     directory = write_directory(tmp_path, byte_level_backend(), CONFIG)
     code = (
         "import sys; from pathlib import Path; from pellucid.text.tokenizer import Tokenizer;"
@@ -423,9 +428,7 @@ def test_given_the_serving_path_when_a_tokenizer_is_loaded_then_no_heavy_module_
     )
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(directory)], capture_output=True, text=True, env=environment, check=True
-    )
+    result = finished([sys.executable, "-c", code, directory], env=environment, check=True)
     assert result.stdout.strip() == "False []"
 
 
@@ -470,9 +473,11 @@ def test_given_a_long_text_when_encoded_then_ids_are_as_always_and_other_threads
     text = "".join(SAMPLES) * 400
     turns = 0
     found: list[list[int]] = []
-    thread = threading.Thread(target=lambda: found.append(tokenizer.encode(text)))
+    thread = threading.Thread(target=lambda: found.append(tokenizer.encode(text)), daemon=True)
     thread.start()
+    deadline = time.monotonic() + 60
     while thread.is_alive():
+        assert time.monotonic() < deadline
         time.sleep(0)
         turns += 1
     assert turns > 100, "the interpreter lock was held all the while"

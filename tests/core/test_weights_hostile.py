@@ -32,7 +32,7 @@ from pellucid.errors import ConfigError, PellucidError, WeightFormatError
 from pellucid.models.config import ModelConfig
 from pellucid.weights.checkpoint import open_checkpoint
 from pellucid.weights.gguf import open_gguf
-from pellucid.weights.mapping import read_json
+from pellucid.weights.json_files import read_json
 from pellucid.weights.safetensors import open_index, open_safetensors
 from pellucid.weights.tensor import TensorView
 

@@ -227,6 +227,16 @@ def test_padding_of_the_output_matrix_when_masked_then_never_allowed(tokenizer: 
     assert max(bits_of(compiled)) < tokenizer.vocab_size
 
 
+def test_end_tokens_beyond_the_output_when_compiled_then_the_others_end_it(tokenizer: Tokenizer) -> None:
+    own = tokenizer.eos_token_ids[0]
+    compiled = compile_grammar(structure(choice=["a"]), tokenizer, eos_token_ids=[10**6, own, -1])
+    matcher = compiled.matcher(tokens_of(tokenizer, "a"))
+    matcher.fill()
+    assert matcher.mask[own // 32] >> (own % 32) & 1
+    with pytest.raises(InvalidRequestError, match="needs a model with an end token"):
+        compile_grammar(structure(choice=["a"]), tokenizer, eos_token_ids=[10**6])
+
+
 def test_same_structure_when_asked_for_by_many_threads_then_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     real = grammar_module._compile
@@ -237,11 +247,11 @@ def test_same_structure_when_asked_for_by_many_threads_then_compiled_once(monkey
     def ask(index: int) -> None:
         found.append(compile_grammar(structure(regex="once only"), tokenizers[index % 2]))
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
+    threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len(calls) == 1
     assert len({id(one) for one in found}) == 1
     assert len(found) == 8

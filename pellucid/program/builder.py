@@ -140,12 +140,18 @@ def _pieces(weight: RecordedWeight) -> list[TensorView]:
 
 
 def pack_weight(context: abi.Context, weight: RecordedWeight, place: PackedWeight, data: Bytes) -> None:
-    """Converts a weight's pieces, in the order of their rows, into its place."""
+    """Converts a weight's pieces, in the order of their rows, into its place.
+
+    Raises:
+        WeightFormatError: a value that is to be rounded to an integer is not finite: nothing would be left of it to be seen later.
+    """
     target = data[place.offset : place.offset + place.nbytes]
     row = 0
     for piece in _pieces(weight):
         rows = piece.rows if len(weight.shape) > 1 else 1
         cols = piece.cols
+        if place.dtype not in (abi.F32, abi.BF16):
+            piece.check_finite()
         if place.layout == abi.PANELS:
             abi.pack(context, piece.data, piece.pld_dtype, rows, cols, row, place.rows, target, place.dtype)
             row += rows

@@ -90,6 +90,10 @@ NUMPY_DTYPES: dict[str, str] = {
     "I64": "<i8",
 }
 
+# The bits of an exponent: all of them are set in NaN and infinities, and in no other value.
+_EXPONENT_BITS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+_CHECKED_AT_ONCE = 2**20
+
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; ValueError with the field, the value and the limit when type and shape do not fit together."""
@@ -177,6 +181,23 @@ class TensorView:
         """Rows [len(index), cols] in the order of `index`, copied exactly as stored; IndexError when out of range."""
         rows = self.data.reshape(self.rows, self.row_bytes)[np.asarray(index)]
         return TensorView(self.name, self.dtype, (len(rows), self.cols), rows.reshape(-1))
+
+    def check_finite(self) -> None:
+        """Passes for types other than F32, BF16 and F16: their blocks have scales.
+
+        Raises:
+            WeightFormatError: a value is NaN or infinite; the text names the tensor and the place.
+        """
+        if self.dtype not in _EXPONENT_BITS:
+            return
+        kind, exponent = _EXPONENT_BITS[self.dtype]
+        bits = self.data.view(kind)
+        for begin in range(0, bits.size, _CHECKED_AT_ONCE):
+            odd = (bits[begin : begin + _CHECKED_AT_ONCE] & exponent) == exponent
+            if odd.any():
+                row, col = divmod(begin + int(odd.argmax()), self.cols)
+                value = float(self.to_float32().reshape(-1)[row * self.cols + col])
+                raise WeightFormatError(f"tensor {self.name!r}: value {col} of row {row} is {value}; it must be finite")
 
     def to_numpy(self) -> NDArray[Any]:
         """The values in the storage type, shaped, without a copy; UnsupportedModelError for types that numpy lacks."""

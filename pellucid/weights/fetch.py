@@ -25,7 +25,8 @@ TIMEOUT_SECONDS = 30.0
 ATTEMPTS = 4
 _RETRY_SECONDS = 0.5
 _SCHEMES = ("https", "http", "file")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_LENGTH = re.compile(r"[0-9]{1,19}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/([0-9]{1,19}|\*)")
 
 # Answers that another attempt may turn into a success.
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -82,7 +83,7 @@ def _start_of_answer(answer: Any, offset: int) -> tuple[int, int | None]:
     if found is not None and int(found[1]) == offset:
         return offset, None if found[2] == "*" else int(found[2])
     length = headers.get("Content-Length", "")
-    return 0, int(length) if length.isdigit() else None
+    return 0, int(length) if _LENGTH.fullmatch(length) else None
 
 
 def _copy(source: IO[bytes], target: IO[bytes], done: int, limit: int, report: Report) -> int:

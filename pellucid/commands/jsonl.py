@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from pellucid.params import SamplingParams
 
 # Lines read ahead of what runs: enough to keep the batch full, few enough to bound memory.
 LOOKAHEAD = 4
+MAX_LINE_BYTES = 64 * 2**20  # as of a trace: a prompt of a million tokens has less than 8 MB
 _OWN_KEYS = ("prompt", "messages")
 
 
@@ -99,7 +101,10 @@ def ended_lines(
 def _submitted(
     llm: LLM, source: BinaryIO, defaults: dict[str, Any], first_line: int, options: RequestOptions
 ) -> Iterator[Line]:
-    for number, raw in enumerate(source, start=1):
+    for number, raw in enumerate(iter(partial(source.readline, MAX_LINE_BYTES + 1), b""), start=1):
+        if len(raw) > MAX_LINE_BYTES:
+            yield Line(number, error=f"the line has more than {MAX_LINE_BYTES:,} bytes: nothing behind it is read")
+            return
         if not raw.strip() or number < first_line:
             continue
         try:

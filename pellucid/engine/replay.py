@@ -8,6 +8,7 @@ not depend on how it is scheduled.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from pellucid.engine.trace_lines import (
     SubmitLine,
 )
 from pellucid.engine.trace_reader import TraceReader
-from pellucid.errors import ConfigError, InvalidRequestError, TraceError
+from pellucid.errors import ConfigError, InvalidRequestError, TraceError, about
 from pellucid.executor.uniproc import UniProcExecutor
 from pellucid.hidden import CaptureParams, SteeringParams
 from pellucid.options import RequestOptions
@@ -119,6 +120,16 @@ def replay(
         ConfigError, ModelNotFoundError: what cannot be loaded, and why.
     """
     trace = TraceReader(path)
+    with about(os.path.basename(path)):
+        return _replay(trace, model, progress, overrides)
+
+
+def _replay(
+    trace: TraceReader,
+    model: str | None,
+    progress: Callable[[int, int], None] | None,
+    overrides: Mapping[str, Any],
+) -> ReplayReport:
     if not trace.is_whole:
         raise TraceError(
             f"the beginning of the trace is gone: part {trace.header.part} is the oldest that was kept; a larger "
@@ -405,7 +416,9 @@ def _config_of(header: Header, model: str | None, overrides: Mapping[str, Any]) 
         **overrides,
         "trace_path": None,  # the trace that is read is not the one to write
     }
-    name = str(model or values.pop("model", ""))
+    name = model or values.get("model")
+    if not isinstance(name, str):
+        raise TraceError(f"the settings of the trace have the model {_shown(name)}; it must be a text")
     values.pop("model", None)
     try:
         return EngineConfig.from_kwargs(name, values)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import ActivationsError, RowError, WeightFormatError, reason_of
+from pellucid.errors import ActivationsError, NativeError, RowError, WeightFormatError, reason_of
 from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
@@ -126,7 +126,9 @@ def load_program(
             ops, buffers = file.sections["ops"].view(abi.OP_DTYPE), file.sections["buffers"].view(abi.BUFFER_DTYPE)
             variant = Variant(ops, buffers, meta["n_forward_ops"], meta["hidden"], {}, {})
         weights = []
-        for _, rows, cols, dtype, layout, offset, nbytes in meta["weights"]:
+        for name, rows, cols, dtype, layout, offset, nbytes in meta["weights"]:
+            if not isinstance(name, str):
+                raise TypeError(f"a weight is named {name!r:.80}")
             if offset < 0 or nbytes < 0 or offset + nbytes > data.nbytes:
                 raise ValueError(f"weight at [{offset}, +{nbytes}] lies outside {data.nbytes} bytes")
             if nbytes != _stored_bytes(rows, cols, dtype, layout):
@@ -146,8 +148,10 @@ def load_program(
             kept=variant.kept,
             inputs=list(variant.inputs.values()),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise WeightFormatError(f"{file.path.name}: the program is damaged: {error}") from None
+    except NativeError as error:
+        raise NativeError(f"{file.path.name}: {error}", error.status) from None
 
 
 def _stored_bytes(rows: int, cols: int, dtype: int, layout: int) -> int:

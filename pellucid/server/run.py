@@ -66,6 +66,9 @@ class Server(uvicorn.Server):
     server follows it a little later: whoever looks after it starts it anew.
 
     `exit_status` is 0 after a drain, 1 after a second signal or when the engine died.
+
+    Raises:
+        ConfigError: the certificate or its key cannot be used.
     """
 
     def __init__(self, engine: AsyncLLMEngine, settings: ServerSettings) -> None:
@@ -74,7 +77,13 @@ class Server(uvicorn.Server):
         self.exit_status = 0
         self._ending: asyncio.Task[None] | None = None
         self._dead_until: float | None = None
-        super().__init__(_uvicorn_config(self.app, settings))
+        config = _uvicorn_config(self.app, settings)
+        try:
+            config.load()
+        except OSError as error:
+            names = f"ssl_certfile is {settings.ssl_certfile!r} and ssl_keyfile {settings.ssl_keyfile!r}"
+            raise ConfigError(f"{names}; they cannot be used: {error.strerror or error}") from None
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from utils.children import finished
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.commands.capture import ShardWriter
+from pellucid.errors import ConfigError
+from pellucid.weights.safetensors import write_safetensors
 
 PROMPTS = [f"{'the quick brown fox ' * (i % 5 + 1)}{i}" for i in range(30)]
 SETTINGS = ("--num-blocks", "256", "--num-threads", "1", "--max-num-seqs", "8")
@@ -24,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_checkpoint(tmp_path_factory.mktemp("capture"), "llama")
 
 
-def capture(checkpoint: Path, source: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def capture(checkpoint: Path, source: Path, folder: Path, *options: str) -> CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -36,7 +41,7 @@ def capture(checkpoint: Path, source: Path, folder: Path, *options: str) -> subp
         "-o",
         str(folder),
     ]
-    return subprocess.run([*command, *SETTINGS, *options], capture_output=True, text=True)
+    return finished([*command, *SETTINGS, *options])
 
 
 def written(path: Path, lines: list[Any]) -> Path:
@@ -109,6 +114,18 @@ def test_folder_when_of_another_run_then_refused_by_what_differs(checkpoint: Pat
         assert done.returncode == 2
         assert f"has {name} " in done.stderr
         assert "choose another folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "lines", [None, np.zeros(0, np.int64), np.zeros(3, np.float32), np.array([[3]]), np.array([0]), np.array([-7])]
+)
+def test_shard_that_does_not_say_which_lines_it_is_of_when_gone_on_behind_then_refused_by_name(
+    tmp_path: Path, lines: np.ndarray | None
+) -> None:
+    path = tmp_path / "shard-00000.safetensors"
+    write_safetensors(path, {} if lines is None else {"lines": lines}, {"a": "b", "dtype": "float32"})
+    with pytest.raises(ConfigError, match=f"^{path} does not say which lines it is of"):
+        ShardWriter(tmp_path, {"a": "b"}, "float32", 64)
 
 
 def test_lines_when_some_are_bad_then_the_others_are_captured_and_the_errors_named(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from utils.children import finished
 from utils.tiny_models import build_tiny_checkpoint
+
+from pellucid import LLM
+from pellucid.commands import jsonl
 
 SMALL = ("--max-model-len", "64", "--num-blocks", "16", "--num-threads", "1")
 FIXED = ("--temperature", "0", "--max-tokens", "5", "--ignore-eos")
@@ -20,17 +25,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_checkpoint(tmp_path_factory.mktemp("cli"), "llama"))
 
 
-def pellucid(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def pellucid(*arguments: str, stdin: str = "", **environment: str) -> CompletedProcess[str]:
     command = [sys.executable, "-m", "pellucid.cli", *arguments]
-    return subprocess.run(
-        command,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    return finished(command, input=stdin, env={**os.environ, **environment})
 
 
 def test_info_when_asked_for_activations_then_names_and_widths_in_order(checkpoint: str) -> None:
@@ -121,6 +118,19 @@ def test_run_when_a_line_is_no_utf8_then_it_alone_is_refused(checkpoint: str, tm
     assert "can't decode byte 0xff" in results[1]["error"]
 
 
+def test_run_when_a_line_has_no_end_then_it_is_refused_and_the_file_ends_there(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 40)
+    lines = b'{"prompt": [5], "max_tokens": 1}\n' + b" " * 60 + b'\n{"prompt": [5]}\n'
+    target = io.StringIO()
+    with LLM(checkpoint, num_blocks=8, num_threads=1) as llm:
+        assert jsonl.run_jsonl(llm, io.BytesIO(lines), target, {}, lambda: None) == 1
+    results = [json.loads(line) for line in target.getvalue().splitlines()]
+    assert [result.get("line") for result in results] == [None, 2]
+    assert results[1]["error"] == "the line has more than 40 bytes: nothing behind it is read"
+
+
 def test_run_when_the_output_is_the_input_then_refused_and_the_file_is_whole(checkpoint: str, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "hello"}\n')
@@ -198,6 +208,17 @@ BAD_INVOCATIONS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no such model": (("generate", "x", "-m", "./no-such-folder"), 2, "no-such-folder"),
     "no such file": (("run", "no-such.jsonl", "MODEL"), 2, "no-such.jsonl cannot be read: No such file"),
     "a folder for a file": (("run", ".", "MODEL"), 2, ". cannot be read: Is a directory"),
+    "a folder for results": (("run", os.devnull, "MODEL", "-o", "."), 2, ". cannot be written: Is a directory"),
+    "no folder for results": (
+        ("run", os.devnull, "MODEL", "-o", "no/such/x"),
+        2,
+        "no/such/x cannot be written: No such",
+    ),
+    "a file for a folder": (
+        ("capture", os.devnull, "MODEL", "-c", "norm", "-o", os.devnull),
+        2,
+        "cannot be made: File exists",
+    ),
     "a bad option for all lines": (
         ("run", os.devnull, "MODEL", "--top-p", "0"),
         2,

@@ -9,22 +9,22 @@ import math
 import random
 import signal
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from utils.children import child, finished
 from utils.scripted_server import Script, ScriptedServer
 from utils.tiny_models import build_tiny_checkpoint
+from utils.waiting import until
 
 from pellucid.bench.figures import percentile
 from pellucid.bench.serve_bench import ServeResult, run_bench
 from pellucid.bench.serve_client import Answer, ServerError
-from pellucid.bench.serve_dataset import id_pool, prefix_requests, random_requests
+from pellucid.bench.serve_dataset import custom_requests, id_pool, prefix_requests, random_requests
 from pellucid.bench.serve_events import EventParser
 from pellucid.bench.serve_http import Address
 from pellucid.bench.serve_load import Arrivals
@@ -236,6 +236,9 @@ def test_bench_when_the_data_set_is_a_file_then_lines_are_asked_in_order_and_aga
         ('{"prompt": "a", "output_tokens": true}', "output_tokens is True"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "they need --backend openai-chat"),
         ("", "has no lines"),
+        ("\n\n[" + "[" * 100_000, "line 3 is not JSON: maximum recursion depth"),
+        ('{"prompt": ' + "9" * 5_000 + "}", "line 1 is not JSON: Exceeds the limit"),
+        ('{"prompt": "a", "output_tokens": "' + "x" * 999 + '"}', "it must be at least 1"),
     ],
 )
 def test_bench_when_a_line_of_the_file_is_wrong_then_it_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -243,7 +246,16 @@ def test_bench_when_a_line_of_the_file_is_wrong_then_it_is_named(tmp_path: Path,
     path.write_text(line)
     with pytest.raises(InvalidRequestError) as caught:
         bench(Script(), dataset_name="custom", dataset_path=path)
+    assert str(caught.value).startswith(f"dataset_path {path}")
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_bench_when_a_text_of_the_file_has_other_ends_of_lines_then_it_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False).encode() + b"\r\n")
+    (made,) = custom_requests(path, 1, output_len=1, is_chat=False)
+    assert made.prompt == "a\u2028b\x85c"
 
 
 def test_bench_when_options_are_infinite_or_texts_are_halves_then_the_result_is_strict_json(
@@ -392,7 +404,7 @@ def test_command_when_run_then_prints_saves_and_draws(tmp_path: Path) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         where = ("--host", host, "--port", port, "--api-key", "k")
         line = line_of(*where, *ASK, *extra, "--goodput", "ttft:60000", "e2el:60000", "--request-rate", "40")
-        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+        done = finished(line)
     assert done.returncode == 0, done.stderr
     for text in ("Successful requests:", "Request goodput (req/s):", "P99 TTFT (ms):", "Mean E2EL (ms):"):
         assert text in done.stdout
@@ -408,12 +420,10 @@ def test_command_when_interrupted_then_shows_what_it_has() -> None:
         server.script.concerns = lambda request: len(server.requests) > 3
         server.script.fault = "never-answers"
         line = line_of("--base-url", server.url, *ASK, "--max-concurrency", "1")
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while len(server.requests) < 4:
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        with child(line) as process:
+            until(lambda: len(server.requests) == 4 or process.poll() is not None, "the fourth request")
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "interrupted" in err
     assert "Successful requests:                               2" in out
@@ -424,7 +434,7 @@ def test_command_when_every_request_fails_then_status_one() -> None:
         server.script.concerns = lambda request: len(server.requests) > 1
         server.script.fault = "status-500"
         line = line_of("--base-url", server.url, *ASK)
-        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+        done = finished(line)
     assert done.returncode == 1
     assert "failures: 4 x status 500: broken" in done.stderr
 
@@ -438,7 +448,7 @@ def test_command_when_every_request_fails_then_status_one() -> None:
     ],
 )
 def test_command_when_an_option_is_wrong_then_one_line_and_status_two(arguments: tuple[str, ...], message: str) -> None:
-    done = subprocess.run(line_of(*arguments), capture_output=True, text=True, timeout=120, check=False)
+    done = finished(line_of(*arguments))
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.strip().count("\n") == 0

@@ -8,7 +8,6 @@ import logging
 import re
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
+from utils.children import finished
 from utils.http_server import RunningServer, running_server
+from utils.waiting import until
 
 from pellucid.errors import ConfigError
 from pellucid.server.logs import set_up_logging
@@ -154,7 +155,7 @@ def test_given_full_queue_when_one_more_comes_then_it_is_told_when_to_try_again(
             await asyncio.gather(*held, return_exceptions=True)
             return refused
 
-    refused = asyncio.run(run())
+    refused = asyncio.run(asyncio.wait_for(run(), _PATIENCE))
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full"
@@ -196,7 +197,7 @@ def test_given_certificate_when_served_then_it_speaks_tls(tiny_model: Any, tmp_p
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     command = ["openssl", "req", *kind, *subject, "-keyout", str(key), "-out", str(certificate)]
-    made = subprocess.run(command, capture_output=True, check=False)
+    made = finished(command)
     if made.returncode:
         pytest.skip("openssl cannot make a certificate here")
     with running_server(tiny_model, ssl_keyfile=str(key), ssl_certfile=str(certificate)) as running:
@@ -205,6 +206,22 @@ def test_given_certificate_when_served_then_it_speaks_tls(tiny_model: Any, tmp_p
         assert httpx.get(f"{running.url}/health", verify=trusting, timeout=_PATIENCE).status_code == 200
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{running.url}/health", timeout=_PATIENCE)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
+def test_given_certificate_that_is_none_when_served_then_typed_error_that_names_the_files(
+    tiny_model: Any, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "certificate.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with (
+        pytest.raises(
+            ConfigError, match=r"ssl_certfile is '.*certificate.pem' and ssl_keyfile '.*'; they cannot be used: "
+        ),
+        running_server(tiny_model, ssl_keyfile=str(path), ssl_certfile=str(path)),
+    ):
+        pass
 
 
 def test_given_json_logs_when_a_request_ends_then_its_lines_carry_its_id(tiny_model: Any, capsys: Any) -> None:
@@ -270,6 +287,11 @@ def test_given_dead_engine_when_asked_then_health_says_so_and_callers_are_told(t
     assert metrics.status_code == 200
 
 
+def _num_running(running: RunningServer) -> int:
+    stats = asyncio.run_coroutine_threadsafe(running.engine.stats(), running.loop).result(_PATIENCE)
+    return int(stats.num_running)
+
+
 def test_given_engine_that_dies_when_callers_wait_then_each_gets_an_error_at_once(long_model: Any) -> None:
     with running_server(long_model, num_blocks=600) as running:
         answers: dict[bool, httpx.Response] = {}
@@ -278,11 +300,10 @@ def test_given_engine_that_dies_when_callers_wait_then_each_gets_an_error_at_onc
             body = {**_LONG, "stream": stream}
             answers[stream] = httpx.post(f"{running.url}/v1/completions", json=body, timeout=_PATIENCE)
 
-        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+        threads = [threading.Thread(target=ask, args=(stream,), daemon=True) for stream in (False, True)]
         for thread in threads:
             thread.start()
-        while asyncio.run_coroutine_threadsafe(running.engine.stats(), running.loop).result(_PATIENCE).num_running < 2:
-            pass
+        until(lambda: _num_running(running) == 2, "the second request")
         running.engine.close()
         for thread in threads:
             thread.join(_PATIENCE)

@@ -61,9 +61,14 @@ def running_server(model: str | Path, *, in_process: bool = False, **settings: A
         max_waiting=chosen.max_waiting,
         hidden_states_total_mb=chosen.hidden_states_total_mb,
     )
-    server = Server(engine, chosen)
+    try:
+        server = Server(engine, chosen)
+    except BaseException:
+        engine.close()
+        bound.close()
+        raise
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=_serve, args=(loop, server, bound), name="test-server")
+    thread = threading.Thread(target=_serve, args=(loop, server, bound), name="test-server", daemon=True)
     thread.start()
     try:
         url = url_of(bound, chosen)

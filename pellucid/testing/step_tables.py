@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.trace import StepRecord
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import ConfigError, InvalidRequestError
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
 from pellucid.params import SamplingParams
@@ -92,11 +92,18 @@ class StepTable:
 
 def load_step_table(path: str | Path) -> StepTable:
     """A table from JSON: `name`, `scenario`, `engine`, `requests` (objects with the fields of `TableRequest`), `columns` (`after`
-    first) and `rows` (lists, in the order of the columns)."""
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
-    rows = [TableRow(after, dict(zip(data["columns"][1:], values, strict=True))) for after, *values in data["rows"]]
-    requests = [TableRequest(**request) for request in data["requests"]]
-    return StepTable(data["name"], data["scenario"], requests, rows, data.get("engine", {}))
+    first) and `rows` (lists, in the order of the columns).
+
+    Raises:
+        ConfigError: the file cannot be read, or is no such table.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [TableRow(after, dict(zip(data["columns"][1:], values, strict=True))) for after, *values in data["rows"]]
+        requests = [TableRequest(**request) for request in data["requests"]]
+        return StepTable(data["name"], data["scenario"], requests, rows, data.get("engine", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no step table: {type(error).__name__}: {error}") from error
 
 
 def check_step_table(engine: LLMEngine, table: StepTable) -> dict[str, RequestOutput]:

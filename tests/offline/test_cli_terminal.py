@@ -14,6 +14,7 @@ from subprocess import PIPE
 import pytest
 from utils.children import Terminal, child, finished
 from utils.tiny_models import build_tiny_checkpoint
+from utils.waiting import PATIENCE
 
 from pellucid.commands.chat import Conversation, _split_paragraphs
 from pellucid.commands.load import sampling_of
@@ -42,6 +43,17 @@ class ShownTerminal(Terminal):
     def send(self, text: str) -> None:
         os.write(self.file, text.encode())
 
+    def press_until(self, key: str, expected: str) -> None:
+        """Presses a key until it has done what is expected: readline hears an interrupt that came before it waits with the next key
+        only."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            self.send(key)
+            if select.select([self.file], [], [], 1.0)[0]:
+                self.read_until(expected)
+                return
+        pytest.fail(f"{expected!r} was not shown")
+
     def read_until(self, expected: str, seconds: float = 30.0) -> str:
         """What is shown up to `expected`; the test fails when that does not come in time."""
         shown, end = "", time.monotonic() + seconds
@@ -65,9 +77,7 @@ def test_chat_at_a_terminal_when_interrupted_then_the_answer_stops_and_the_talk_
         terminal.read_until("(stopped)")
         terminal.send("/help\n")
         terminal.read_until("stops an answer\r\n> ")
-        time.sleep(0.5)  # readline must be waiting: a signal just before that is seen with the next key only
-        terminal.send("\x03")  # at the prompt it only begins a new line
-        terminal.read_until("> ")
+        terminal.press_until("\x03", "> ")  # at the prompt it only begins a new line
         time.sleep(0.1)
         terminal.send("\x04")
         shown = terminal.read_until("tokens/s")

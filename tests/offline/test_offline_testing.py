@@ -13,7 +13,7 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import ConfigError, InvalidRequestError
 from pellucid.testing import (
     Generated,
     GoldenTokens,
@@ -226,3 +226,16 @@ def test_step_table_when_it_cannot_be_meant_then_it_is_refused(tmp_path: Path) -
     data = {"name": "t", "scenario": "s", "requests": [{"request_id": "a", "prompt": 3, "max_tokens": 1}]}
     path.write_text(json.dumps({**data, "columns": ["after", "tkv"], "rows": [[0, 0], [1, 64]]}))
     assert load_step_table(path).rows == [TableRow(0, {"tkv": 0}), TableRow(1, {"tkv": 64})]
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"columns": 1, "rows": [1]}',
+        "[" * 100_000,
+        json.dumps({**data, "columns": ["after"], "rows": [[0, 0]]}),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"^{path} is no step table: "):
+            load_step_table(path)
+    with pytest.raises(ConfigError, match="absent.json is no step table"):
+        load_step_table(tmp_path / "absent.json")

@@ -112,6 +112,10 @@ class ActivationsError(PellucidError, RuntimeError):
         self.names = frozenset(names)
 
 
+class RequestFailedError(PellucidError, RuntimeError):
+    """The engine ended a request before its output was whole; the text says why."""
+
+
 class QueueFullError(PellucidError, RuntimeError):
     """As many requests wait as may. `retry_after` is the number of seconds after which trying again makes sense."""
 

@@ -80,6 +80,7 @@ class RequestOutput(Mapping[str, Any]):
     outputs: list[CompletionOutput]
     finished: bool
     status: str = "waiting"
+    # One entry a prompt token: None for the first, and for those that were not computed before the request ended.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None

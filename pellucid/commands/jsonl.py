@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from pellucid.errors import PellucidError, shown
 from pellucid.files import LineFile
 from pellucid.json_text import check_values, dumps
 from pellucid.options import NO_OPTIONS, RequestOptions
+from pellucid.outputs import Logprob
 from pellucid.params import SamplingParams
 
 # Lines read ahead of what runs: enough to keep the batch full, few enough to bound memory.
@@ -159,17 +160,23 @@ def _result(client: EngineClient, line: Line) -> dict[str, Any]:
     if len(output.outputs) > 1:
         result["choices"] = [
             {"index": c.index, "text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason}
+            | ({} if c.logprobs is None else {"logprobs": _logprobs(c.logprobs)})
             for c in output.outputs
         ]
     choice = output.outputs[0]
     if choice.logprobs is not None:
-        result["logprobs"] = [
-            {str(token): entry.logprob for token, entry in position.items()} for position in choice.logprobs
-        ]
+        result["logprobs"] = _logprobs(choice.logprobs)
+    if output.prompt_logprobs is not None:
+        result["prompt_logprobs"] = _logprobs(output.prompt_logprobs)
     errors = [choice.error for choice in output.outputs if choice.error is not None]
     if errors:
         result |= {"error": errors[0], "line": line.number}
     return result
+
+
+def _logprobs(rows: Sequence[Mapping[int, Logprob] | None]) -> list[dict[str, float] | None]:
+    """By token id; null for a prompt's first token, which nothing stands before."""
+    return [None if row is None else {str(token): entry.logprob for token, entry in row.items()} for row in rows]
 
 
 def line_progress(path: str) -> tuple[Callable[[], None], Callable[[], None]]:

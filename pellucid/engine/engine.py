@@ -122,7 +122,7 @@ class LLMEngine:
         )
         self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
         self.metrics = EngineMetrics()
-        self.output = OutputProcessor(tokenizer, self.metrics.observe_gap)
+        self.output = OutputProcessor(tokenizer, self.metrics.observe_gap, model.config.hidden_size)
         self.trace = Trace()
         self._clock, self._check_every_step = clock, check_every_step
         self._numbers = itertools.count()

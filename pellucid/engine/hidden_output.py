@@ -18,8 +18,8 @@ F32 = npt.NDArray[np.float32]
 class HiddenStatesOfChoice:
     """Rows by position. One that comes again, computed anew after a preemption, takes the place of its equal."""
 
-    def __init__(self, params: HiddenStatesParams, num_prompt_tokens: int) -> None:
-        self.params, self._num_prompt_tokens = params, num_prompt_tokens
+    def __init__(self, params: HiddenStatesParams, num_prompt_tokens: int, hidden_size: int) -> None:
+        self.params, self._num_prompt_tokens, self._hidden_size = params, num_prompt_tokens, hidden_size
         self._wanted = WantedRows(params, num_prompt_tokens)
         self._rows: dict[int, F32] = {}  # [layers, D]
         self._passing: deque[int] = deque()  # positions that are among the last for a while
@@ -45,14 +45,13 @@ class HiddenStatesOfChoice:
 
     def result(self, num_tokens: int) -> tuple[F32 | None, list[int] | None]:
         """The states of a choice that ended with `num_tokens` generated ones, and their positions where those were asked for:
-        [D], or [rows, D], or [rows, layers, D]. None when there is no row."""
+        [D], or [rows, D], or [rows, layers, D]. Without a row that is [0, …], and None in place of [D]."""
         num_rows = self._num_prompt_tokens + num_tokens - 1 if num_tokens else 0
         positions = [position for position in resolve(self.params, num_rows) if position in self._rows]
-        if not positions:
-            return None, None
-        states = np.stack([self._rows[position] for position in positions])
+        none_NLD = np.zeros((0, len(self.params.wanted_layers), self._hidden_size), np.float32)
+        states = np.stack([self._rows[position] for position in positions]) if positions else none_NLD
         if self.params.is_flat:
-            return states[0, 0], None
+            return (states[0, 0] if positions else None), None
         return states if self.params.layers is not None else states[:, 0], positions
 
     def take_streamed(self, num_tokens: int) -> F32 | None:

@@ -46,12 +46,16 @@ class RequestState:
     choices: list[ChoiceState]
     submitted_at: float
     stream: bool = True  # somebody reads chunks; else text is made when a choice ends
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # up to where they have been computed
     num_cached_tokens: int = 0
     scheduled_at: float | None = None
     first_token_at: float | None = None
     finished_at: float | None = None
     num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # nothing stands before the first token, be it the only one
 
     @property
     def finished(self) -> bool:
@@ -84,19 +88,27 @@ class RequestState:
             outputs=[choice.output for choice in self.choices],
             finished=self.finished,
             status=self.status,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self._whole_prompt_logprobs(),
             num_cached_tokens=self.num_cached_tokens,
             metrics=metrics,
         )
+
+    def _whole_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """One entry a prompt token, also of a request that ended before all were computed."""
+        rows = self.prompt_logprobs
+        return None if rows is None else rows + [None] * (len(self.prompt_token_ids) - len(rows))
 
 
 class OutputProcessor:
     """Keeps the caller's side of every request that runs. `choice_id` is the scheduler's request id of one choice."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, observe_gap: Callable[[float], None] = lambda seconds: None
+        self,
+        tokenizer: Tokenizer | None,
+        observe_gap: Callable[[float], None] = lambda seconds: None,
+        hidden_size: int = 0,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._hidden_size = tokenizer, hidden_size
         self._observe_gap = observe_gap  # told the seconds between two tokens of a choice
         self.requests: dict[str, RequestState] = {}
         self._choices: dict[str, tuple[RequestState, ChoiceState]] = {}
@@ -129,7 +141,7 @@ class OutputProcessor:
         output = CompletionOutput(index, seed=None if params.is_greedy else seed)
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
-        kept = None if hidden is None else HiddenStatesOfChoice(hidden, len(prompt_token_ids))
+        kept = None if hidden is None else HiddenStatesOfChoice(hidden, len(prompt_token_ids), self._hidden_size)
         captured = CapturedOfChoice(capture, len(prompt_token_ids)) if capture else None
         return ChoiceState(output, detokenizer, stop, hidden=kept, captured=captured)
 
@@ -197,10 +209,9 @@ class OutputProcessor:
     def add_prompt_logprobs(self, choice_id: str, start: int, rows: list[TokenLogprobs]) -> None:
         """Books the rows of prompt positions `start` + 1 and on; position 0 has none. Positions computed twice are kept once."""
         state, _ = self._choices[choice_id]
-        if state.prompt_logprobs is None:
-            state.prompt_logprobs = [None]
-        del state.prompt_logprobs[start + 1 :]
-        state.prompt_logprobs += [self.logprob_dict(row) for row in rows]
+        if state.prompt_logprobs is not None:
+            del state.prompt_logprobs[start + 1 :]
+            state.prompt_logprobs += [self.logprob_dict(row) for row in rows]
 
     def add_hidden_states(self, choice_id: str, positions: list[int], rows: F32) -> None:
         """Books rows [n, layers, D] that a step computed for a choice that wants them."""

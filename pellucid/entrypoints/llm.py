@@ -14,7 +14,7 @@ from pellucid.engine.admission import Prompt
 from pellucid.engine.client import EngineClient, Reader, Submission
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError, RequestFailedError, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
@@ -172,6 +172,7 @@ class LLM:
 
         Raises:
             ValueError: the lengths differ, or a prompt or a continuation is empty.
+            RequestFailedError: the engine ended a request with an error, or it was cancelled.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
@@ -185,11 +186,12 @@ class LLM:
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         outputs = self.generate([prompt + continuation for prompt, continuation in pairs], params, use_tqdm=False)
         scores = []
-        for output, (prompt, continuation) in zip(outputs, pairs, strict=True):
-            rows = (output.prompt_logprobs or [])[len(prompt) :]
-            scores.append(
-                [row[token].logprob for row, token in zip(rows, continuation, strict=True) if row is not None]
-            )
+        for index, (output, (prompt, continuation)) in enumerate(zip(outputs, pairs, strict=True)):
+            rows = [row for row in (output.prompt_logprobs or ())[len(prompt) :] if row is not None]
+            if len(rows) < len(continuation):
+                error = output.outputs[0].error or f"the request ended with {output['finish_reason']!r}"
+                raise RequestFailedError(f"continuations[{index}] has no scores: {error}")
+            scores.append([row[token].logprob for row, token in zip(rows, continuation, strict=True)])
         return scores
 
     def encode(self, texts: str | Sequence[str]) -> list[list[int]]:

@@ -97,7 +97,7 @@ class CompletionAnswer:
         rows: list[Any] = [] if self._request.echoes_alone else list(choice.logprobs or ())
         if self._request.echo:
             token_ids = [*output.prompt_token_ids, *token_ids]
-            rows = [*(output.prompt_logprobs or ()), *rows]
+            rows = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *rows]
         return self._logprobs.completion(token_ids, rows, 0)[0]
 
     def _chunk_logprobs(self, delta: Delta) -> dict[str, Any]:

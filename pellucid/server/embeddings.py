@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, RequestFailedError
 from pellucid.hidden import HiddenStatesParams
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput
@@ -47,13 +47,18 @@ def pooled(rows_RD: F32, normalize: bool) -> F32:
 
 
 def answer(request: EmbeddingRequest, model: str, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
-    """OpenAI's list of embeddings, in the order of the inputs."""
+    """OpenAI's list of embeddings, in the order of the inputs.
+
+    Raises:
+        RequestFailedError: a request was ended before its rows were there.
+    """
     normalize = True if request.normalize is None else request.normalize
     data = []
     for index, output in enumerate(outputs):
-        states = output.outputs[0].hidden_states
-        if states is None:
-            raise RuntimeError(f"input {index} has no rows")
+        choice = output.outputs[0]
+        states = choice.hidden_states
+        if states is None or not len(states):
+            raise RequestFailedError(f"input {index} has no embedding: its request ended with {choice.finish_reason!r}")
         vector = pooled(states, normalize)
         shown = to_base64(vector).decode() if request.encoding_format == "base64" else vector.tolist()
         data.append({"object": "embedding", "index": index, "embedding": shown})

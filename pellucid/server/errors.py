@@ -12,16 +12,13 @@ from pellucid.errors import (
     InvalidRequestError,
     PellucidError,
     QueueFullError,
+    RequestFailedError,
     TokenizerError,
 )
 from pellucid.json_text import encode
 
 # What an error's text must not carry out of the house: paths and addresses in memory.
 _PRIVATE = re.compile(r"(?<![\w<])(?:/[\w.+-]+){2,}/?|\b0x[0-9a-fA-F]{4,}\b")
-
-
-class RequestFailedError(PellucidError, RuntimeError):
-    """The engine ended a request with an error; the text says why."""
 
 
 class RequestTimeoutError(PellucidError, TimeoutError):

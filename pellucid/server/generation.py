@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.errors import InvalidRequestError, PellucidError
+from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
 from pellucid.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
-from pellucid.server.errors import RequestFailedError, RequestTimeoutError
+from pellucid.server.errors import RequestTimeoutError
 from pellucid.server.job import Job
 from pellucid.server.logs import generation_fields, log_generation
 from pellucid.server.metrics import Metrics

@@ -148,7 +148,8 @@ class LLM:
         """Yields news of one request as it is made; leaving the loop early cancels it.
 
         Steps are taken while the caller asks for the next chunk, here or by any other call of this model: a stream that is read
-        slowly finds all that came in the meantime, and loses nothing to a `generate` inside its loop.
+        slowly finds all that came in the meantime, and loses nothing to a `generate` inside its loop. Chunks have no
+        `prompt_logprobs`.
         """
         if not isinstance(prompt, str):
             prompt = _prompts([prompt])[0]

@@ -93,6 +93,7 @@ class EngineClient:
     def submit_all(self, submissions: Sequence[Submission], reader: Reader | None = None) -> list[str]:
         """Queues requests between the same two steps, or none of them; what they bring goes to `reader` alone, where there is one."""
         self._turns.check()
+        self._turns.refuse_when_over()
         prepared = [self._prepared(one) for one in submissions]
         return self._turns.do(partial(self._add_all, prepared, reader))
 
@@ -238,7 +239,7 @@ class EngineClient:
         Raises:
             KeyError: the id is unknown, or its output was dropped.
         """
-        if request_id in self._living:
+        if request_id in self._living or request_id in self.engine.output.requests:
             return None
         output = self._finished.get(request_id)
         if output is None:
@@ -258,7 +259,10 @@ class EngineClient:
     def get_request_status(self, request_id: str) -> str | None:
         """Where a request stands; None when it is unknown."""
         history = self._history.get(request_id)
-        return None if history is None else history[-1]
+        if history is not None:
+            return history[-1]
+        state = self.engine.output.requests.get(request_id)  # one that was added past this client
+        return None if state is None else state.status
 
     def get_request_history(self, request_id: str) -> list[str]:
         """The statuses that a request went through, in order; empty when it is unknown."""

@@ -19,6 +19,7 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.engine import client
 from pellucid.engine.load import load_engine
+from pellucid.engine.replay import replay
 from pellucid.errors import EngineDeadError, InvalidRequestError, WrongThreadError
 from pellucid.outputs import RequestOutput, StreamChunk
 
@@ -214,8 +215,10 @@ def test_threads_when_they_do_all_kinds_of_things_at_once_then_each_output_is_wh
         {"kv_layout": "slot", "block_size": 1, "num_blocks": 300},
         {"speculative_method": "ngram", "async_scheduling": True},
         {"num_threads": 2, "max_num_seqs": 3},
+        {"policy": "padded", "block_size": 64, "num_blocks": 40, "max_model_len": 320, "enable_prefix_caching": False},
+        {"enforce_eager": True, "max_num_seqs": 4},
     ],
-    ids=lambda settings: next(iter(settings)),
+    ids=lambda settings: "-".join(map(str, next(iter(settings.items())))),
 )
 def test_threads_when_the_engine_has_other_settings_then_each_output_is_what_it_is_alone(
     model: Path, alone: list[RequestOutput], settings: dict[str, Any]
@@ -224,6 +227,20 @@ def test_threads_when_the_engine_has_other_settings_then_each_output_is_what_it_
         in_threads([Caller(llm, alone, i, 8) for i in range(4)])
         gc.collect()
         check_rest(llm)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_run_of_threads_when_traced_then_it_can_be_run_again_step_by_step(
+    model: Path, alone: list[RequestOutput], tmp_path: Path, ahead: bool
+) -> None:
+    path = str(tmp_path / "threads.jsonl")
+    with LLM(model, trace_path=path, trace_logits=True, async_scheduling=ahead, **SETTINGS) as llm:
+        in_threads([Caller(llm, alone, 50 + i, 6) for i in range(4)])
+        gc.collect()
+    report = replay(path)
+    assert report.is_equal, report.difference
+    assert report.num_requests > 20
+    assert report.num_cancelled > 0
 
 
 def test_threads_when_each_has_one_request_then_steps_carry_them_together(llm: LLM) -> None:

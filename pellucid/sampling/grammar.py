@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.errors import EXITS, InvalidRequestError, PellucidError
+from pellucid.owners import Home
 from pellucid.structured import FIELD, StructuredOutputsParams
 from pellucid.text.grammar_trial import LIMITS, GrammarTrial, first_line
 
@@ -152,13 +153,20 @@ class _Vocabulary:
 
 
 class _Cache:
-    """Results by key, the least recently used dropped first; each is made once, however many ask at once."""
+    """Results by key, the least recently used dropped first; each is made once, however many ask at once. A forked process
+    begins anew: where another thread was making one, the locks would never be free."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._lock = most, Lock()
+        self._most = most
+        self._begin()
+
+    def _begin(self) -> None:
+        self._home, self._lock = Home("this cache of grammars"), Lock()
         self._made: OrderedDict[object, tuple[Lock, list[Any]]] = OrderedDict()
 
     def get(self, key: object, make: Callable[[], Made]) -> Made:
+        if self._home.is_left:
+            self._begin()
         with self._lock:
             lock, made = self._made.setdefault(key, (Lock(), []))
             self._made.move_to_end(key)
@@ -172,6 +180,8 @@ class _Cache:
 
     def has(self, key: object) -> bool:
         """True when it is made, so that `get` does not wait."""
+        if self._home.is_left:
+            return False
         with self._lock:
             return bool(self._made.get(key, (None, ()))[1])
 

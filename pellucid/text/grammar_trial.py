@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from pellucid.owners import Home
 from pellucid.structured import StructuredOutputsParams
 
 CPU_SECONDS = 2
@@ -33,25 +34,38 @@ LIMITS: dict[str, Any] = {
 
 
 class GrammarTrial:
-    """The trial process, started on first use and again whenever it has died. Safe to share between threads."""
+    """The trial process, started on first use and again whenever it has died. Safe to share between threads.
+
+    A process that was forked from the one that started it starts its own: the answers in its pipe are not for the child.
+    """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._home = Home("this trial of grammars")
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, spec: StructuredOutputsParams, vocab_size: int, special: Mapping[str, int]) -> str | None:
         """Why this structure cannot be compiled; None when it can. `special` are the tokens that a grammar may name."""
         question = {"spec": asdict(spec), "vocab_size": vocab_size, "special": _named_in(spec, special)}
+        if self._home.is_left:
+            self._begin()
         with self._lock:
             process = self._process if self._process is not None and self._process.poll() is None else _start()
             self._process = process
-            answer = _ask(process, json.dumps(question))
-            if answer is not None:
-                error: str | None = json.loads(answer)["error"]
-                return error
-            process.kill()
-            process.wait()
-            self._process = None
+            answer = None
+            try:
+                answer = _ask(process, json.dumps(question))
+                if answer is not None:
+                    error: str | None = json.loads(answer)["error"]
+                    return error
+            finally:
+                if answer is None:  # it died; or the caller was interrupted, and the next would read the answer to this
+                    process.kill()
+                    process.wait()
+                    self._process = None
         return f"it takes more than {CPU_SECONDS} s, {MEMORY_BYTES >> 20:,} MiB or {STACK_BYTES >> 20} MiB of stack to compile"
 
     def close(self) -> None:

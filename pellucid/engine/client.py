@@ -145,7 +145,7 @@ class EngineClient:
 
     def abandon(self, reader: Reader) -> None:
         """Ends what still runs for a reader who has left. Does not wait for that: it may be called from a finaliser."""
-        if reader.open:
+        if reader.open or not reader.outputs:  # it may not have been told yet what was queued for it
             self._turns.post(lambda: self._end(sorted(reader.open)))
 
     def _end(self, request_ids: Sequence[str]) -> None:

@@ -8,13 +8,14 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from utils.async_engines import ENDLESS, KINDS, build_model, start_engine
 from utils.lone_runs import JOBS, check_chunks, check_same, lone_runs
+from utils.together import PATIENCE, together
 
 from pellucid import LLM
 from pellucid.engine.async_engine import AsyncLLMEngine
@@ -23,7 +24,6 @@ from pellucid.errors import EngineDeadError
 from pellucid.outputs import RequestOutput, StreamChunk
 
 pytestmark = pytest.mark.timeout(180)
-PATIENCE = 60.0
 _NUMBERS = [index for index, job in enumerate(JOBS) if not job.options]
 
 
@@ -58,9 +58,7 @@ def check_rest(engine: AsyncLLMEngine) -> None:
 
 
 def in_loops(*works: Coroutine[Any, Any, None]) -> None:
-    with ThreadPoolExecutor(len(works)) as pool:
-        for future in [pool.submit(asyncio.run, work) for work in works]:
-            future.result(PATIENCE)
+    together([partial(asyncio.run, work) for work in works])
 
 
 async def call(engine: AsyncLLMEngine, alone: list[RequestOutput], seed: int) -> None:

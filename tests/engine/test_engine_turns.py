@@ -7,16 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from utils.together import PATIENCE, together
 
 from pellucid.engine.turns import Turns, Waiter
 from pellucid.errors import EngineDeadError, WrongThreadError
 
 pytestmark = pytest.mark.timeout(120)
-PATIENCE = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +84,6 @@ class Counter:
         self.turns.post(partial(self._alone, change))
 
 
-def run_threads(*calls: Callable[[], None]) -> None:
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for future in [pool.submit(call) for call in calls]:
-            future.result(PATIENCE)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_threads_when_they_add_wait_ask_and_leave_at_random_then_everything_happens_once_and_nobody_is_forgotten(
     seed: int,
@@ -109,7 +102,7 @@ def test_threads_when_they_add_wait_ask_and_leave_at_random_then_everything_happ
                 assert job.is_ready()
             counter.turns.do(lambda: asked.append(1))
 
-    run_threads(*[partial(works, 10 * seed + i) for i in range(8)])
+    together([partial(works, 10 * seed + i) for i in range(8)])
     assert counter.num_added == len(asked) == 8 * 300
     assert not counter.jobs
     assert not counter.turns._sleepers
@@ -127,7 +120,7 @@ def test_command_when_another_thread_steps_then_it_waits_for_one_step_at_most() 
         with pytest.raises(EngineDeadError, match="enough"):
             counter.turns.wait(job)
 
-    stepping = threading.Thread(target=waits)
+    stepping = threading.Thread(daemon=True, target=waits)
     stepping.start()
     while counter.num_steps < 3:
         time.sleep(0.001)
@@ -157,7 +150,7 @@ def waiting(counter: Counter, *lengths: int, then: Callable[[], None] | None = N
         counter.within = then
 
     counter.within = until_all_sleep
-    threads = [threading.Thread(target=counter.turns.wait, args=(job,)) for job in jobs]
+    threads = [threading.Thread(daemon=True, target=counter.turns.wait, args=(job,)) for job in jobs]
     threads[0].start()
     assert inside.wait(PATIENCE)
     for number, thread in enumerate(threads[1:]):
@@ -206,7 +199,7 @@ def test_command_when_it_comes_as_the_turn_is_let_go_then_whoever_lets_go_does_i
     class LatecomersTurns(Turns):
         def _leave(self) -> None:
             if not latecomers:
-                latecomers.append(threading.Thread(target=self.do, args=(lambda: done.append("late"),)))
+                latecomers.append(threading.Thread(daemon=True, target=self.do, args=(lambda: done.append("late"),)))
                 latecomers[0].start()
                 while not self._asked:
                     time.sleep(0.0001)
@@ -239,7 +232,7 @@ def test_step_when_it_fails_then_its_thread_is_told_and_another_takes_over() -> 
             errors.append(error)
 
     counter.within = fails_once
-    run_threads(*[waits] * 4)
+    together([waits] * 4)
     assert (len(errors), len(ended)) == (1, 3)
 
 
@@ -257,7 +250,7 @@ def test_command_when_it_raises_then_the_error_is_for_the_thread_that_asked() ->
             with pytest.raises(ZeroDivisionError):
                 counter.turns.do(lambda: 1 // 0)
 
-    run_threads(waits, asks, waits, asks)
+    together([waits, asks, waits, asks])
     assert len(ended) == 2
 
 
@@ -273,7 +266,7 @@ def test_end_when_a_step_takes_long_then_those_who_sleep_are_told_before_it_ends
             counter.turns.wait(Job(9))
 
     counter.within = blocks
-    threads = [threading.Thread(target=waits) for _ in range(3)]
+    threads = [threading.Thread(daemon=True, target=waits) for _ in range(3)]
     threads[0].start()
     assert inside.wait(PATIENCE)
     for thread in threads[1:]:

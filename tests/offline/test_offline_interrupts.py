@@ -54,7 +54,7 @@ def interrupt_after(seconds: float, times: int = 1) -> threading.Thread:
         for _ in range(times):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    thread = threading.Thread(target=send)
+    thread = threading.Thread(daemon=True, target=send)
     thread.start()
     return thread
 
@@ -99,7 +99,7 @@ def test_main_thread_when_interrupted_at_any_moment_then_the_others_get_what_the
         "client": steps,
     }
     is_over, num_done, errors = threading.Event(), list[int](), list[BaseException]()
-    threads = [threading.Thread(target=guarded) for _ in range(3)]
+    threads = [threading.Thread(daemon=True, target=guarded) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
@@ -122,7 +122,9 @@ def test_main_thread_when_interrupted_at_any_moment_then_the_others_get_what_the
 def test_main_thread_when_it_sleeps_while_another_steps_then_an_interrupt_wakes_it(
     llm: LLM, alone: list[RequestOutput]
 ) -> None:
-    stepping = threading.Thread(target=lambda: outputs.extend(llm.generate([[5 + i] for i in range(40)], LONG)))
+    stepping = threading.Thread(
+        daemon=True, target=lambda: outputs.extend(llm.generate([[5 + i] for i in range(40)], LONG))
+    )
     outputs: list[RequestOutput] = []
     turn = llm.engine.turn
     stepping.start()
@@ -223,7 +225,7 @@ def test_block_when_signals_are_ignored_or_the_thread_is_another_then_nothing_is
         with uninterrupted():
             seen.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(daemon=True, target=elsewhere)
     thread.start()
     thread.join(PATIENCE)
     assert seen == [signal.default_int_handler]

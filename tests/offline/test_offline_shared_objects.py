@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from utils.tiny_models import build_tiny_checkpoint
+from utils.together import together
 
 from pellucid.engine.admission import RequestChecker
 from pellucid.executor.row_stats import native_row_stats
@@ -23,7 +23,6 @@ from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(120)
-PATIENCE = 60.0
 TEXTS = [f"the quick brown fox {i} jumps over {'lazy dogs ' * i}" for i in range(12)] + ["long " * 2000]
 
 
@@ -33,15 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def all_at_once(work: Callable[[int], Any], num_threads: int = 8) -> list[Any]:
-    """What each thread makes, all begun together."""
-    start = Barrier(num_threads)
-
-    def one(number: int) -> Any:
-        start.wait(PATIENCE)
-        return work(number)
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        return [future.result(PATIENCE) for future in [pool.submit(one, i) for i in range(num_threads)]]
+    """What each thread makes."""
+    return together([partial(work, number) for number in range(num_threads)])
 
 
 def test_tokenizer_when_threads_share_one_that_is_new_then_ids_texts_and_fingerprint_are_those_of_one_thread(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from utils.lone_runs import JOBS, Job, check_chunks, check_same, lone_runs
 from utils.tiny_models import build_tiny_checkpoint
+from utils.together import PATIENCE, together
 
 from pellucid import LLM, SamplingParams
 from pellucid.engine import client
@@ -34,7 +35,6 @@ SETTINGS: dict[str, Any] = {
 }
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +52,6 @@ def llm(request: pytest.FixtureRequest, model: Path) -> Iterator[LLM]:
 def alone(model: Path) -> list[RequestOutput]:
     with LLM(model, **SETTINGS) as llm:
         return lone_runs(llm)
-
-
-def in_threads(calls: list[Callable[[], None]]) -> None:
-    """Makes all calls at once; raises the first error."""
-    start = threading.Barrier(len(calls))
-
-    def one(call: Callable[[], None]) -> None:
-        start.wait(PATIENCE)
-        call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for future in [pool.submit(one, call) for call in calls]:
-            future.result(PATIENCE)
 
 
 def check_rest(llm: LLM) -> None:
@@ -202,7 +189,7 @@ class Caller:
 def test_threads_when_they_do_all_kinds_of_things_at_once_then_each_output_is_what_it_is_alone(
     llm: LLM, alone: list[RequestOutput], num_threads: int
 ) -> None:
-    in_threads([Caller(llm, alone, 100 * num_threads + i, 60 // num_threads + 6) for i in range(num_threads)])
+    together([Caller(llm, alone, 100 * num_threads + i, 60 // num_threads + 6) for i in range(num_threads)])
     gc.collect()
     check_rest(llm)
 
@@ -224,7 +211,7 @@ def test_threads_when_the_engine_has_other_settings_then_each_output_is_what_it_
     model: Path, alone: list[RequestOutput], settings: dict[str, Any]
 ) -> None:
     with LLM(model, **{**SETTINGS, **settings}) as llm:
-        in_threads([Caller(llm, alone, i, 8) for i in range(4)])
+        together([Caller(llm, alone, i, 8) for i in range(4)])
         gc.collect()
         check_rest(llm)
 
@@ -235,7 +222,7 @@ def test_run_of_threads_when_traced_then_it_can_be_run_again_step_by_step(
 ) -> None:
     path = str(tmp_path / "threads.jsonl")
     with LLM(model, trace_path=path, trace_logits=True, async_scheduling=ahead, **SETTINGS) as llm:
-        in_threads([Caller(llm, alone, 50 + i, 6) for i in range(4)])
+        together([Caller(llm, alone, 50 + i, 6) for i in range(4)])
         gc.collect()
     report = replay(path)
     assert report.is_equal, report.difference
@@ -246,7 +233,7 @@ def test_run_of_threads_when_traced_then_it_can_be_run_again_step_by_step(
 def test_threads_when_each_has_one_request_then_steps_carry_them_together(llm: LLM) -> None:
     before = llm.engine.turn
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
-    in_threads([partial(llm.generate, [[5 + i, 6]], params) for i in range(4)])
+    together([partial(llm.generate, [[5 + i, 6]], params) for i in range(4)])
     assert llm.engine.turn - before < 200, "four requests of 100 tokens take 400 steps one after the other"
 
 
@@ -257,7 +244,7 @@ def test_conversations_when_threads_hold_them_then_each_answer_is_its_own(llm: L
             assert output["token_ids"] == expected[i]
 
     expected = [llm.chat([{"role": "user", "content": f"word {i}"}], SHORT)[0]["token_ids"] for i in range(4)]
-    in_threads([partial(talk, i) for i in range(4)])
+    together([partial(talk, i) for i in range(4)])
 
 
 # ---- chunks are nobody else's -----------------------------------------------------------------------------------------
@@ -328,7 +315,7 @@ def test_thread_when_it_raises_while_it_reads_then_the_others_are_not_held_up(
         with pytest.raises(ZeroDivisionError):
             reads_and_fails()
 
-    in_threads([fails, *[partial(Caller(llm, alone, i, 5)) for i in range(3)]])
+    together([fails, *[partial(Caller(llm, alone, i, 5)) for i in range(3)]])
     gc.collect()
     check_rest(llm)
 
@@ -338,7 +325,7 @@ def test_reader_when_it_pauses_then_the_requests_of_others_go_on_and_its_own_too
 ) -> None:
     stream = llm.stream(JOBS[0].prompt, JOBS[0].params)
     first = next(stream)
-    in_threads([partial(JOBS[3].run, llm), partial(JOBS[4].run, llm)])
+    together([partial(JOBS[3].run, llm), partial(JOBS[4].run, llm)])
     check_chunks([first, *stream], alone[0])
 
 
@@ -377,7 +364,7 @@ def test_llm_when_closed_while_threads_wait_then_each_gets_a_typed_error_at_once
         lambda: list(llm.stream([5, 6], LONG)),
         lambda: llm.score(prompts, [[8]] * 100),
     ]
-    threads = [threading.Thread(target=wait, args=(call,)) for call in calls]
+    threads = [threading.Thread(daemon=True, target=wait, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     while llm.engine.turn < 20:
@@ -416,7 +403,7 @@ def test_step_when_it_fails_then_all_threads_are_told_and_nobody_gets_a_wrong_an
             except BaseException as error:
                 errors.append(error)
 
-        in_threads([partial(read, stream) for stream in streams])
+        together([partial(read, stream) for stream in streams])
         assert sorted(map(str, errors)) == ["a bug"] + ["the engine failed: RuntimeError: a bug"] * 2
         with pytest.raises(EngineDeadError, match="the engine failed: RuntimeError: a bug"):
             llm.generate([[5]], SHORT)
@@ -454,7 +441,10 @@ def test_engine_of_one_thread_when_another_calls_it_then_the_error_names_both(mo
         lengths.append(len(outputs[0]["token_ids"]))
 
     lengths: list[int] = []
-    threads = [threading.Thread(target=owns, name="a"), threading.Thread(target=refused, name="b")]
+    threads = [
+        threading.Thread(daemon=True, target=owns, name="a"),
+        threading.Thread(daemon=True, target=refused, name="b"),
+    ]
     threads[0].start()
     threads[0].join(PATIENCE)
     assert lengths == [3]
@@ -498,7 +488,7 @@ def test_executor_when_two_threads_execute_at_once_then_the_second_is_refused_by
             return execute(plan)
 
         executor.runner.execute = slow
-        thread = threading.Thread(target=llm.generate, args=([[5, 6]], SHORT), name="first")
+        thread = threading.Thread(daemon=True, target=llm.generate, args=([[5, 6]], SHORT), name="first")
         thread.start()
         assert inside.wait(PATIENCE)
         with pytest.raises(

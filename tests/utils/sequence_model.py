@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-OK, NO_SPACE, INVALID_BATCH, INVALID_SEQ, INVALID_POS, EMPTY_RANGE = 0, 1, -1, -6, -7, -8
+OK, NO_SPACE, INVALID_BATCH, NOT_SUPPORTED, INVALID_SEQ, INVALID_POS, EMPTY_RANGE = 0, 1, -1, -4, -6, -7, -8
+MAX_POSITION = 2**31 - 2
 _END = 2**31 - 1
 
 
@@ -20,27 +21,46 @@ class SequenceModel:
         """Cells that no sequence holds."""
         return self._n_cells - len({cell for held in self._sequences.values() for cell in held.values()})
 
+    @property
+    def ids(self) -> list[int]:
+        """The sequences that there are."""
+        return list(self._sequences)
+
     def pos_max(self, seq: int) -> int:
         """-1 when absent."""
         return max(self._sequences.get(seq, {}), default=-1)
 
     def decode(self, seqs: Sequence[int], positions: Sequence[int] | None) -> int:
-        """Status of a batch with these sequences and positions."""
+        """Status of a batch with these sequences and positions, which are held from now on if it is ok."""
+        wanted = self._wanted(seqs, positions)
+        status = self._judge(wanted)
+        for seq, position in wanted if status == OK else ():
+            self._sequences.setdefault(seq, {})[position] = self._new_cell()
+        return status
+
+    def judge(self, seqs: Sequence[int], positions: Sequence[int] | None) -> int:
+        """The same, but nothing is held."""
+        return self._judge(self._wanted(seqs, positions))
+
+    def _wanted(self, seqs: Sequence[int], positions: Sequence[int] | None) -> list[tuple[int, int]]:
         wanted: list[tuple[int, int]] = []
         for i, seq in enumerate(seqs):
             before = [position for owner, position in wanted if owner == seq]
             following = max([self.pos_max(seq), *before]) + 1
             wanted.append((seq, following if positions is None else positions[i]))
+        return wanted
+
+    def _judge(self, wanted: list[tuple[int, int]]) -> int:
+        if any(seq < 0 or not 0 <= position <= MAX_POSITION for seq, position in wanted):
+            return INVALID_BATCH
         if len(set(wanted)) < len(wanted) or any(p in self._sequences.get(seq, {}) for seq, p in wanted):
             return INVALID_BATCH
-        if len(wanted) > self.free_cells:
-            return NO_SPACE
-        for seq, position in wanted:
-            self._sequences.setdefault(seq, {})[position] = self._new_cell()
-        return OK
+        return NO_SPACE if len(wanted) > self.free_cells else OK
 
     def cp(self, dst: int, src: int, p0: int, p1: int) -> int:
         """Status of a copy."""
+        if dst < 0:
+            return INVALID_SEQ
         status, held = self._range(src, p0, p1)
         if status != OK:
             return status
@@ -57,20 +77,26 @@ class SequenceModel:
             self._put(seq, {p: cell for p, cell in self._sequences[seq].items() if p not in held})
         return status
 
-    def add(self, seq: int, p0: int, p1: int, delta: int) -> int:
-        """Status of a shift."""
+    def add(self, seq: int, p0: int, p1: int, delta: int, *, can_rotate: bool = True) -> int:
+        """Status of a shift, by a program whose keys the core can rotate or cannot."""
         status, held = self._range(seq, p0, p1)
         if status != OK or not held or delta == 0:
             return status
         stays = {p: cell for p, cell in self._sequences[seq].items() if p not in held}
-        if any(p + delta < 0 or p + delta in stays for p in held):
+        if any(not 0 <= p + delta <= MAX_POSITION or p + delta in stays for p in held):
             return INVALID_POS
+        if not can_rotate:
+            return NOT_SUPPORTED
         shared = {cell for owner, cells in self._sequences.items() if owner != seq for cell in cells.values()}
         if sum(cell in shared for cell in held.values()) > self.free_cells:
             return NO_SPACE
         moved = {p + delta: self._new_cell() if cell in shared else cell for p, cell in held.items()}
         self._put(seq, {**stays, **moved})
         return OK
+
+    def free(self, seq: int) -> int:
+        """Status of forgetting one sequence."""
+        return INVALID_SEQ if self._sequences.pop(seq, None) is None else OK
 
     def keep(self, seq: int) -> int:
         """Status of letting all others go."""

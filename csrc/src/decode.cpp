@@ -303,13 +303,14 @@ pld_status fill_blocks(const pld_program &p, const pld_kv &kv, const Work &work,
 // New sequences of a batch, forgotten unless it was computed.
 class Entrance {
  public:
-  Entrance(Sequences &sequences, const Work &work) : sequences_(sequences) {
-    fresh_.reserve(work.ids.size());
-    for (const int32_t seq : work.ids)
-      if (sequences.known.insert(seq).second) fresh_.push_back(seq);
-  }
+  explicit Entrance(Sequences &sequences) : sequences_(sequences) {}
   ~Entrance() {
     for (const int32_t seq : fresh_) sequences_.known.erase(seq);
+  }
+  void enter(const Work &work) {
+    fresh_.reserve(work.ids.size());
+    for (const int32_t seq : work.ids)
+      if (sequences_.known.insert(seq).second) fresh_.push_back(seq);
   }
   void keep() { fresh_.clear(); }
 
@@ -377,7 +378,8 @@ pld_status decode_block(pld_program &p, pld_kv &kv, const Work &work) {
   FlatBatch flat;
   fill_rows(work, flat);
   if (pld_status status = fill_blocks(p, kv, work, p.marks, flat)) return status;
-  Entrance entrance(*kv.sequences, work);
+  Entrance entrance(*kv.sequences);
+  entrance.enter(work);
   // A cell that is written again may be one that other steps see.
   CellBackup backup(kv, work.asked.abort != nullptr ? flat.slot_mapping : std::vector<int64_t>{});
   if (pld_status status = run_work(p, kv, work, flat, {})) return status;

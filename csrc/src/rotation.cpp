@@ -60,25 +60,30 @@ pld_status key_rotations(const pld_program &p, const pld_kv &kv, std::vector<Key
   return PLD_OK;
 }
 
-void rotate_cell(pld_kv &kv, const std::vector<KeyRotation> &rotations, int64_t cell, int32_t delta) {
-  const size_t width = static_cast<size_t>(kv.head_dim), heads = static_cast<size_t>(kv.n_kv_heads);
-  std::vector<float> keys(heads * width), values(heads * width);
-  for (int32_t layer = 0; layer < kv.n_layers; ++layer) {
-    const KeyRotation &r = rotations[static_cast<size_t>(layer)];
+KeyRotator::KeyRotator(pld_kv &kv, const std::vector<KeyRotation> &rotations)
+    : kv_(kv),
+      rotations_(rotations),
+      keys_(static_cast<size_t>(kv.n_kv_heads) * static_cast<size_t>(kv.head_dim)),
+      values_(keys_.size()) {}
+
+void KeyRotator::rotate(int64_t cell, int32_t delta) {
+  const size_t width = static_cast<size_t>(kv_.head_dim), heads = static_cast<size_t>(kv_.n_kv_heads);
+  for (int32_t layer = 0; layer < kv_.n_layers; ++layer) {
+    const KeyRotation &r = rotations_[static_cast<size_t>(layer)];
     if (r.inv_freq == nullptr) continue;
-    pld_kv_read(&kv, layer, cell, keys.data(), values.data());
+    pld_kv_read(&kv_, layer, cell, keys_.data(), values_.data());
     for (int32_t j = 0; j < r.half; ++j) {
       const double angle = static_cast<double>(delta) * static_cast<double>(r.inv_freq[j]);
       const double c = std::cos(angle), s = std::sin(angle);
       for (size_t g = 0; g < heads; ++g) {
-        float *x = keys.data() + g * width;
+        float *x = keys_.data() + g * width;
         float &a = x[r.neighbours ? 2 * j : j], &b = x[r.neighbours ? 2 * j + 1 : j + r.half];
         const double a0 = a, b0 = b;
         a = static_cast<float>(a0 * c - b0 * s);
         b = static_cast<float>(b0 * c + a0 * s);
       }
     }
-    store_keys(kv, layer, cell, keys.data());
+    store_keys(kv_, layer, cell, keys_.data());
   }
 }
 

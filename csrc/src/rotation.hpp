@@ -20,7 +20,17 @@ struct KeyRotation {
 // write one layer differently.
 pld_status key_rotations(const pld_program &program, const pld_kv &kv, std::vector<KeyRotation> &rotations);
 
-// Turns the keys of a cell by `delta` positions, in all layers.
-void rotate_cell(pld_kv &kv, const std::vector<KeyRotation> &rotations, int64_t cell, int32_t delta);
+// Turns stored keys. All memory that this takes is taken when it is made.
+class KeyRotator {
+ public:
+  KeyRotator(pld_kv &kv, const std::vector<KeyRotation> &rotations);
+  // The keys of a cell by `delta` positions, in all layers.
+  void rotate(int64_t cell, int32_t delta);
+
+ private:
+  pld_kv &kv_;
+  const std::vector<KeyRotation> &rotations_;
+  std::vector<float> keys_, values_;
+};
 
 }  // namespace pld

@@ -171,6 +171,7 @@ pld_status add_to_positions(pld_program *program, pld_kv *kv, int32_t seq, int32
   if (n_shared > cells.n_free())
     return fail(PLD_NO_SPACE, "%lld cells are shared and must be copied; %lld are free",
                 static_cast<long long>(n_shared), static_cast<long long>(cells.n_free()));
+  KeyRotator rotator(*kv, rotations);  // behind this point nothing throws
   for (size_t i = range.begin; i < range.end; ++i) {
     const size_t at = shifted.first_at_or_behind(static_cast<int64_t>(s->positions[i]) + delta);
     int32_t &cell = shifted.cells[at];
@@ -180,7 +181,7 @@ pld_status add_to_positions(pld_program *program, pld_kv *kv, int32_t seq, int32
       cells.release(cell);
       cell = own;
     }
-    rotate_cell(*kv, rotations, cell, delta);
+    rotator.rotate(cell, delta);
   }
   *s = std::move(shifted);
   return PLD_OK;

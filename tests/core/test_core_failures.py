@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +134,24 @@ print(*[sample(vocab) for _ in range(5)], lib.pld_last_error().decode())
 print(sample_all(100), results["token"].tolist())
 """)
     assert printed.splitlines() == [f"{' '.join([str(OUT_OF_MEMORY)] * 5)} out of memory", "0 [0, 0, 0, 0]"]
+
+
+@pytest.mark.skipif(is_sanitized() or shutil.which("cc") is None, reason="needs malloc of its own, and a C compiler")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_any_allocation_when_it_fails_then_out_of_memory_and_nothing_has_changed(
+    compiled: Path, tmp_path: Path
+) -> None:
+    source, target = Path(__file__).parent / "c" / "no_memory.c", tmp_path / "no_memory"
+    library, include = Path(abi.library()._name), Path(__file__).resolve().parents[2] / "csrc" / "include"
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{include}", f"-Wl,-rpath,{library.parent}"]
+    subprocess.run(["cc", *flags, str(source), str(library), "-o", str(target)], check=True)
+    done = subprocess.run([str(target), str(compiled)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    failures = {name: int(count) for name, count in (line.split() for line in done.stdout.splitlines())}
+    can_fail = {"decode_slot", "decode_block", "copy", "shift", "again", "sample"}
+    can_fail |= {"make_cache", "make_context", "open_model"}
+    assert {name for name, count in failures.items() if count > 0} == can_fail
+    assert {name for name, count in failures.items() if count == 0} == {"cut", "keep", "forget"}
 
 
 @pytest.mark.parametrize("dtype", [abi.Q8_0, abi.Q4_0, abi.Q4_1, abi.I8], ids=["q8_0", "q4_0", "q4_1", "i8"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pellucid.ops import abi
+
 ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGNS = ROOT / "scripts" / "campaigns"
 CLEAN, FOUND = 0, 1
@@ -47,6 +49,11 @@ def test_fuzzer_when_run_for_a_moment_then_clean_and_says_what_it_did(script: st
     done = fuzz(script, "--count", "60")
     assert done.returncode == CLEAN, done.stdout[-4000:]
     assert re.search(rf"^{script}: seed 1, 60 cases from 0, .*, [\d.]+ s, \d+ cases/s, 0 findings$", done.stdout, re.M)
+
+
+def test_functions_when_sequences_are_run_then_all_that_the_header_exports_are_called() -> None:
+    count = len(abi.SIGNATURES)
+    assert f" calls of {count} of {count} functions, " in fuzz("fuzz_core.py", "--count", "100").stdout
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from fuzzing import single_calls
 from fuzzing.actions import ACTIONS, cache_params, make_program, open_file, rows_of_program
-from fuzzing.core import COUNTERS, OK, PLANTS, Core
+from fuzzing.core import COUNTERS, OK, PLANTS, Core, summary
 from fuzzing.draws import Draw
 from fuzzing.files import file_recipe, write_model
 from fuzzing.frame import Fuzzer, Tally, main
@@ -103,13 +103,7 @@ class CoreCases:
 
 
 def _summary(totals: dict[str, int]) -> str:
-    refused = {name.split()[1]: count for name, count in totals.items() if name.startswith("status ") and count}
-    accepted = refused.pop("0", 0)
-    told = ", ".join(f"{abi.STATUS_NAMES[int(status)]} {count:,}" for status, count in refused.items())
-    return (
-        f"{totals['actions']:,} actions, {totals['calls']:,} calls, {accepted:,} accepted, refused: {told or 'none'}, "
-        f"{totals['checks']:,} comparisons"
-    )
+    return f"{totals['actions']:,} actions, {summary(totals)}"
 
 
 FUZZER = Fuzzer(

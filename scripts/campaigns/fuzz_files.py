@@ -26,11 +26,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from fuzzing.core import COUNTERS, Core
+from fuzzing.core import COUNTERS, Core, summary
 from fuzzing.draws import Draw
 from fuzzing.files import file_recipe, texts_of, write_model
 from fuzzing.frame import Fuzzer, Tally, main
-from fuzzing.images import Image, mutated
+from fuzzing.images import Image, write_mutated
 from fuzzing.opening import PLANTS, READERS, open_in_core, plant_fault
 
 from pellucid.ops import abi
@@ -50,10 +50,11 @@ def images_of(seed: int) -> list[Image]:
     return images
 
 
-def mutated_file(seed: int, case: int) -> tuple[Draw, bytes]:
-    """The file of a case."""
+def write_case(seed: int, case: int, path: Path) -> Draw:
+    """Writes the file of a case; gives the draw that goes on behind it."""
     draw = Draw(f"{seed}:file:{case}")
-    return draw, mutated(draw, draw.one(images_of(seed)))
+    write_mutated(draw, draw.one(images_of(seed)), path)
+    return draw
 
 
 class FileCases:
@@ -72,10 +73,9 @@ class FileCases:
 
     def run(self, case: int) -> None:
         """One file, by both readers."""
-        draw, content = mutated_file(self._seed, case)
         self._core.begin()
         path = self._folder / f"{next(self._numbers)}.pld"  # never a name that is mapped still
-        path.write_bytes(content)
+        draw = write_case(self._seed, case, path)
         try:
             self._open(draw, path, self._reader, "python")
             self._open(draw, path, open_in_core, "core")
@@ -107,7 +107,7 @@ _OUTCOMES = tuple(f"{reader} {outcome}" for reader in ("python", "core") for out
 
 
 def _summary(totals: dict[str, int]) -> str:
-    return ", ".join(f"{name} {totals[name]:,}" for name in _OUTCOMES)
+    return f"{', '.join(f'{name} {totals[name]:,}' for name in _OUTCOMES)}, {summary(totals)}"
 
 
 FUZZER = Fuzzer(
@@ -118,7 +118,7 @@ FUZZER = Fuzzer(
     start=FileCases,
     summary=_summary,
     add_options=_add_options,
-    artefact=lambda options, case: mutated_file(options.seed, case)[1],
+    write_artefact=lambda options, case, path: write_case(options.seed, case, path),
     suffix=".pld",
 )
 

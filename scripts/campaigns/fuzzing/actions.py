@@ -418,7 +418,8 @@ def open_file(world: World, files: list[tuple[bytes, Recipe]], folder: Path) -> 
             world.destroy_program(world.live_programs[0])
         return
     size = sizeof(structs.ModelParamsStruct)
-    params = structs.ModelParamsStruct(size, *rows)
+    params = core.get("pld_model_default_params")
+    params.max_tokens, params.max_logit_rows = rows
     kind = draw.below(4)
     if kind == 0:
         path = draw.one(_bad_paths(folder))

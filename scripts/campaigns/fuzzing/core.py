@@ -42,7 +42,7 @@ STATUSES: dict[str, frozenset[int]] = {
     "pld_seq_keep": _PLAIN | {NOT_SUPPORTED, INVALID_SEQ},
     "pld_request_free": _PLAIN | {INVALID_SEQ},
 }
-COUNTERS = ("calls", "checks", *(f"status {status}" for status in sorted(abi.STATUS_NAMES)))
+COUNTERS = ("checks", *(f"status {status}" for status in sorted(abi.STATUS_NAMES)), *abi.SIGNATURES)
 
 PLANTS = {
     "silent-refusal": "refused calls leave no text",
@@ -68,9 +68,7 @@ class Core:
         if plant is not None:
             _plant(self._functions, plant)
         self._last_error = self._functions["pld_last_error"]
-        self._calls_at = tally.place["calls"]
         self._status_at = {status: tally.place[f"status {status}"] for status in abi.STATUS_NAMES}
-        self.called: set[str] = set()
 
     def about(self, drawn: object) -> None:
         """What the next call is made from."""
@@ -96,6 +94,7 @@ class Core:
         self._note(name, arguments)
         status = int(self._functions[name](*arguments))
         text = self._last_error()
+        self.tally.numbers[self.tally.place["pld_last_error"]] += 1
         if status not in STATUSES[name]:
             self.wrong(f"{name} answered {status}: {text!r}")
         self.tally.numbers[self._status_at[status]] += 1
@@ -126,10 +125,20 @@ class Core:
 
     def _note(self, name: str, arguments: tuple[Any, ...]) -> None:
         self.calls.append((name, arguments))
-        self.called.add(name)
-        self.tally.numbers[self._calls_at] += 1
+        self.tally.numbers[self.tally.place[name]] += 1
         if self._verbose:
             print(described(name, arguments), flush=True)
+
+
+def summary(totals: dict[str, int]) -> str:
+    """Calls, and what became of them."""
+    calls = [totals[name] for name in abi.SIGNATURES]
+    refused = {status: totals[f"status {status}"] for status in abi.STATUS_NAMES if status != OK}
+    told = ", ".join(f"{abi.STATUS_NAMES[status]} {count:,}" for status, count in refused.items() if count)
+    return (
+        f"{sum(calls):,} calls of {sum(count > 0 for count in calls)} of {len(calls)} functions, "
+        f"{totals['status 0']:,} accepted, refused: {told or 'none'}, {totals['checks']:,} comparisons"
+    )
 
 
 # ---- calls in words ------------------------------------------------------------------------------------------------

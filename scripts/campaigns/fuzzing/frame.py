@@ -92,8 +92,8 @@ class Fuzzer:
     start: Callable[[argparse.Namespace, Tally], Cases]
     summary: Callable[[dict[str, int]], str]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    # Bytes that reproduce a case without the fuzzer, and their file's suffix.
-    artefact: Callable[[argparse.Namespace, int], bytes] | None = None
+    # Writes a file that reproduces a case without the fuzzer; and the file's suffix.
+    write_artefact: Callable[[argparse.Namespace, int, Path], object] | None = None
     suffix: str = ""
 
 
@@ -274,10 +274,10 @@ class _Parent:
         print(
             f"again: python {_shown(self._fuzzer.script)} --seed {self._options.seed} --start {found.case} --count 1{plant}"
         )
-        if self._options.keep is not None and self._fuzzer.artefact is not None:
+        if self._options.keep is not None and self._fuzzer.write_artefact is not None:
             self._options.keep.mkdir(parents=True, exist_ok=True)
             target = self._options.keep / f"seed-{self._options.seed}-case-{found.case}{self._fuzzer.suffix}"
-            target.write_bytes(self._fuzzer.artefact(self._options, found.case))
+            self._fuzzer.write_artefact(self._options, found.case, target)
             print(f"kept: {target}")
         sys.stdout.flush()
 

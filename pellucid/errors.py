@@ -37,7 +37,13 @@ EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 def reason_of(error: BaseException) -> str:
     """What a request is told that ends because of an error."""
-    return str(error) if isinstance(error, PellucidError) else f"the request failed: {type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, PellucidError) else f"the request failed: {type(error).__name__}: {error}"
+    return sendable(text)
+
+
+def sendable(text: str) -> str:
+    """A text as any encoding can carry it: what other people's code says may hold lone surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class InvalidRequestError(PellucidError, ValueError):

@@ -170,6 +170,8 @@ class LLMEngine:
             raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
         text, token_ids = self.checker.tokenise(prompt)
         admitted = self.checker.check(token_ids, params, options)
+        if self._recorder is not None:
+            self._recorder.check(params)
         names = admitted.capture
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
         cores = self._choices(request_id, tuple(token_ids), params, seed, options, admitted)

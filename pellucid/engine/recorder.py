@@ -26,9 +26,11 @@ from pellucid.engine.trace_lines import (
     SubmitLine,
     step_line,
 )
+from pellucid.errors import InvalidRequestError
 from pellucid.options import RequestOptions
 from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
+from pellucid.structured import FIELD, CustomStructure
 
 if TYPE_CHECKING:
     from pellucid.engine.engine import LLMEngine
@@ -53,6 +55,18 @@ class Recorder:
             self._file = TraceFile(str(engine.config.trace_path), engine.config.trace_max_mb, header_of(engine))
             sink = self._file.write
         self._write = sink
+
+    @staticmethod
+    def check(params: SamplingParams) -> None:
+        """Refuses, before anything is queued, what a line cannot hold.
+
+        Raises:
+            InvalidRequestError: naming the field.
+        """
+        structure = params.structured_outputs
+        if isinstance(structure, CustomStructure):
+            kind = type(structure).__name__
+            raise InvalidRequestError(f"{FIELD} is a {kind}, which is code: a trace cannot hold it", FIELD)
 
     def submitted(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.errors import sendable
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RequestRows, RunnerRequest
 from pellucid.executor.blame import Errors, blamed, note
@@ -254,7 +255,7 @@ class _Pending:
         """Books a token; True when it is the draft that stood in its place, so that the row behind it counts too."""
         request_id, drafts = self.entry.request_id, self.entry.draft_token_ids
         if token.error is not None:
-            found.errors[request_id] = token.error
+            found.errors[request_id] = sendable(token.error)
             return False
         try:
             problem = self.request.row.advance(token.token_id)
@@ -262,7 +263,7 @@ class _Pending:
             note(found.errors, request_id, error)
             return False
         if problem is not None:
-            found.errors[request_id] = problem
+            found.errors[request_id] = sendable(problem)
             return False
         if self.num_accepted < len(drafts) and drafts[self.num_accepted] == token.token_id:
             self.num_accepted += 1

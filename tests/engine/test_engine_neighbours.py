@@ -153,7 +153,7 @@ class FailingMatcher:
         if self._where == "accept":
             raise RuntimeError("planted: cannot take it")
         if self._where == "refuse":
-            self.error = "planted: does not fit"
+            self.error = "planted: does not fit \ud800"
         return self.error is None
 
 
@@ -347,7 +347,7 @@ FAULTS: dict[str, tuple[Callable[[World], Asked], str | None]] = {
     "structure whose mask shrinks": (structure("mask"), r"mask is uint32 \[1\]; it must be uint32 \[10\]"),
     "structure that leaves nothing": (structure("nothing left"), "no token can be sampled"),
     "structure that cannot take a token": (structure("accept"), "planted: cannot take it"),
-    "structure that refuses a token": (structure("refuse"), "planted: does not fit"),
+    "structure that refuses a token": (structure("refuse"), r"planted: does not fit \\ud800"),
     "core blames a token at once": (core_blames("token", 0), "planted: token"),
     "core blames a token later": (core_blames("token", 3), "planted: token"),
     "core blames a sequence": (core_blames("sequence", 1), "planted: sequence"),
@@ -499,6 +499,18 @@ def test_plan_ahead_when_the_one_before_failed_as_a_whole_then_who_came_with_it_
     world.close()
     assert outputs[BAD].outputs[0].error == "the step failed: RuntimeError: planted: the executor is out"
     assert_same_bits(outputs["good"], expected[0], "the neighbour")
+
+
+def test_structure_that_is_code_when_a_trace_is_written_then_refused_by_name_and_nothing_of_it_is_queued(
+    model: Path, expected: list[RequestOutput], tmp_path: Path
+) -> None:
+    world = World(model, trace_path=str(tmp_path / "trace.jsonl"))
+    world.submit(asked()[0], "good")
+    with pytest.raises(InvalidRequestError, match="structured_outputs is a FailingStructure, which is code"):
+        world.submit(structure("nowhere")(world), BAD)
+    assert world.engine.scheduler.num_waiting == 1
+    assert_same_bits(world.run()["good"], expected[0], "the neighbour")
+    world.close()
 
 
 def test_request_when_its_output_cannot_be_begun_then_nothing_of_it_is_queued(

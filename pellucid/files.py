@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +31,8 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # A file system that cannot reserve room says one of these.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
 _ZEROS = bytes(1 << 20)
+# How often, and after what pause, a lock is tried that somebody has. Whoever keeps it for longer is none of us.
+_HOLD_ATTEMPTS, _HOLD_SECONDS = 100, 0.01
 _MAX_NAME = 48  # characters of a file's name in that of its part: names have at most 255 bytes
 
 
@@ -39,16 +42,17 @@ def storage_error(
     """What is wrong with the disk, for a person: `needed` bytes were to be written to `path`."""
     text = f"{path} cannot be {verb}: {error.strerror or error}"
     if error.errno in NO_ROOM:
-        want = f"{needed:,} bytes are needed in {path.parent}" if needed else f"there is no room in {path.parent}"
-        text += f"; {want}, {_free(path.parent)}"
+        free = _free_bytes(path.parent)
+        need = f"{needed:,} bytes are needed in {path.parent}, {free} are free on that disk"
+        text += f"; {need}" if needed else f"; {free} bytes are free on the disk of {path.parent}"
     return StorageError(text + hint)
 
 
-def _free(folder: Path) -> str:
+def _free_bytes(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free:,} are free on that disk"
-    except OSError as error:
-        return f"what is free is unknown: {error.strerror}"
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number of"
 
 
 @contextlib.contextmanager
@@ -84,9 +88,14 @@ def make_folder(folder: Path, hint: str = "") -> Path:
 
 def hold(descriptor: int) -> None:
     """Says that this process uses a file or folder, until the descriptor and its copies are closed; a mapping keeps a copy."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+    for _ in range(_HOLD_ATTEMPTS if fcntl is not None else 0):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:  # who removes a file has it for a moment
+            time.sleep(_HOLD_SECONDS)
+        except OSError:  # some network file systems have no locks
+            return
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:

@@ -239,6 +239,17 @@ def test_part_when_the_system_has_no_locks_then_nothing_is_removed(
     assert names(tmp_path) == ["a", "x.part"]
 
 
+def test_file_when_somebody_else_keeps_it_locked_then_it_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_HOLD_ATTEMPTS", 3)
+    write_whole(tmp_path / "a", b"x")
+    with open(tmp_path / "a") as locked, open(tmp_path / "a") as used:
+        files.fcntl.flock(locked, files.fcntl.LOCK_EX)
+        files.hold(used.fileno())
+        assert not remove_unused(tmp_path / "a")
+
+
 def test_link_when_it_looks_like_a_part_then_what_it_points_to_stays(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     (tmp_path / "a.part").symlink_to(tmp_path / "precious")

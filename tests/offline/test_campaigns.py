@@ -103,6 +103,26 @@ def test_fuzz_http_when_a_fault_is_planted_then_found(fault: str, capsys: pytest
     assert f"the planted fault '{fault}' was found" in capsys.readouterr().out
 
 
+STORM = ("--inline", "--kinds", "thread", "--requests", "160", "--count", "1", "--memory-percent", "3")
+
+
+def test_storm_when_the_engine_is_sound_then_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("storm", *STORM)
+    said = capsys.readouterr().out
+    assert status == CLEAN, said
+    assert "160 requests in 1 cases" in said
+
+
+@pytest.mark.parametrize("fault", ["block", "task", "thread", "descriptor", "file", "memory"])
+def test_storm_when_a_fault_is_planted_then_found(
+    fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("storm"), "_SETTLING", 0.5)
+    monkeypatch.setattr(importlib.import_module("kit.leftovers"), "_PATIENCE", 0.5)
+    assert run("storm", *STORM, "--plant", fault) == FOUND
+    assert f"the planted fault '{fault}' was found" in capsys.readouterr().out
+
+
 def test_lines_when_asked_for_then_the_table_names_what_was_not_reached(capsys: pytest.CaptureFixture[str]) -> None:
     run("fuzz_offline", *OFFLINE, "--kinds", "thread", "--count", "40", "--lines", "--keep-going")
     table = capsys.readouterr().out

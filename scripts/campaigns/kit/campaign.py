@@ -195,8 +195,10 @@ def _work(campaign: Campaign, options: argparse.Namespace, emit: Emit) -> None:
         for case in _numbers(options):
             tell({"begin": case})
             _plant_in_process(options, case)
+            made = 1  # of a case that raises: the count must come to its end
             with _reporting(report, "case"):
-                tell({"made": runner.run(case, report)})
+                made = runner.run(case, report)
+            tell({"made": made})
             is_spent = 0 < options.seconds < time.monotonic() - began
             if is_spent or tally.made >= options.count or is_over(campaign, options, tally):
                 break

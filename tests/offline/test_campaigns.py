@@ -128,3 +128,32 @@ def test_lines_when_asked_for_then_the_table_names_what_was_not_reached(capsys: 
     table = capsys.readouterr().out
     row = next(line for line in table.splitlines() if line.startswith("pellucid/engine/admission.py")).split()
     assert 40 < int(row[2]) <= int(row[1])
+
+
+FAKE = """
+import argparse, sys
+parser = argparse.ArgumentParser()
+for name in ("--seed", "--seconds", "--count"):
+    parser.add_argument(name)
+parser.add_argument("--plant", choices=["this", "that"])
+options = parser.parse_args()
+sys.exit({status})
+"""
+
+
+def test_all_when_scripts_end_otherwise_than_they_should_then_each_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fuzz_one.py").write_text(FAKE.format(status="1 if options.plant else 0"))
+    (tmp_path / "soak_two.py").write_text(FAKE.format(status="3 if options.plant == 'that' else 1"))
+    monkeypatch.setattr(importlib.import_module("all"), "FOLDER", tmp_path)
+    assert run("all", "fuzz_one.py", "--seconds", "1") == 0
+    assert run("all", "--keep-going") == 1
+    assert "[fail] soak_two.py --seed 1: status 1" in capfd.readouterr().out
+    assert run("all", "--plants", "--seed", "7") == 1
+    said = capfd.readouterr().out
+    assert "[ok] fuzz_one.py --seed 7 --plant that: status 1" in said
+    assert "[ok] soak_two.py --seed 7 --plant this: status 1" in said
+    assert "[fail] soak_two.py --seed 7 --plant that: status 3" in said
+    with pytest.raises(SystemExit, match="unknown campaign 'nope.py'"):
+        run("all", "nope.py")

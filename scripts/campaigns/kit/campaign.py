@@ -52,8 +52,8 @@ class Plant:
 
 # Faults of the process itself, for every campaign: the supervisor must find them.
 COMMON_PLANTS = {
-    "crash": Plant("the process aborts in its second case", "the process died of SIGABRT"),
-    "hang": Plant("its second case never ends", "hang"),
+    "crash": Plant("the process aborts in its first case", "the process died of SIGABRT"),
+    "hang": Plant("its first case never ends", "hang"),
 }
 
 
@@ -228,9 +228,9 @@ def _numbers(options: argparse.Namespace) -> Iterator[int]:
 
 
 def _plant_in_process(options: argparse.Namespace, case: int) -> None:
-    if case == options.first + 1 and options.plant == "crash":
+    if case == options.first and options.plant == "crash":
         os.abort()
-    if case == options.first + 1 and options.plant == "hang":
+    if case == options.first and options.plant == "hang":
         time.sleep(1e6)
 
 
@@ -297,7 +297,7 @@ def reproduction(campaign: Campaign, parser: argparse.ArgumentParser, options: a
     """The command that runs one case again: the seed, its number, and all options that shape it."""
     words = ["python", f"scripts/campaigns/{campaign.script}", "--seed", str(options.seed)]
     if options.plant in COMMON_PLANTS:
-        words += ["--first", str(max(0, case - 1)), "--count", "1000"]
+        words += ["--first", str(max(0, case))]
     else:
         words += ["--only", str(max(0, case))]
     for action in parser._actions:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid import ops
-from pellucid.errors import ConfigError
+from pellucid.errors import ConfigError, shown
 from pellucid.float32 import FINITE, first_not_finite
 from pellucid.layers.module import Module
 
@@ -91,10 +91,12 @@ def inverse_frequencies(
     except KeyError as error:
         raise ConfigError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # such as the logarithm of a rope_theta of 1
-        raise ConfigError(f"rope_scaling of type {kind!r} has a value that cannot be used: {error}") from None
+        raise ConfigError(f"rope_scaling is {shown(scaling)}; it has a value that cannot be used: {error}") from None
     is_finite = first_not_finite(frequencies) is None and FINITE.holds(scale)
     if frequencies.shape != (dim // 2,) or not is_finite:
-        raise ConfigError(f"rope_scaling of type {kind!r} does not give {dim // 2} frequencies that are {FINITE.text}")
+        raise ConfigError(
+            f"rope_scaling is {shown(scaling)}; its {dim // 2} frequencies and their factor must be {FINITE.text}"
+        )
     return frequencies, scale
 
 

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from fuzzing import single_calls
-from fuzzing.actions import ACTIONS, cache_params, make_program, open_file, rows_of_program
+from fuzzing.actions import ACTIONS, cache_params, make_program, open_file, rows_of_program, verify_file
 from fuzzing.core import COUNTERS, OK, PLANTS, Core, summary
 from fuzzing.draws import Draw
 from fuzzing.files import file_recipe, write_model
@@ -68,6 +68,7 @@ class CoreCases:
             (5, single_calls.sample),
             (5, self._make_program),
             (2, partial(open_file, files=self._files, folder=self._folder)),
+            (1, partial(verify_file, files=self._files, folder=self._folder)),
         ]
         self._actions = [action for weight, action in weighted for _ in range(weight)]
 

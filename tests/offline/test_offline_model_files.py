@@ -423,7 +423,7 @@ def test_weight_that_is_not_finite_when_it_stays_a_float_then_the_request_ends_w
         ({"rope_type": "yarn", "factor": 4.0, "beta_fast": -1.0}, "has a value that cannot be used"),
         ({"rope_type": "yarn", "factor": 4.0, "attention_factor": float("inf")}, "it must be finite"),
         ({"rope_type": "factors", "factors": [1.0, 2.0, 3.0]}, "has a value that cannot be used"),
-        ({"rope_type": "factors", "factors": [0.0] * 8}, "does not give 8 finite frequencies"),
+        ({"rope_type": "factors", "factors": [0.0] * 8}, "its 8 frequencies and their factor must be finite in float32"),
     ],
 )  # fmt: skip
 def test_rotary_scaling_that_cannot_be_computed_when_loaded_then_refused_by_name(

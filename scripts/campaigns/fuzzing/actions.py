@@ -437,6 +437,27 @@ def open_file(world: World, files: list[tuple[bytes, Recipe]], folder: Path) -> 
         core.expect(out.value, None, "the handle of a refused model")
 
 
+def verify_file(world: World, files: list[tuple[bytes, Recipe]], folder: Path) -> None:
+    """pld_model_verify of a good model, of what has no checksums, of what is no file, and stopped."""
+    draw, core = world.draw, world.core
+    params, bad_block, stop = core.get("pld_verify_default_params"), ctypes.c_int64(-2), ctypes.c_int32(1)
+    kind = draw.below(6)
+    path = bytes(folder) + b"/text" if kind == 1 else draw.one(files)[0]
+    if kind == 2:
+        params.struct_size = draw.one((0, 8))
+    elif kind == 3:
+        params.stop = ctypes.addressof(stop)
+    elif kind == 4:
+        params.bytes_per_second = draw.one((INT32_MIN, -1))
+    with open(path, "rb") as file:
+        descriptor = -1 if kind == 5 else file.fileno()
+        status = core.call("pld_model_verify", descriptor, byref(params), byref(bad_block))
+    expected = {0: OK, 3: ABORTED}.get(kind, INVALID_ARGUMENT)
+    core.expect(status, expected, f"status of pld_model_verify, kind {kind}")
+    if kind == 0:
+        core.expect(bad_block.value, -1, "the bad block of a good file")
+
+
 def _bad_paths(folder: Path) -> list[bytes]:
     """Names of no file, of what is no file, in what is no UTF-8, and longer than a text."""
     start = bytes(folder)

@@ -35,6 +35,7 @@ STATUSES: dict[str, frozenset[int]] = {
     "pld_program_logits": _PLAIN | {INVALID_BATCH},
     "pld_model_open": _PLAIN | {OUT_OF_MEMORY},
     "pld_model_info_get": _PLAIN,
+    "pld_model_verify": _PLAIN | {ABORTED},
     "pld_decode": _PLAIN | {NO_SPACE, ABORTED, INVALID_BATCH},
     "pld_seq_cp": _SEQ,
     "pld_seq_rm": _SEQ,
@@ -98,6 +99,7 @@ class Core:
         if status not in STATUSES[name]:
             self.wrong(f"{name} answered {status}: {text!r}")
         self.tally.numbers[self._status_at[status]] += 1
+        self._check_item(name, status)
         if status == OK:
             if text:
                 self.wrong(f"{name} succeeded, and pld_last_error is {text!r}")
@@ -109,6 +111,15 @@ class Core:
         except UnicodeDecodeError as error:
             self.wrong(f"{name} answered {status}, and pld_last_error is no UTF-8: {error}: {text!r}")
         return status
+
+    def _check_item(self, name: str, status: int) -> None:
+        """What the failure is about: a known kind of item and its number, or nothing and -1."""
+        index = ctypes.c_int64(-2)
+        item = int(self._functions["pld_last_error_item"](ctypes.byref(index)))
+        self.tally.numbers[self.tally.place["pld_last_error_item"]] += 1
+        is_named = item in abi.ITEM_NAMES
+        if not (is_named or item == 0) or is_named != (index.value >= 0) or (is_named and status == OK):
+            self.wrong(f"{name} answered {status}, and pld_last_error_item is {item}, number {index.value}")
 
     def last_text(self) -> str:
         """The text of the last failure."""

@@ -423,13 +423,13 @@ def _check_sampled(world: World, row: structs.SampleRowStruct, logits: np.ndarra
     """The token may come, and the row's figures are those of its logits."""
     core, token, status = world.core, int(result["token"]), int(result["status"])
     is_finite = not np.isnan(logits).any() and bool(np.isfinite(logits.max()))
-    core.expect(status in (0, 1, 2), True, f"whether {status} is a status of sampling")
+    core.expect(status in (0, 1, 2, 3), True, f"whether {status} is a status of sampling")
     core.expect(status == 1, not is_finite, "whether the row is found not to be finite")
     core.expect(0 <= token < len(logits) if status == 0 else token == -1, True, f"whether token {token} may be")
     if status == 1:
         return
     core.expect(float(result["max"]), float(logits.max()), "the greatest logit")
-    if status == 2:
+    if status in (2, 3):
         return
     if row.mask:
         word = ctypes.cast(row.mask, ctypes.POINTER(ctypes.c_uint32))[token // 32]

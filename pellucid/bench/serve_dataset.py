@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.bench.figures import spread_lengths
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import check_values, loads
 from pellucid.text.tokenizer import Tokenizer
-from pellucid.weights.json_files import shown
 
 # Low ids are special tokens in most vocabularies.
 _FIRST_TOKEN = 100

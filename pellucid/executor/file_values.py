@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid.errors import InvalidRequestError, about
+from pellucid.errors import InvalidRequestError, about, shown
 from pellucid.models.config import TOKEN_KEYS, GivenTokens, ModelConfig
 from pellucid.params import SamplingParams, model_defaults
 from pellucid.text.tokenizer import Tokenizer
-from pellucid.weights.json_files import shown
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pellucid.errors import (
     TokenizerError,
     WeightFormatError,
     about,
+    shown,
 )
 from pellucid.executor.file_values import FileValues, Origins
 from pellucid.executor.program_cache import PROGRAM_SUFFIX, ProgramCache
@@ -33,7 +34,6 @@ from pellucid.program.verify import verify_file
 from pellucid.quant.scheme import WeightScheme
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.weights.hub import cache_dir, remove_leftovers, resolve_model
-from pellucid.weights.json_files import shown
 
 if TYPE_CHECKING:
     from pellucid.weights.checkpoint import Checkpoint

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pellucid.errors import TokenizerError, WeightFormatError
+from pellucid.errors import TokenizerError, WeightFormatError, shown
 from pellucid.text.backend import ID_LIMIT, SpecialTokens, backend_from_json, library_errors
-from pellucid.weights.json_files import GIT_LFS_POINTER, refuse_pointer, shown
+from pellucid.weights.json_files import GIT_LFS_POINTER, refuse_pointer
 
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.errors import ModelNotFoundError, UnsupportedModelError, WeightFormatError
+from pellucid.errors import ModelNotFoundError, UnsupportedModelError, WeightFormatError, shown
 from pellucid.weights.gguf import GGUFFile, open_gguf
 from pellucid.weights.gguf_config import architecture_names, gguf_config, gguf_generation_config
 from pellucid.weights.gguf_names import NOT_PARAMETERS, hugging_face_name
-from pellucid.weights.json_files import format_error, read_config, shown
+from pellucid.weights.json_files import format_error, read_config
 from pellucid.weights.safetensors import index_shards, open_index, open_safetensors
 from pellucid.weights.tensor import TensorView, from_float32
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pellucid.errors import WeightFormatError
-from pellucid.weights.json_files import format_error, shown
+from pellucid.errors import WeightFormatError, shown
+from pellucid.weights.json_files import format_error
 from pellucid.weights.mapping import check_spans, map_file
 from pellucid.weights.tensor import TensorView, byte_count
 

@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pellucid.errors import DownloadError, ModelNotFoundError, StorageError
+from pellucid.errors import DownloadError, ModelNotFoundError, StorageError, shown
 from pellucid.files import PART_SUFFIX, remove_parts, remove_unused, whole_file
 from pellucid.weights import pip_index
 from pellucid.weights.fetch import CHUNK_BYTES, ChecksumError, check_space, download
-from pellucid.weights.json_files import shown
 from pellucid.weights.packaged import PACKAGED_MODELS, PackagedModel, Piece
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")

@@ -10,19 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pellucid.errors import ModelNotFoundError, WeightFormatError
+from pellucid.errors import ModelNotFoundError, WeightFormatError, shown
 
 MAX_JSON_BYTES = 16 * 2**20
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how one begins
-_MAX_SHOWN = 80
+_MAX_NAME = 80
 _MAX_INTEGER_DIGITS = 20  # 2^64 - 1 has 20; longer ones only cost time
 _MAX_CONFIG_DEPTH = 100
-
-
-def shown(value: object) -> str:
-    """`value` for an error text: short, on one line, printable."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
 
 
 def format_error(path: Path, field: str, value: object, limit: str) -> WeightFormatError:
@@ -32,7 +26,7 @@ def format_error(path: Path, field: str, value: object, limit: str) -> WeightFor
 
 def unreadable(path: Path, error: OSError) -> WeightFormatError:
     """The error for a file that the system does not let us read."""
-    return WeightFormatError(f"{path.name[:_MAX_SHOWN]}: it cannot be read: {error.strerror or error}")
+    return WeightFormatError(f"{path.name[:_MAX_NAME]}: it cannot be read: {error.strerror or error}")
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pellucid.errors import ModelNotFoundError
-from pellucid.weights.json_files import GIT_LFS_POINTER, format_error, refuse_pointer, shown, unreadable
+from pellucid.errors import ModelNotFoundError, shown
+from pellucid.weights.json_files import GIT_LFS_POINTER, format_error, refuse_pointer, unreadable
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pellucid.errors import WeightFormatError
+from pellucid.errors import WeightFormatError, shown
 from pellucid.files import whole_file
-from pellucid.weights.json_files import format_error, parse_json, read_json, shown
+from pellucid.weights.json_files import format_error, parse_json, read_json
 from pellucid.weights.mapping import check_spans, map_file
 from pellucid.weights.tensor import TensorView, byte_count
 

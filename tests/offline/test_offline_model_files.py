@@ -211,7 +211,7 @@ SAMPLING: dict[str, tuple[Any, str]] = {
     "top_p": (0, r"top_p is 0; it must be in (0, 1]"),
     "top_k": (-7, "top_k is -7; it must be at least 1, or 0 or -1 for all"),
     "min_p": ("0.5", "min_p is '0.5'; it must be a number in [0, 1]"),
-    "repetition_penalty": (float("nan"), "repetition_penalty is nan; it must be in (0, 10]"),
+    "repetition_penalty": (float("nan"), "repetition_penalty is nan; it must be in [1e-06, 10]"),
 }
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from utils.batch_builders import BlockBatchState, build_decode_batch
+from utils.children import finished
 from utils.core_model import CoreModel
 from utils.quantised import packed
 from utils.tiny_models import build_tiny_checkpoint
@@ -87,7 +87,7 @@ def limit(more):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
 """
-    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=120)
+    done = finished([sys.executable, "-c", start + code])
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -144,8 +144,8 @@ def test_any_allocation_when_it_fails_then_out_of_memory_and_nothing_has_changed
     source, target = Path(__file__).parent / "c" / "no_memory.c", tmp_path / "no_memory"
     library, include = Path(abi.library()._name), Path(__file__).resolve().parents[2] / "csrc" / "include"
     flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{include}", f"-Wl,-rpath,{library.parent}"]
-    subprocess.run(["cc", *flags, str(source), str(library), "-o", str(target)], check=True)
-    done = subprocess.run([str(target), str(compiled)], capture_output=True, text=True, timeout=300)
+    finished(["cc", *flags, source, library, "-o", target], check=True)
+    done = finished([target, compiled], timeout=300)
     assert done.returncode == 0, done.stdout
     failures = {name: int(count) for name, count in (line.split() for line in done.stdout.splitlines())}
     can_fail = {"decode_slot", "decode_block", "copy", "shift", "again", "sample"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from utils.children import finished
 from utils.core_attention import available_isas, context, same_bits
 from utils.random_programs import Outcome, RandomModel, RandomProgram, batches
 
@@ -62,7 +62,7 @@ def test_placement_when_regions_of_a_step_overlap_then_it_is_refused(tmp_path: P
         "-o",
         str(binary),
     ]
-    subprocess.run(build, check=True, timeout=120)
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=120, check=False)
+    finished(build, check=True)
+    done = finished([binary])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2000 placements" in done.stdout

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import signal
 import stat
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
+from utils.children import child
 from utils.disks import names, small_disk
 
 from pellucid import files
@@ -188,25 +189,24 @@ with whole_file(Path(sys.argv[1]), 1000) as file:
 """
 
 
-def writer(path: Path) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def writer(path: Path) -> Iterator[Popen[bytes]]:
     """A process in the middle of writing a file; it ends when it can read a byte."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"writing\n", child.communicate()
-    return child
+    with child([sys.executable, "-c", _WRITER, path], stdin=PIPE, text=False) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n", process.communicate(timeout=60)
+        yield process
+
+
+def kill(process: Popen[bytes]) -> None:
+    process.kill()
+    process.wait(60)
 
 
 def test_part_when_its_writer_lives_then_it_stays_and_when_it_was_killed_it_goes(tmp_path: Path) -> None:
-    alive, dead = writer(tmp_path / "a"), writer(tmp_path / "a")
-    try:
+    with writer(tmp_path / "a") as alive, writer(tmp_path / "a") as dead:
         assert len(names(tmp_path)) == 2
-        dead.send_signal(signal.SIGKILL)
-        dead.communicate()
+        kill(dead)
         assert len(names(tmp_path)) == 2
         remove_parts(tmp_path)
         assert len(names(tmp_path)) == 1
@@ -214,16 +214,11 @@ def test_part_when_its_writer_lives_then_it_stays_and_when_it_was_killed_it_goes
         assert alive.communicate(b"x", 60) == (b"", b"")
         assert (tmp_path / "a").read_bytes()[:5] == b"whole"
         assert names(tmp_path) == ["a"]
-    finally:
-        for child in (alive, dead):
-            child.kill()
-            child.communicate()
 
 
 def test_file_when_written_again_behind_a_killed_writer_then_only_its_own_parts_go(tmp_path: Path) -> None:
-    dead = writer(tmp_path / "a")
-    dead.kill()
-    dead.communicate()
+    with writer(tmp_path / "a") as dead:
+        kill(dead)
     (tmp_path / "ab.0.part").touch()
     write_whole(tmp_path / "a", b"x")
     assert names(tmp_path) == ["a", "ab.0.part"]

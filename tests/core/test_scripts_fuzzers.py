@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from utils.children import finished
 
 from pellucid.ops import abi
 
@@ -34,12 +35,12 @@ FILE_PLANTS = {
 REPEATED = ("leaky-refusal", "unchecked-size", "crash")  # each run costs a second
 
 
-def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *options: str) -> CompletedProcess[str]:
     command = [sys.executable, str(CAMPAIGNS / script), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return finished(command, cwd=ROOT, timeout=300)
 
 
-def fuzz(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+def fuzz(script: str, *options: str) -> CompletedProcess[str]:
     reader = ("--reader", "program") if script == "fuzz_files.py" else ()
     return run(script, "--seed", "1", "--max-findings", "1", *reader, *options)
 
@@ -84,7 +85,7 @@ def test_case_when_run_alone_then_the_same_calls_as_among_others() -> None:
     among = run("fuzz_core.py", "--seed", "3", "--start", "5", "--count", "3")
     alone = [run("fuzz_core.py", "--seed", "3", "--start", str(case), "--count", "1") for case in (5, 6, 7)]
 
-    def numbers(done: subprocess.CompletedProcess[str], name: str) -> int:
+    def numbers(done: CompletedProcess[str], name: str) -> int:
         found = re.search(rf"([\d,]+) {name}", done.stdout)
         assert found is not None
         return int(found.group(1).replace(",", ""))

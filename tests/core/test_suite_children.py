@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from utils.children import Terminal, child, finished
+from utils.children import Terminal, child, finished, forked
 from utils.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +168,36 @@ def test_a_terminal_when_left_then_its_program_is_gone() -> None:
     assert is_gone(terminal.pid)
     with Terminal([sys.executable, "-c", "raise SystemExit(3)"], {}) as terminal:
         assert terminal.status() == 3
+
+
+def test_bytes_that_are_no_text_when_given_to_a_process_then_it_gets_and_returns_them() -> None:
+    copies = "import os, sys; sys.stdout.buffer.write(os.fsencode(sys.argv[1]) + sys.stdin.buffer.read())"
+    assert finished([sys.executable, "-c", copies, b"a\xff"], input=b"\xfe", text=False).stdout == b"a\xff\xfe"
+
+
+def test_a_fork_when_it_returns_or_raises_then_its_status_tells_and_it_goes_on_with_no_test(tmp_path: Path) -> None:
+    def leave() -> None:
+        (tmp_path / "ran").write_text(f"{os.getpid()}")
+        raise SystemExit(0)  # what would end a process well
+
+    assert forked(lambda: None) == 0
+    assert forked(leave) == 1
+    pid = int((tmp_path / "ran").read_text())
+    assert pid != os.getpid()
+    assert is_gone(pid)
+
+
+def test_a_fork_when_it_outlives_its_time_then_the_test_fails_and_it_and_its_children_are_gone(tmp_path: Path) -> None:
+    def hang() -> None:
+        with child(["sleep", "600"]) as process:
+            (tmp_path / "pids").write_text(f"{os.getpid()} {process.pid}")
+            time.sleep(600)
+
+    with pytest.raises(AssertionError, match="the end of the fork did not come"):
+        forked(hang, seconds=5)
+    pids = written_pids(tmp_path)
+    assert len(pids) == 2
+    until(lambda: all(map(is_gone, pids)), "the end of the fork's child", 10)
 
 
 _PLANTED = """

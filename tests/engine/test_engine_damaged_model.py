@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from utils.async_engines import ENDLESS, KINDS, PATIENCE, SHORT, check_rest, joined, start_engine, until
+from utils.children import child
 from utils.disks import flip, names, small_disk
 from utils.tiny_models import build_tiny_checkpoint
 
@@ -148,18 +148,14 @@ async def test_folder_of_an_engine_process_when_all_are_killed_then_it_goes_at_t
     monkeypatch.setenv("TMPDIR", str(short_folder))
     monkeypatch.setattr("tempfile.tempdir", None)
     command = [sys.executable, "-c", _PARENT, str(checkpoint)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    try:
+    with child(command) as parent:
         assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
+        engine = psutil.Process(int(parent.stdout.readline()))
         living = start("process", checkpoint)
         assert len(names(short_folder)) == 2, "another start takes nothing from those that live"
-        child.suspend()  # so that it does not tidy up behind its parent
+        engine.suspend()  # so that it does not tidy up behind its parent
         os.killpg(parent.pid, signal.SIGKILL)
-        psutil.wait_procs([child], timeout=PATIENCE)
-    finally:
-        parent.kill()
-        parent.communicate()
+        psutil.wait_procs([engine], timeout=PATIENCE)
     assert len(names(short_folder)) == 2
     start("process", checkpoint)
     assert len(names(short_folder)) == 2, "the dead ones' went, the new one's came"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from utils.children import finished
 from utils.disks import kill_when, names, pellucid, pellucid_limited, small_disk
 from utils.tiny_models import build_tiny_checkpoint
 
@@ -93,7 +93,7 @@ def test_results_when_their_folder_is_missing_then_typed(checkpoint: str, prompt
 def test_standard_output_when_full_then_one_line_and_status_1(checkpoint: str, prompts: str, verb: str) -> None:
     arguments = ("info",) if verb == "info" else ("run", prompts, "--model", checkpoint, "--max-tokens", "2", *SETTINGS)
     command = "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); from pellucid.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, text=True)
+    done = finished([sys.executable, "-c", command, *arguments])
     assert done.returncode == 1
     assert done.stderr == "error: [Errno 28] No space left on device\n"
 

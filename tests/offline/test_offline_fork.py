@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from utils.children import finished
 from utils.tiny_models import build_tiny_checkpoint
 
 pytestmark = pytest.mark.timeout(180)
@@ -133,13 +133,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str, *arguments: str, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _HEAD + script, *arguments],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+    done = finished([sys.executable, "-c", _HEAD + script, *arguments], env={**os.environ, **variables}, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -107,7 +107,7 @@ def test_main_thread_when_interrupted_at_any_moment_then_the_others_get_what_the
             sender = interrupt_after(0.003 + 0.007 * index)
             with pytest.raises(KeyboardInterrupt):
                 run_for_ever()
-            sender.join()
+            sender.join(PATIENCE)
     finally:
         is_over.set()
         for thread in threads:
@@ -135,7 +135,7 @@ def test_main_thread_when_it_sleeps_while_another_steps_then_an_interrupt_wakes_
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[9]] * 40, LONG)  # behind the forty
     assert time.monotonic() - began < 5
-    sender.join()
+    sender.join(PATIENCE)
     stepping.join(PATIENCE)
     assert [len(output["token_ids"]) for output in outputs] == [240] * 40
     check_same(JOBS[0].run(llm), alone[0])
@@ -147,7 +147,7 @@ def test_handler_that_raises_nothing_when_called_behind_a_step_then_the_outputs_
     signal.signal(signal.SIGINT, lambda number, frame: seen.append(llm.engine.scheduler.num_running))
     sender = interrupt_after(0.03)
     outputs = llm.generate([[5, 6]] * 20, LONG, use_tqdm=False)
-    sender.join()
+    sender.join(PATIENCE)
     assert [len(output["token_ids"]) for output in outputs] == [240] * 20
     assert len(seen) == 1
     check_rest(llm)

@@ -6,13 +6,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from utils.children import finished
 from utils.http_server import running_server
 from utils.tiny_models import build_tiny_checkpoint
 
@@ -168,7 +168,7 @@ def test_given_lines_when_run_then_each_has_a_result_that_can_be_read(
 
 def _piped(checkpoint: Path, verb: str, *arguments: bytes | str, stdin: bytes = b"") -> tuple[int, str, str]:
     command = [sys.executable, "-m", "pellucid.cli", verb, *arguments, "-m", str(checkpoint), *OPTIONS]
-    done = subprocess.run(command, input=stdin, capture_output=True, timeout=120, check=False)
+    done = finished(command, input=stdin, text=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 

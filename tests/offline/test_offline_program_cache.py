@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
-from utils.disks import PATIENCE, flip, kill_when, names, pellucid, pellucid_limited, small_disk
+from utils.children import child, finished
+from utils.disks import flip, kill_when, names, pellucid, pellucid_limited, small_disk
 from utils.tiny_models import build_tiny_checkpoint
+from utils.waiting import PATIENCE, until
 
 from pellucid import LLM, SamplingParams
 from pellucid.commands.compile import compile_model
@@ -160,7 +163,7 @@ def test_cache_when_it_may_only_be_read_then_what_is_packed_is_used_and_the_rest
     with small_disk(tmp_path / "disk", 30_000) as disk:
         monkeypatch.setenv("PELLUCID_CACHE", str(disk))
         LLM(checkpoint, **SETTINGS).close()
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        finished(["mount", "-o", "remount,ro", disk], check=True)
         with LLM(checkpoint, **SETTINGS) as llm:
             assert llm.engine.executor.model.from_cache
         with pytest.raises(StorageError, match="Read-only file system"):
@@ -192,34 +195,27 @@ def test_packer_when_killed_then_its_part_goes_at_the_next_start_of_any_model(
 
 
 def test_packers_when_several_start_at_once_then_all_work_and_leave_one_program(large: Path, cache: Path) -> None:
-    children = [subprocess.Popen(start(large), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
-    try:
-        said = [child.communicate(timeout=PATIENCE) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0, 0], said
+    with contextlib.ExitStack() as stack:
+        packers = [stack.enter_context(child(start(large))) for _ in range(3)]
+        said = [packer.communicate(timeout=PATIENCE) for packer in packers]
+    assert [packer.returncode for packer in packers] == [0, 0, 0], said
     assert len({out for out, _ in said}) == 1
     assert len(names(cache / "programs")) == 1
 
 
 def test_packer_when_another_start_tidies_then_its_part_stays(large: Path, checkpoint: Path, cache: Path) -> None:
-    child = subprocess.Popen(start(large), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
+    with child(start(large)) as packer:
         end = time.monotonic() + PATIENCE
         while not parts(cache):
-            assert child.poll() is None
+            assert packer.poll() is None
             assert time.monotonic() < end
         tidied = 0
-        while child.poll() is None and parts(cache):
+        while packer.poll() is None and parts(cache):
             ProgramCache(cache / "programs", 0).tidy(cache / "none")
             tidied += 1
-        _, errors = child.communicate(timeout=PATIENCE)
-        assert child.returncode == 0, errors
+        _, errors = packer.communicate(timeout=PATIENCE)
+        assert packer.returncode == 0, errors
         assert tidied > 0
-    finally:
-        child.kill()
-        child.communicate()
 
 
 # ---- the bound --------------------------------------------------------------------------------------------------------
@@ -274,16 +270,12 @@ sys.stdin.read()
 
 def test_program_when_another_process_has_mapped_it_then_it_stays_until_that_ends(programs: ProgramCache) -> None:
     command = [sys.executable, "-c", _HOLDER, str(programs.path("3"))]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"mapped\n"
+    with child(command, stdin=PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "mapped\n"
         tight = ProgramCache(programs.folder, 0)
         tight.tidy(tight.path("none"))
         assert names(programs.folder) == ["3.pld"]
-    finally:
-        child.kill()
-        child.communicate()
     tight.tidy(tight.path("none"))
     assert names(programs.folder) == []
 
@@ -374,6 +366,12 @@ def test_program_when_damaged_then_llm_is_dead_and_the_next_start_packs_anew(che
         assert llm.generate("hello", SHORT)[0].outputs[0].token_ids == wanted
 
 
+def until_verification_ended(llm: LLM) -> None:
+    verification = llm.engine.verification
+    assert verification is not None
+    until(lambda: not verification._thread.is_alive(), "the end of the verification")
+
+
 @pytest.mark.usefixtures("quick")
 def test_program_when_another_process_packed_it_anew_then_that_stays(checkpoint: Path, cache: Path) -> None:
     LLM(checkpoint, **SETTINGS).close()
@@ -383,8 +381,7 @@ def test_program_when_another_process_packed_it_anew_then_that_stays(checkpoint:
     with LLM(checkpoint, **SETTINGS) as llm:
         (cache / "fresh").write_bytes(fresh)
         os.replace(cache / "fresh", path)
-        assert llm.engine.verification is not None
-        llm.engine.verification.wait()
+        until_verification_ended(llm)
     assert path.read_bytes() == fresh
 
 
@@ -392,8 +389,7 @@ def test_program_when_another_process_packed_it_anew_then_that_stays(checkpoint:
 def test_program_when_it_is_sound_then_verified_and_the_engine_lives(checkpoint: Path, cache: Path) -> None:
     for _ in range(2):
         with LLM(checkpoint, **SETTINGS) as llm:
-            assert llm.engine.verification is not None
-            llm.engine.verification.wait()
+            until_verification_ended(llm)
             assert llm.engine.verification.is_verified
             assert len(llm.generate("hello", SHORT)) == 1
     assert packed(cache).exists()

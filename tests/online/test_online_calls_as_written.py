@@ -215,7 +215,7 @@ def neighbour(servers: Callable[[str], RunningServer]) -> Iterator[Callable[[str
             texts.append(_post(servers(dialect), "/v1/completions", NEIGHBOUR)["choices"][0]["text"])
 
         ask()
-        threads.append(threading.Thread(target=ask))
+        threads.append(threading.Thread(target=ask, daemon=True))
         threads[0].start()
 
     yield run

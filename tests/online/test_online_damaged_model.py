@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import httpx
 import pytest
+from utils.children import child, finished
 from utils.disks import flip, small_disk
 from utils.http_server import running_server
 from utils.tiny_models import build_tiny_checkpoint
@@ -48,19 +49,12 @@ def _command(model: Path, *options: str) -> list[str]:
 
 
 @contextmanager
-def _serving(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    process = subprocess.Popen(
-        _command(model, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
-    try:
+def _serving(model: Path, *options: str) -> Iterator[tuple[Popen[str], str]]:
+    with child(_command(model, *options), errors="replace") as process:
         assert process.stdout is not None
         line = process.stdout.readline().strip()
         assert line, process.stderr and process.stderr.read()
         yield process, line.removesuffix("/v1")
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def _until_dead(url: str) -> httpx.Response:
@@ -90,7 +84,7 @@ def test_given_damaged_model_when_found_then_callers_and_health_are_told_and_the
             body = {"prompt": [5] * 8, "temperature": 0, "ignore_eos": True, "max_tokens": 8000}
             answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=_PATIENCE))
 
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         health = _until_dead(url)
         late = httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}, timeout=_PATIENCE)
@@ -124,7 +118,7 @@ def test_given_dead_engine_when_terminated_then_the_server_does_not_wait_and_the
 def test_given_damaged_model_when_served_with_verify_then_it_is_refused_before_it_serves(
     damaged: tuple[Path, int],
 ) -> None:
-    done = subprocess.run(_command(damaged[0], "--verify"), capture_output=True, text=True, timeout=_PATIENCE)
+    done = finished(_command(damaged[0], "--verify"))
     assert done.returncode == 2
     assert f"m.pld is damaged: block {damaged[1]} " in done.stderr.splitlines()[-1]
     assert done.stdout == ""

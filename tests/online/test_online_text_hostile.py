@@ -180,7 +180,7 @@ def neighbour(client: httpx.Client) -> Iterator[None]:
         texts.append(client.post(COMPLETIONS, json=NEIGHBOUR).json()["choices"][0]["text"])
 
     ask()
-    beside = threading.Thread(target=ask)
+    beside = threading.Thread(target=ask, daemon=True)
     beside.start()
     yield
     beside.join(300)

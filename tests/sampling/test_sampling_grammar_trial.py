@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
+from utils.children import forked
 from utils.together import together
 
 from pellucid.sampling import grammar
@@ -54,17 +54,14 @@ def test_trial_when_threads_ask_at_once_then_each_gets_its_own_answer(trial: Gra
 
 
 def test_trial_when_its_process_is_forked_then_the_child_has_its_own(trial: GrammarTrial) -> None:
+    def ask() -> None:
+        assert trial.run(BAD, 300, {}) is not None
+        assert trial.run(GOOD, 300, {}) is None
+        trial.close()
+
     assert trial.run(GOOD, 300, {}) is None
     with trial._lock:  # another thread asks
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = int(not (trial.run(BAD, 300, {}) is not None and trial.run(GOOD, 300, {}) is None))
-                trial.close()
-            finally:
-                os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert forked(ask) == 0
     assert trial.run(BAD, 300, {}) is not None
     assert trial.run(GOOD, 300, {}) is None
 
@@ -72,16 +69,11 @@ def test_trial_when_its_process_is_forked_then_the_child_has_its_own(trial: Gram
 def test_grammars_when_the_process_is_forked_while_one_is_compiled_then_the_child_compiles_its_own() -> None:
     cache = grammar._Cache(4)
 
-    def fork() -> int:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = int(cache.has("key") or cache.get("key", lambda: 7) != 7 or not cache.has("key"))
-            finally:
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def compile_own() -> None:
+        assert not cache.has("key")
+        assert cache.get("key", lambda: 7) == 7
+        assert cache.has("key")
 
-    assert cache.get("key", fork) == 0  # the entry's lock is held
+    assert cache.get("key", lambda: forked(compile_own)) == 0  # the entry's lock is held
     with cache._lock:
-        assert fork() == 0
+        assert forked(compile_own) == 0

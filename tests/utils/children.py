@@ -10,16 +10,18 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import psutil
 from utils.waiting import PATIENCE, until
 
 SECONDS = 300.0
-Command = Sequence[str | Path]
+Command = Sequence[str | bytes | Path]
 
 
 @contextlib.contextmanager
@@ -34,7 +36,9 @@ def child(
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with _interrupts(ignored=ignores_interrupts):
-        process = subprocess.Popen([str(part) for part in command], **{**pipes, **options}, start_new_session=True)
+        process = subprocess.Popen(
+            [os.fsdecode(part) for part in command], **{**pipes, **options}, start_new_session=True
+        )
     limit = threading.Timer(seconds, _end_session, (process.pid,))
     limit.daemon = True
     limit.start()
@@ -49,7 +53,12 @@ def child(
 
 
 def finished(
-    command: Command, *, timeout: float = PATIENCE, input: str | None = None, check: bool = False, **options: Any
+    command: Command,
+    *,
+    timeout: float = PATIENCE,
+    input: str | bytes | None = None,
+    check: bool = False,
+    **options: Any,
 ) -> subprocess.CompletedProcess[Any]:
     """Runs a process to its end, as `subprocess.run` does; what it leaves behind is ended. With `check` a status other than 0
     fails the test."""
@@ -60,6 +69,25 @@ def finished(
     return subprocess.CompletedProcess(list(command), process.returncode, out, errors)
 
 
+def forked(work: Callable[[], object], *, seconds: float = PATIENCE) -> int:
+    """Calls `work` in a fork of this process. The status is 0 when it returned, and 1 when it raised, with a traceback.
+
+    The fork ends behind the call: it goes on with no test, and does nothing of what this process does at its end. It is ended
+    when that takes longer than `seconds`, and the test fails. What it started ends with it.
+    """
+    sys.stderr.flush()  # else the fork would write it too
+    with _interrupts(ignored=False):
+        pid = os.fork()
+        if pid == 0:
+            _exit_with(work)
+    try:
+        until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "the end of the fork", seconds)
+    finally:
+        _end_session(pid)
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 class Terminal:
     """A program whose streams are all one terminal; use it in a `with` statement."""
 
@@ -68,7 +96,7 @@ class Terminal:
             self.pid, self.file = pty.fork()
         if self.pid == 0:
             os.environ.update(environment)
-            os.execv(command[0], [str(part) for part in command])
+            os.execv(command[0], [os.fsdecode(part) for part in command])
 
     def __enter__(self) -> Terminal:
         return self
@@ -87,6 +115,19 @@ class Terminal:
     def _has_ended(self) -> bool:
         pid, self._status = os.waitpid(self.pid, os.WNOHANG)
         return pid == self.pid
+
+
+def _exit_with(work: Callable[[], object]) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 @contextlib.contextmanager

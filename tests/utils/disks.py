@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
-
-PATIENCE = 120.0
+from utils.children import child, finished
+from utils.waiting import PATIENCE
 
 # Runs the command line under a limit on the size of a file, which is what a full disk looks like to anybody.
 _LIMITED = """
@@ -31,43 +30,37 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
     """A disk of so many KiB at `folder`; the test is skipped where nothing may be mounted."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+    if shutil.which("mount") is None or finished(command).returncode != 0:
         pytest.skip("a disk of limited size cannot be mounted here: that needs root")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        finished(["umount", "-l", folder], check=True)
 
 
-def pellucid(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def pellucid(*arguments: str, **environment: str) -> CompletedProcess[str]:
     """The command line."""
     return _run([sys.executable, "-m", "pellucid.cli", *arguments], environment)
 
 
-def pellucid_limited(max_file_bytes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def pellucid_limited(max_file_bytes: int, *arguments: str, **environment: str) -> CompletedProcess[str]:
     """The command line in a process whose files may not be larger."""
     return _run([sys.executable, "-c", _LIMITED, str(max_file_bytes), *arguments], environment)
 
 
-def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **environment}, check=False
-    )
+def _run(command: list[str], environment: dict[str, str]) -> CompletedProcess[str]:
+    return finished(command, env={**os.environ, **environment})
 
 
 def kill_when(command: list[str], is_time: Callable[[], bool], **environment: str) -> None:
     """Starts a command and kills it as soon as `is_time`; fails when it ends before."""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
-    try:
+    with child(command, env={**os.environ, **environment}) as process:
         end = time.monotonic() + PATIENCE
         while not is_time():
-            assert child.poll() is None, (child.returncode, child.communicate())
+            assert process.poll() is None, (process.returncode, process.communicate(timeout=PATIENCE))
             assert time.monotonic() < end, "the time never came"
             time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-    finally:
-        child.kill()
-        child.communicate()
+        process.kill()
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:

@@ -5,7 +5,7 @@
     bash scripts/sanitize.sh address --run python scripts/campaigns/fuzz_core.py --seed 1 --count 2000
     python scripts/campaigns/core_coverage.py scripts/campaigns/fuzz_core.py --seed 1 --count 2000
 
-A case is a sequence of 20 to 44 actions (of one or more calls each) on random objects: contexts of 1 to 3 threads and every
+A case is a sequence of 20 to 34 actions (of one or more calls each) on random objects: contexts of 1 to 3 threads and every
 instruction set of the machine; BLOCK and SLOT caches of every type; random small programs, damaged descriptors, models opened from
 files; good, slightly wrong and hostile batches, also with flags that stop them on their way; operations on sequences with any
 ranges; sampling with any floats; conversion and packing of every type; single ops of every kind; older, shorter and longer structs.
@@ -77,7 +77,7 @@ class CoreCases:
         draw = Draw(f"{self._seed}:{case}")
         self.core.begin()
         world = self._world(draw)
-        for _ in range(draw.between(20, 44)):
+        for _ in range(draw.between(20, 34)):
             draw.one(self._actions)(world)
             self._tally.add("actions")
         check_twin(world, self._twin_contexts)

@@ -51,9 +51,12 @@ def decode(world: World) -> None:
     elif status not in (OK, ABORTED):
         core.wrong(f"status of pld_decode with a flag that the step sets: {status} ({core.last_text()})")
     if status == OK:
+        is_known = cache.is_known(program.recipe)
         _accept_decode(world, program, cache, batch)
         struct.abort = None
-        world.accepted.append(partial(_decode_again, program.index, cache.index, struct, memory))
+        rows = (batch.n_tokens, sum(program.decoded or ()))
+        found = world.outputs(program, *rows) if is_known else None
+        world.accepted.append(partial(_decode_again, program.index, cache.index, struct, memory, rows, found))
     elif status == ABORTED and batch.abort == "way":
         cache.is_torn = cache.is_torn or cache.model is not None
         program.rows_left, program.decoded, program.snapshot = 0, [False] * batch.n_tokens, None
@@ -79,9 +82,20 @@ def _accept_decode(world: World, program: Program, cache: Cache, batch: batches.
     program.rows_left, program.decoded = n, batches.wanted_rows(batch)
 
 
-def _decode_again(program: int, cache: int, struct: structs.DecodeBatchStruct, memory: object, twin: World) -> None:
+def _decode_again(
+    program: int,
+    cache: int,
+    struct: structs.DecodeBatchStruct,
+    memory: object,
+    rows: tuple[int, int],
+    found: bytes | None,
+    twin: World,
+) -> None:
     handles = (twin.programs[program].handle, twin.caches[cache].handle)
     twin.core.expect(twin.core.call("pld_decode", *handles, byref(struct)), OK, "status of a decode done again")
+    if found is not None:
+        expected = twin.outputs(twin.programs[program], *rows)
+        twin.expect_floats(found, expected, "a decode among refused calls, and the same without them on one thread")
     del memory  # it was needed until now
 
 
@@ -107,9 +121,11 @@ def _check_rows(world: World, program: Program) -> None:
 
 
 def run(world: World) -> None:
-    """pld_program_run."""
+    """pld_program_run; a SLOT cache, which refuses it, is tried now and then."""
     draw, core = world.draw, world.core
     program, cache = draw.one(world.live_programs), draw.one(world.live_caches)
+    if cache.model is not None and draw.chance(0.8):
+        cache = next((other for other in world.live_caches if other.model is None), cache)
     batch = batches.good_run(draw, program, cache)
     if draw.chance(0.4):
         batches.damage_run(draw, batch)
@@ -120,16 +136,28 @@ def run(world: World) -> None:
     core.expect(status, expected, "status of pld_program_run")
     if status == OK:
         program.rows_left, program.decoded = batch.n_tokens, None
-        world.accepted.append(partial(_run_again, program.index, cache.index, struct, batch.memory))
+        rows = (batch.n_tokens, batch.n_logit_rows)
+        found = world.outputs(program, *rows)
+        world.accepted.append(partial(_run_again, program.index, cache.index, struct, batch.memory, rows, found))
     else:
         _check_rows(world, program)
     world.check_sequences(cache)
     world.check_refused(status, cache, program)
 
 
-def _run_again(program: int, cache: int, struct: structs.BatchStruct, memory: object, twin: World) -> None:
+def _run_again(
+    program: int,
+    cache: int,
+    struct: structs.BatchStruct,
+    memory: object,
+    rows: tuple[int, int],
+    found: bytes,
+    twin: World,
+) -> None:
     handles = (twin.programs[program].handle, twin.caches[cache].handle)
     twin.core.expect(twin.core.call("pld_program_run", *handles, byref(struct)), OK, "status of a step done again")
+    expected = twin.outputs(twin.programs[program], *rows)
+    twin.expect_floats(found, expected, "a step among refused calls, and the same without them on one thread")
     del memory
 
 
@@ -334,7 +362,7 @@ def make_cache(world: World) -> None:
     """pld_kv_create and pld_kv_bytes with good or damaged parameters."""
     draw, core = world.draw, world.core
     params, expected = cache_params(draw, draw.one(world.live_programs).recipe), OK
-    if draw.chance(0.7):
+    for _ in range(draw.one((0, 1, 1, 1, 2, 3))):
         name = draw.one(("n_layers", "n_kv_heads", "head_dim", "block_size", "n_blocks", "dtype", "layout"))
         setattr(params, name, draw.hostile(getattr(params, name)))
         expected = None

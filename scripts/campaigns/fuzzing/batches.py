@@ -158,16 +158,21 @@ def good_block(draw: Draw, program: Program, cache: Cache) -> DecodeDraw:
     return _finish(draw, program, batch)
 
 
+_SPAN = 1024  # positions between two merges of attention
+
+
 def good_run(draw: Draw, program: Program, cache: Cache) -> RunDraw:
-    """A step as an engine would make it."""
+    """A step as an engine would make it; at times with a sequence that is long, whose table has blocks more than once."""
     size = cache.params.block_size
     batch = RunDraw([], [], [0], [], [], [], [])
-    width = draw.one((1, 2, 3))
+    longest = _SPAN * draw.one((1, 1, 2, 3)) + draw.one((-1, 0, 1, 40)) if draw.chance(0.05) else 0
+    width = max(draw.one((1, 2, 3)), -(-longest // size))
     for _ in range(draw.one((1, 1, 2, 3))):
         table = [draw.below(cache.params.n_blocks) for _ in range(width)]
-        room = min(width * size, 64)
-        begin = draw.below(room)
+        room = longest or min(width * size, 64)
+        begin = room - draw.between(1, 5) if longest else draw.below(room)
         count = min(room - begin, draw.one((1, 1, 2, 5)), program.max_tokens - len(batch.positions))
+        longest = 0 if draw.chance(0.5) else longest
         if count < 1:
             break
         positions = range(begin, begin + count)

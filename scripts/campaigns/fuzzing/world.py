@@ -233,6 +233,13 @@ class World:
                 rows.append(ctypes.string_at(address, 4 * width) if address else None)
         return rows
 
+    def outputs(self, program: Program, n_tokens: int, n_logits: int) -> bytes:
+        """Hidden states and logits of the last step, as the program keeps them."""
+        hidden = self.core.peek("pld_program_hidden", program.handle)
+        logits = self.core.peek("pld_program_logits_data", program.handle)
+        hidden_bytes, logit_bytes = 4 * n_tokens * program.hidden_width, 4 * n_logits * program.vocab_size
+        return ctypes.string_at(hidden, hidden_bytes) + ctypes.string_at(logits, logit_bytes)
+
     def check_sequences(self, cache: Cache) -> None:
         """Last positions and free cells are those of the plain model."""
         core = self.core

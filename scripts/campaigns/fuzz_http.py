@@ -50,6 +50,15 @@ SETTINGS: dict[str, Any] = {
     "max_stored_responses": 64,
 }
 _CALLERS, _NEIGHBOURS = 4, 2
+# A server without keys takes any.
+_KEY = {"authorization": "Bearer the-key"}
+_WRONG_KEYS: tuple[dict[str, str], ...] = (
+    {},
+    {"authorization": "Bearer wrong"},
+    {"authorization": "Basic dGhlOmtleQ=="},
+    {"x-api-key": "the-key"},
+    {"authorization": "Bearer " + "x" * 5000},
+)
 PLANTS = {
     "bug": Plant("tokenising a text raises what nobody expects", "status 500"),
     "neighbour": Plant("where three are in a step, one gets a wrong token", "a neighbour was hurt"),
@@ -103,9 +112,11 @@ class FuzzHttp:
 
 def _settings(draw: Random) -> dict[str, Any]:
     """What differs from case to case."""
-    kind = draw.randrange(4)
+    kind = draw.randrange(5)
     if kind == 0:
-        return {"async_scheduling": True}
+        return {"async_scheduling": True, "api_key": "the-key", "admin_key": "the-key"}
+    if kind == 4:
+        return {"api_key": "the-key", "admin_key": "the-key", "allowed_origins": "http://good.example"}
     if kind == 1:
         return {"speculative_method": "ngram", "prompt_lookup_min": 1}
     if kind == 2:
@@ -177,15 +188,21 @@ class _Company:
         self._port, self._draw, self._size, self._alone = port, draw, size, alone
         self._figures, self._report, self._where = figures, report, where
 
+    async def _call(self, method: str, path: str, body: Any = None) -> Answer:
+        return await call(self._port, method, path, body, _KEY)
+
     async def run(self) -> None:
         """Lone runs, then everybody at once, then the end."""
         numbers = [self._draw.randrange(40) for _ in range(6)]
         for number in numbers:
             await self._run_alone(number)
-        document = (await call(self._port, "GET", "/openapi.json")).json()
+        document = (await self._call("GET", "/openapi.json")).json()
         requests = Requests(document)
         is_over = asyncio.Event()
-        beside = [asyncio.create_task(self._neighbour(Random(self._draw.random()), numbers, is_over)) for _ in range(2)]
+        beside = [
+            asyncio.create_task(self._neighbour(Random(self._draw.random()), numbers, is_over))
+            for _ in range(_NEIGHBOURS)
+        ]
         watch = asyncio.create_task(self._watch_health(is_over))
         shares = [self._size // _CALLERS + (i < self._size % _CALLERS) for i in range(_CALLERS)]
         await asyncio.gather(*[self._caller(requests, Random(self._draw.random()), share) for share in shares])
@@ -195,7 +212,7 @@ class _Company:
 
     async def _run_alone(self, number: int) -> None:
         path, body = neighbour(number)
-        found = heard(await call(self._port, "POST", path, body))
+        found = heard(await self._call("POST", path, body))
         if found["status"] != 200 or found["ends"] != ["length"]:
             self._report("a lone neighbour is refused", f"{found}\n{path} {body}\n{self._where}")
         if number in self._alone and self._alone[number] != found:
@@ -209,7 +226,7 @@ class _Company:
             number = draw.choice(numbers)
             path, body = neighbour(number)
             try:
-                found = heard(await call(self._port, "POST", path, body))
+                found = heard(await self._call("POST", path, body))
             except Exception as error:
                 self._report(f"a neighbour was hurt: {type(error).__name__}", f"{error}\n{path} {body}\n{self._where}")
                 await asyncio.sleep(0.2)
@@ -222,7 +239,7 @@ class _Company:
     async def _watch_health(self, is_over: asyncio.Event) -> None:
         while not is_over.is_set():
             try:
-                answer = await call(self._port, "GET", "/health")
+                answer = await self._call("GET", "/health")
                 if answer.status != 200:
                     self._report(f"/health: status {answer.status}", f"{answer.body!r}\n{self._where}")
                     return
@@ -233,7 +250,8 @@ class _Company:
 
     async def _caller(self, requests: Requests, draw: Random, count: int) -> None:
         for _ in range(count):
-            wanted = requests.draw(draw)
+            key = _KEY if draw.random() < 0.97 else draw.choice(_WRONG_KEYS)
+            wanted = requests.draw(draw, key)
             try:
                 answer = await exchange(
                     self._port, wanted.raw, leave_after=wanted.leave_after, half_close=wanted.half_close
@@ -245,6 +263,7 @@ class _Company:
                 self._report(f"{wanted.path}: {type(error).__name__}", f"{error}\n{wanted}\n{self._where}")
                 continue
             self._book(wanted, answer)
+            requests.learn(answer.body)
 
     def _book(self, wanted: Wanted, answer: Answer) -> None:
         kind = "left" if wanted.leave_after is not None else f"{answer.status // 100}xx"
@@ -256,7 +275,7 @@ class _Company:
     async def _check_empty(self) -> None:
         """Requests of clients that left end by themselves, soon."""
         for _ in range(300):
-            answers = [await call(self._port, "GET", path) for path in ("/debug/live", "/debug/kv_cache_stats")]
+            answers = [await self._call("GET", path) for path in ("/debug/live", "/debug/kv_cache_stats")]
             if any(answer.status != 200 for answer in answers):
                 self._report("the engine cannot be asked behind a case", f"{answers}\n{self._where}")
                 return

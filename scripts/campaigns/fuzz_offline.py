@@ -110,7 +110,7 @@ def _settings(draw: Random) -> dict[str, Any]:
         "block_size": 8,
         "hidden_states": draw.random() < 0.95,
     }
-    kind = draw.randrange(5)
+    kind = draw.randrange(6)
     if kind == 0:
         settings |= {"kv_layout": "slot", "num_blocks": draw.choice((128, 1024))}
         del settings["block_size"]
@@ -120,6 +120,8 @@ def _settings(draw: Random) -> dict[str, Any]:
         settings |= {"speculative_method": "ngram", "prompt_lookup_min": 1, "async_scheduling": draw.random() < 0.5}
     elif kind == 3:
         settings |= {"policy": "prefill_first", "max_num_batched_tokens": 512}  # it computes whole prompts
+    elif kind == 4:
+        settings |= {"policy": "padded", "max_num_batched_tokens": 512, "block_size": 64}
     return settings
 
 

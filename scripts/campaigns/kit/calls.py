@@ -142,6 +142,7 @@ class Call:
     params: dict[str, Any] = field(default_factory=dict)  # of SamplingParams
     options: dict[str, Any] = field(default_factory=dict)  # further keywords
     structure: dict[str, Any] | None = None  # of StructuredOutputsParams, made before the call
+    odd_params: Any = None  # in place of SamplingParams
 
     @property
     def fields(self) -> set[str]:
@@ -153,7 +154,8 @@ class Call:
         params = ", ".join(f"{name}={shown(value)}" for name, value in self.params.items())
         options = ", ".join(f"{name}={shown(value)}" for name, value in self.options.items())
         structure = "" if self.structure is None else f", structured_outputs: {shown(self.structure)}"
-        return f"{self.method}({shown(self.prompt)}, SamplingParams({params}){structure}, {options})"
+        given = f"SamplingParams({params}){structure}" if self.odd_params is None else shown(self.odd_params)
+        return f"{self.method}({shown(self.prompt)}, {given}, {options})"
 
 
 class Calls:
@@ -182,6 +184,8 @@ class Calls:
         call.params.setdefault("max_tokens", draw.randint(1, 6))
         if draw.random() < 0.02 * oddness:
             call.params["unheard_of"] = 1
+        if draw.random() < 0.1 * oddness:
+            call.odd_params = values.anything(draw)
         return call
 
     def _prompt(self, draw: Random, method: str, oddness: float) -> Any:
@@ -295,8 +299,10 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "options": RequestOptions(**own)}
 
 
-def params_of(call: Call) -> SamplingParams:
-    """What the call gives; raises what the constructors raise."""
+def params_of(call: Call) -> Any:
+    """What the call gives as its parameters; raises what the constructors raise."""
+    if call.odd_params is not None:
+        return call.odd_params
     given = dict(call.params)
     if call.structure is not None:
         given["structured_outputs"] = StructuredOutputsParams(**call.structure)

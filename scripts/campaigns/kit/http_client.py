@@ -120,7 +120,7 @@ async def _read(reader: asyncio.StreamReader, leave_after: int | None, is_head: 
     return answer
 
 
-async def call(port: int, method: str, path: str, body: Any = None) -> Answer:
+async def call(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
     """A well-formed request with a JSON body."""
     encoded = None if body is None else json.dumps(body).encode()
-    return await exchange(port, request_bytes(method, path, encoded))
+    return await exchange(port, request_bytes(method, path, encoded, headers))

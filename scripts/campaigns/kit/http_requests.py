@@ -7,6 +7,7 @@ may well have, or that are hostile; some bodies are then broken as JSON, or as H
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -45,12 +46,22 @@ _LIKELY: dict[str, tuple[Any, ...]] = {
     "logprobs": (True, False, 0, 2, 5),
     "top_logprobs": (0, 1, 5, 20),
     "echo": (True, False),
-    "max_tokens": (1, 2, 5, 0),
-    "max_completion_tokens": (1, 3),
-    "max_output_tokens": (16, 20),
+    "max_tokens": (1, 2, 5, 0, 120),
+    "max_completion_tokens": (1, 3, 120),
+    "max_output_tokens": (16, 20, 120),
     "model": ("tiny", "missing", ""),
     "tools": ([_TOOL], [_FLAT_TOOL], [], [{"name": "f", "input_schema": _SCHEMA}]),
-    "tool_choice": ("auto", "none", "required", {"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "f"}),
+    "parallel_tool_calls": (True, False),
+    "truncation": ("auto", "disabled"),
+    "tool_choice": (
+        "auto",
+        "none",
+        "required",
+        {"type": "auto"},
+        {"type": "any"},
+        {"type": "tool", "name": "f"},
+        "required",
+    ),
     "response_format": (
         {"type": "text"},
         {"type": "json_object"},
@@ -65,7 +76,23 @@ _LIKELY: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (True, False),
     "add_generation_prompt": (True, False),
     "prompt": ("a", ["a", "b c"], [5], [[5, 6], [7]], "", [], [[]], [320]),
-    "input": ("a", ["a", "b"], [5, 6], [[5]], [{"role": "user", "content": "hi"}], ""),
+    "input": (
+        [{"role": role, "content": "word " * 20} for role in ("user", "assistant") * 8]
+        + [{"role": "user", "content": "b"}],
+        [
+            {"role": "user", "content": "hi"},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+        "a",
+        ["a", "b"],
+        [5, 6],
+        [[5]],
+        [{"role": "user", "content": "hi"}],
+        "",
+    ),
+    "thinking": ({"type": "enabled", "budget_tokens": 1024}, {"type": "disabled"}),
+    "include": (["message.output_text.logprobs"], []),
     "system": ("be brief", [{"type": "text", "text": "be brief"}]),
     "stop": ("e", ["a", "the"], None),
     "stop_sequences": (["e"], []),
@@ -91,7 +118,12 @@ _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TOGETHER: tuple[tuple[str, ...], ...] = (
     ("echo", "logprobs", "max_tokens", "prompt"),
     ("stream", "stream_options", "logprobs"),
-    ("tools", "tool_choice", "stream"),
+    ("tools", "tool_choice", "stream", "max_tokens", "max_output_tokens"),
+    ("tools", "tool_choice", "max_tokens", "max_output_tokens", "parallel_tool_calls"),
+    ("input", "truncation", "store"),
+    ("previous_response_id", "store", "stream"),
+    ("echo", "messages", "add_generation_prompt", "stream"),
+    ("include", "stream", "input"),
     ("logprobs", "top_logprobs"),
     ("return_hidden_states", "hidden_states_for_tokens", "hidden_states_layers", "hidden_states_format", "stream"),
     ("messages", "continue_final_message", "add_generation_prompt", "stream"),
@@ -124,10 +156,15 @@ class Wanted:
         return f"{self.method} {self.path} {self.told[:700]}{manner}"
 
 
+_ID = re.compile(rb'"id": ?"((?:resp_|chatcmpl-|cmpl-|msg_|in_)[^"]{1,200})"')
+_MOST_KNOWN = 200
+
+
 class Requests:
     """Draws requests to all paths of an OpenAPI document."""
 
     def __init__(self, document: dict[str, Any]) -> None:
+        self._known: list[str] = []  # ids out of answers
         self._schemas = document.get("components", {}).get("schemas", {})
         self._operations = [
             (method.upper(), path, operation)
@@ -136,8 +173,13 @@ class Requests:
         ]
         self._with_body = [one for one in self._operations if "requestBody" in one[2]]
 
-    def draw(self, draw: Random) -> Wanted:
-        """The next one: three of four have a body."""
+    def learn(self, body: bytes) -> None:
+        """Keeps the ids of an answer, to ask about them."""
+        self._known += [found.decode() for found in _ID.findall(body[:4000])[:3]]
+        del self._known[:-_MOST_KNOWN]
+
+    def draw(self, draw: Random, headers: dict[str, str]) -> Wanted:
+        """The next one: three of four have a body. `headers`: what every request has to carry."""
         if draw.random() < 0.03:
             return _no_http(draw)
         pool = self._with_body if draw.random() < 0.8 else self._operations
@@ -150,21 +192,22 @@ class Requests:
             )
         if "requestBody" not in operation:
             wanted = Wanted(method, path, b"", target, leave_after=0 if draw.random() < 0.02 else None)
-            wanted.raw = request_bytes(method, target, None, _headers(draw, wanted))
+            wanted.raw = request_bytes(method, target, None, {**headers, **_headers(draw, wanted)})
             return wanted
         body = self._body(draw, path, _schema_of(operation))
-        wanted = self._sent(draw, method, path, target, body)
+        wanted = self._sent(draw, method, path, target, body, headers)
         if is_odd:
             wanted.body, wanted.is_http = None, False
         return wanted
 
     # ---- targets ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _target(draw: Random, path: str, operation: dict[str, Any]) -> str:
+    def _target(self, draw: Random, path: str, operation: dict[str, Any]) -> str:
         queries = []
         for parameter in operation.get("parameters", ()):
             name, value = parameter["name"], _word(draw)
+            if self._known and draw.random() < 0.6 and parameter["schema"].get("type", "string") == "string":
+                value = quote(draw.choice(self._known))
             if parameter["in"] == "path":
                 path = path.replace(f"{{{name}}}", value).replace(f"{{{name}:path}}", value)
             elif draw.random() < 0.6:
@@ -196,6 +239,8 @@ class Requests:
         if draw.random() < oddness:
             is_number = bool({"minimum", "maximum"} & schema.keys())
             return values.number(draw) if is_number and draw.random() < 0.6 else _hostile(draw)
+        if name == "previous_response_id" and self._known and draw.random() < 0.8:
+            return draw.choice(self._known)
         if name in _LENGTHS or (name in _LIKELY and draw.random() < 0.7):
             return draw.choice(_LIKELY[name])
         if name in VALID and draw.random() < 0.8:
@@ -241,7 +286,7 @@ class Requests:
     # ---- how it is sent -----------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _sent(draw: Random, method: str, path: str, target: str, body: Any) -> Wanted:
+    def _sent(draw: Random, method: str, path: str, target: str, body: Any, headers: dict[str, str]) -> Wanted:
         try:
             encoded = json.dumps(body, default=str).encode()
         except (ValueError, RecursionError):  # what JSON cannot have: it holds itself, or is too deep
@@ -251,12 +296,12 @@ class Requests:
         wanted = Wanted(method, path, b"", told, body=body if isinstance(body, dict) else None, leave_after=leave_after)
         if isinstance(body, dict):
             wanted.fields = set(map(str, body))
-        headers = _headers(draw, wanted)
+        headers = {**headers, **_headers(draw, wanted)}
         if broken:
             encoded, wanted.told = _broken(draw, encoded)
             wanted.body = None
         if draw.random() < 0.03:
-            _cut(draw, wanted, method, target, encoded)
+            _cut(draw, wanted, method, target, encoded, headers)
             return wanted
         if draw.random() < 0.05:
             wanted.body = None
@@ -371,24 +416,29 @@ def _broken(draw: Random, encoded: bytes) -> tuple[bytes, str]:
     return made, values.shown(made, 300)
 
 
-def _cut(draw: Random, wanted: Wanted, method: str, target: str, encoded: bytes) -> None:
+def _cut(draw: Random, wanted: Wanted, method: str, target: str, encoded: bytes, headers: dict[str, str]) -> None:
     """Less body, or more, than the head says; chunks that are none."""
     kind = draw.randrange(4)
+    was_http = wanted.is_http
     wanted.body, wanted.is_http = None, False
     if kind == 0:
-        wanted.raw = request_bytes(method, target, encoded[: len(encoded) // 2], {"content-length": str(len(encoded))})
+        wanted.raw = request_bytes(
+            method, target, encoded[: len(encoded) // 2], {**headers, "content-length": str(len(encoded))}
+        )
         wanted.half_close = True
     elif kind == 1:
-        wanted.raw = request_bytes(method, target, encoded + b"x" * 50, {"content-length": str(len(encoded))})
+        wanted.raw = request_bytes(
+            method, target, encoded + b"x" * 50, {**headers, "content-length": str(len(encoded))}
+        )
     elif kind == 2:
         chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(encoded), encoded)
-        wanted.raw = request_bytes(method, target, chunks, {"transfer-encoding": "chunked"})
-        wanted.is_http = True
+        wanted.raw = request_bytes(method, target, chunks, {**headers, "transfer-encoding": "chunked"})
+        wanted.is_http = was_http
     else:
         chunks = draw.choice(
             (b"zz\r\n", b"-1\r\n", b"5\r\nab", b"ffffffffffffffffff\r\n", b"1;" + b"a" * 100 + b"\r\nx")
         )
-        wanted.raw = request_bytes(method, target, chunks, {"transfer-encoding": "chunked"})
+        wanted.raw = request_bytes(method, target, chunks, {**headers, "transfer-encoding": "chunked"})
         wanted.half_close = True
     wanted.told = f"{values.shown(wanted.raw, 400)}"
 

@@ -6,6 +6,7 @@ import math
 import re
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pellucid
 from kit.calls import Call
@@ -60,8 +61,13 @@ def place_of(error: BaseException) -> str:
     return f"{Path(own[-1].filename).name}:{own[-1].name}" if own else "no function of the package"
 
 
-def judge_output(call: Call, params: SamplingParams, output: RequestOutput) -> tuple[str, str] | None:
+def judge_output(call: Call, params: Any, output: RequestOutput) -> tuple[str, str] | None:
     """(signature, detail) of a fault in what an accepted request brought."""
+    if not isinstance(params, SamplingParams):
+        allowed = (
+            isinstance(params, (list, tuple)) and not params and call.method in ("generate", "generate_many", "chat")
+        )
+        return None if allowed else ("parameters of another type are accepted", str(call))
     for choice in output.outputs:
         if choice.finish_reason == "error":
             text = str(choice.error)

@@ -26,6 +26,11 @@ _FIELDS = frozenset(one.name for one in dataclasses.fields(ServerSettings))
 _MAIN = "import sys; from pellucid.cli import main; sys.exit(main())"
 
 
+def _many(name: str, value: Any) -> Any:
+    """One value of a setting that takes several."""
+    return (value,) if name in ("api_key", "allowed_origins", "allowed_hosts") else value
+
+
 class Served(Protocol):
     """A server that answers on `port` of the loopback address."""
 
@@ -43,7 +48,7 @@ class Application:
     ) -> None:
         self._log = _Records()
         logging.getLogger("pellucid").addHandler(self._log)
-        own = {"port": 0, "log_requests": False, **{n: v for n, v in settings.items() if n in _FIELDS}}
+        own = {"port": 0, "log_requests": False, **{n: _many(n, v) for n, v in settings.items() if n in _FIELDS}}
         chosen = ServerSettings(**own)
         self._bound = bind(chosen)
         self.port: int = self._bound.getsockname()[1]

@@ -23,13 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from kit.bits import OutputBits, begins_like, difference
 from kit.campaign import Campaign, Plant, Report, run
 from kit.scratch import Scratch
-from kit.soak_cases import PRECISIONS, ROOM, Asked, Group, Model, Pool, Round, Rounds
+from kit.soak_cases import PRECISIONS, ROOM, STORED, Asked, Group, Model, Pool, Round, Rounds
 
 from pellucid.config import DEFAULT_MODEL
 
 ISAS = ("avx512", "avx2", "portable")
 SMOLLM2 = "smollm2"
-_SMOLLM2_PRECISIONS = ("stored types", "bfloat16", "bfloat16, int8 cache", "int8")
 _LONE: dict[str, Any] = {
     "num_threads": 1,
     "max_num_seqs": 1,
@@ -68,8 +67,7 @@ class Soak:
             return Model(vocab_size, config.hidden_size, config.num_hidden_layers, far)
 
     def _precisions(self, options: argparse.Namespace) -> list[str]:
-        known = _SMOLLM2_PRECISIONS if options.model == SMOLLM2 else tuple(PRECISIONS)
-        return list(options.precision or known)
+        return list(options.precision or (PRECISIONS if options.model is None else STORED))
 
     def _open(self, settings: Mapping[str, Any]) -> Any:
         from pellucid import LLM
@@ -298,7 +296,7 @@ def _add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--threads", type=int, nargs="+", default=[1, 1, 2, 3], help="drawn from (default: 1 1 2 3)")
     group.add_argument("--isa", nargs="+", choices=ISAS, default=list(ISAS), help="drawn from (default: all)")
     group.add_argument(
-        "--precision", nargs="+", choices=(*PRECISIONS, "stored types"), help="drawn from (default: all)"
+        "--precision", nargs="+", choices=sorted({*PRECISIONS, *STORED}), help="drawn from (default: all)"
     )
     group.add_argument("--longest", type=int, help="longest context (default: 8,000; smollm2: 2,060)")
     group.add_argument(

@@ -29,6 +29,13 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4, int8 cache": {"quantization": "int4", "kv_cache_dtype": "int8"},
 }
 ROOM = 64  # positions behind the longest prompt
+# Of a model whose matrices are stored rounded.
+STORED: dict[str, dict[str, Any]] = {
+    "stored types": {},
+    "stored types, int8 cache": {"kv_cache_dtype": "int8"},
+    "bfloat16": PRECISIONS["bfloat16"],
+    "bfloat16, int8 cache": PRECISIONS["bfloat16, int8 cache"],
+}
 _NEAR = 3  # tokens from a boundary
 _NUM_STEMS = 6
 
@@ -54,7 +61,7 @@ class Group:
     @property
     def settings(self) -> dict[str, Any]:
         """Of an engine."""
-        return {**PRECISIONS.get(self.precision, {}), "isa": self.isa}
+        return {**PRECISIONS, **STORED}[self.precision] | {"isa": self.isa}
 
 
 @dataclass(frozen=True)

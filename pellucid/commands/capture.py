@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pellucid
 from pellucid.commands.jsonl import Line, ended_lines
 from pellucid.entrypoints.llm import LLM
-from pellucid.errors import ConfigError, InvalidRequestError
+from pellucid.errors import ConfigError, InvalidRequestError, StorageError
 from pellucid.files import PART_SUFFIX, LineFile, make_folder, remove_parts, write_whole
 from pellucid.hidden import CaptureParams
 from pellucid.json_text import dumps, well_formed
@@ -44,7 +44,10 @@ class ShardWriter:
     def __init__(self, folder: Path, metadata: dict[str, str], dtype: str, shard_bytes: int) -> None:
         self._folder, self._metadata = folder, {**metadata, "dtype": dtype}
         self._dtype, self._shard_bytes = DTYPES[dtype], shard_bytes
-        make_folder(folder)
+        try:
+            make_folder(folder)
+        except StorageError as error:
+            raise ConfigError(str(error)) from error
         remove_parts(folder, f"shard-*{PART_SUFFIX}")
         self.first_line, self._number = self._resume()
         self._begin()

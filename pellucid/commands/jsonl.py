@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from pellucid.engine.client import EngineClient
 from pellucid.entrypoints.llm import LLM
-from pellucid.errors import PellucidError, shown
+from pellucid.errors import InvalidRequestError, PellucidError, StorageError, shown
 from pellucid.files import LineFile
 from pellucid.json_text import check_values, dumps
 from pellucid.options import NO_OPTIONS, RequestOptions
@@ -41,12 +41,17 @@ def results(path: str) -> Iterator[Callable[[str], object]]:
     """What takes a result: a line of a file, or of standard output for `-`.
 
     Raises:
-        StorageError: the file cannot be opened; later, a line cannot be written. What is in it then is whole.
+        InvalidRequestError: the file cannot be opened.
+        StorageError: later, a line cannot be written. What is in the file then is whole.
     """
     if path == "-":
         yield _say
         return
-    with closing(LineFile(Path(path))) as file:
+    try:
+        opened = LineFile(Path(path))
+    except StorageError as error:
+        raise InvalidRequestError(str(error), "output") from error
+    with closing(opened) as file:
         yield lambda line: file.write(line.encode("utf-8", "backslashreplace"))
 
 

@@ -192,6 +192,9 @@ class EngineClient:
         """Behind an error, the state of the engine can no longer be trusted."""
         try:
             call()
+        except EngineDeadError as error:
+            self._turns.end(error)
+            raise
         except BaseException as error:
             self._turns.end(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
             raise

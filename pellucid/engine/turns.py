@@ -148,7 +148,7 @@ class Turns:
     def refuse_when_over(self) -> None:
         """Raises `EngineDeadError` when there is nothing more to wait for."""
         if self.error is not None:
-            raise EngineDeadError(str(self.error))
+            raise EngineDeadError(str(self.error)) from self.error.__cause__
 
     def check(self) -> None:
         """Raises `WrongThreadError` or `ForkedError` where this thread must not wait."""

@@ -125,7 +125,7 @@ def test_run_when_a_line_has_no_end_then_it_is_refused_and_the_file_ends_there(
     lines = b'{"prompt": [5], "max_tokens": 1}\n' + b" " * 60 + b'\n{"prompt": [5]}\n'
     target = io.StringIO()
     with LLM(checkpoint, num_blocks=8, num_threads=1) as llm:
-        assert jsonl.run_jsonl(llm, io.BytesIO(lines), target, {}, lambda: None) == 1
+        assert jsonl.run_jsonl(llm, io.BytesIO(lines), target.write, {}, lambda: None) == 1
     results = [json.loads(line) for line in target.getvalue().splitlines()]
     assert [result.get("line") for result in results] == [None, 2]
     assert results[1]["error"] == "the line has more than 40 bytes: nothing behind it is read"
@@ -217,7 +217,7 @@ BAD_INVOCATIONS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "a file for a folder": (
         ("capture", os.devnull, "MODEL", "-c", "norm", "-o", os.devnull),
         2,
-        "cannot be made: File exists",
+        "cannot be used: File exists",
     ),
     "a bad option for all lines": (
         ("run", os.devnull, "MODEL", "--top-p", "0"),

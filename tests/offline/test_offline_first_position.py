@@ -323,7 +323,7 @@ def test_run_when_lines_have_one_token_or_two_then_each_has_what_it_asked_for(ll
         {"prompt": "", **asked},
     ]
     source, target = io.BytesIO("\n".join(map(json.dumps, lines)).encode()), io.StringIO()
-    assert run_jsonl(llm, source, target, {}, lambda: None) == 1
+    assert run_jsonl(llm, source, target.write, {}, lambda: None) == 1
     results = [json.loads(line) for line in target.getvalue().splitlines()]
     for num_prompt in (1, 2):
         rows: list[Any] = results[num_prompt - 1]["prompt_logprobs"]

@@ -126,33 +126,16 @@ LINES: list[tuple[bytes, str | None]] = [
 ]
 
 
-class _Utf8:
-    """Where results go."""
-
-    encoding = "utf-8"
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def write(self, text: str) -> None:
-        text.encode()
-        self.lines.append(text)
-
-    def flush(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_given_lines_when_run_then_each_has_a_result_that_can_be_read(
     checkpoint: Path, tmp_path: Path, encoding: str
 ) -> None:
-    source, target = tmp_path / "in.jsonl", _Utf8()
-    target.encoding = encoding
+    source, written = tmp_path / "in.jsonl", list[str]()
     source.write_bytes(b"\n".join(line for line, _ in LINES) + b"\n")
     with LLM(checkpoint, **SMALL) as llm, open(source, "rb") as file:
-        failed = run_jsonl(llm, file, target, {"max_tokens": 2}, lambda: None)  # type: ignore[arg-type]
-    results = [_strict(line) for line in target.lines]
-    assert encoding == "utf-8" or "".join(target.lines).isascii()
+        failed = run_jsonl(llm, file, written.append, {"max_tokens": 2}, lambda: None, ascii_only=encoding == "ascii")
+    results = [_strict(line) for line in written]
+    assert encoding == "utf-8" or "".join(written).isascii()
     assert failed == sum(said is not None for _, said in LINES)
     assert len(results) == len(LINES)
     for number, (result, (_, said)) in enumerate(zip(results, LINES, strict=True), start=1):

@@ -97,8 +97,10 @@ def test_lines_of_a_file_when_some_have_ids_beyond_the_embedding_then_those_line
     defaults = {"temperature": 0, "max_tokens": 9, "ignore_eos": True}
     found, alone = io.StringIO(), io.StringIO()
     source = io.BytesIO("\n".join(map(json.dumps, lines)).encode())
-    assert run_jsonl(llm, source, found, defaults, lambda: None) == len(bad)
-    assert run_jsonl(llm, io.BytesIO("\n".join(map(json.dumps, good)).encode()), alone, defaults, lambda: None) == 0
+    assert run_jsonl(llm, source, found.write, defaults, lambda: None) == len(bad)
+    assert (
+        run_jsonl(llm, io.BytesIO("\n".join(map(json.dumps, good)).encode()), alone.write, defaults, lambda: None) == 0
+    )
     results = [json.loads(line) for line in found.getvalue().splitlines()]
     assert ["error" in result for result in results] == [line in bad for line in lines]
     assert all(

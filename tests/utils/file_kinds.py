@@ -43,6 +43,7 @@ from pellucid.engine.trace_why import Why
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
 from pellucid.executor.loader import load_model
 from pellucid.ops import abi
+from pellucid.program.checksums import reseal
 from pellucid.program.runner import load_program
 from pellucid.program.variant import activation_widths, steerable, variant_of
 from pellucid.text.tokenizer import Tokenizer
@@ -295,6 +296,8 @@ class Makers:
         context, config = abi.Context(1), EngineConfig(model=str(file), num_threads=1)
 
         def opened() -> None:
+            if file.stat().st_size:
+                reseal(file)  # else the checksums would find every damage before it is read
             model = load_model(config, context)
             load_program(context, model.file, 16, 4).close()
             list(program_lines(model.file))
@@ -335,7 +338,7 @@ class Makers:
         content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
         def opened(damaged: bytes) -> None:
-            run_jsonl(llm, io.BytesIO(damaged), io.StringIO(), {"max_tokens": 2}, lambda: None)
+            run_jsonl(llm, io.BytesIO(damaged), io.StringIO().write, {"max_tokens": 2}, lambda: None)
 
         return FileKind([content], damaged_lines(damaged_json(keys)), opened, ("",))
 

@@ -24,13 +24,24 @@ _SHOWN_CHARACTERS = 4000
 
 
 def supervise(campaign: Campaign, options: argparse.Namespace, arguments: Sequence[str], tally: Tally) -> None:
-    """Runs workers until the budget is spent, or something was found."""
+    """Runs workers until the budget is spent, or something was found. What one leaves in its temporary folder is removed."""
+    with tempfile.TemporaryDirectory(prefix="pellucid-campaign-") as folder:
+        _supervise(campaign, options, arguments, tally, {**os.environ, "TMPDIR": folder})
+
+
+def _supervise(
+    campaign: Campaign,
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    tally: Tally,
+    environment: dict[str, str],
+) -> None:
     began = time.monotonic()
     first = options.first
     while True:
         left = options.seconds - (time.monotonic() - began) if options.seconds else 0.0
         own = [*arguments, "--first", str(first), "--count", str(options.count - tally.made), "--seconds", str(left)]
-        has_ended = _Worker(campaign, options, own).watch(tally)
+        has_ended = _Worker(campaign, options, own, environment).watch(tally)
         first = tally.last_case + 1
         is_spent = tally.made >= options.count or (options.seconds and time.monotonic() - began >= options.seconds)
         if has_ended or is_spent or options.only is not None or is_over(campaign, options, tally):
@@ -40,13 +51,17 @@ def supervise(campaign: Campaign, options: argparse.Namespace, arguments: Sequen
 class _Worker:
     """One child. It leads a session of its own, so that what it started can be ended with it."""
 
-    def __init__(self, campaign: Campaign, options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, campaign: Campaign, options: argparse.Namespace, arguments: Sequence[str], environment: dict[str, str]
+    ) -> None:
         self._case_seconds = options.case_seconds
         script = Path(__file__).resolve().parent.parent / campaign.script
         self._pipe, theirs = os.pipe()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `watch`
         command = [sys.executable, str(script), *arguments, "--worker", str(theirs)]
-        self._process = subprocess.Popen(command, pass_fds=[theirs], stderr=self._errors, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs], stderr=self._errors, start_new_session=True, env=environment
+        )
         os.close(theirs)
 
     def watch(self, tally: Tally) -> bool:

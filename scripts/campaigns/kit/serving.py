@@ -150,10 +150,22 @@ class Process:
             self.process.stdout.close()
         said = self._said()
         self._log.close()
-        return wrong + [_around(said, match.start()) for match in _WRONG.finditer(said)][:20]
+        places = [match.start() for match in _WRONG.finditer(said) if not _begins_traceback(said, match.start())]
+        return wrong + [_around(said, place) for place in places[:20]]
+
+
+def _begins_traceback(text: str, place: int) -> bool:
+    """The line at `place` is the heading of a traceback, which is told by itself."""
+    return text[text.find("\n", place) + 1 :].startswith("Traceback")
 
 
 def _around(text: str, place: int) -> str:
-    """The lines at a place of a log: the whole traceback where one begins."""
+    """The lines at a place of a log: to the error itself where a traceback begins."""
     begin = text.rfind("\n", 0, text.rfind("\n", 0, place) + 1) + 1 if place else 0
-    return text[max(0, begin) : place + 3000]
+    found: list[str] = []
+    for line in text[max(0, begin) :].splitlines():
+        found.append(line)
+        is_end = bool(re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line))
+        if is_end or len(found) > 200 or (len(found) > 3 and "Traceback" not in text[place : place + 40]):
+            break
+    return "\n".join(found)

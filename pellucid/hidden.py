@@ -6,7 +6,6 @@ A row belongs to a position of prompt + output. With P prompt tokens and N gener
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -260,8 +259,7 @@ class CaptureParams:
         """
         wanted: set[str] = set()
         for name in self.names:
-            pattern = re.compile(r"[^.]*".join(map(re.escape, name.split("*"))))
-            found = [known for known in limits.activations if pattern.fullmatch(known)]
+            found = [known for known in limits.activations if _stands_for(name, known)]
             if not found:
                 raise InvalidRequestError(
                     f"capture names {name!r}; the model has no such activation (`pellucid info MODEL --activations` lists them)",
@@ -269,6 +267,29 @@ class CaptureParams:
                 )
             wanted.update(found)
         return tuple(name for name in limits.activations if name in wanted)
+
+
+def _stands_for(pattern: str, name: str) -> bool:
+    """Whether the parts between dots are those of the name, each `*` standing for any text without dots. In time that grows with
+    the product of both lengths at most, whatever the pattern."""
+    asked, known = pattern.split("."), name.split(".")
+    return len(asked) == len(known) and all(map(_part_stands_for, asked, known))
+
+
+def _part_stands_for(pattern: str, part: str) -> bool:
+    first, *others = pattern.split("*")
+    if not others:
+        return pattern == part
+    *middle, last = others
+    at, end = len(first), len(part) - len(last)
+    if at > end or not (part.startswith(first) and part.endswith(last)):
+        return False
+    for text in middle:
+        found = part.find(text, at, end)
+        if found < 0:
+            return False
+        at = found + len(text)
+    return True
 
 
 class WantedRows:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
+from utils.children import finished
 
 CAMPAIGNS = Path(__file__).resolve().parents[2] / "scripts" / "campaigns"
 CLEAN, FOUND, PLANT_NOT_FOUND = 0, 1, 3
@@ -106,14 +108,25 @@ def test_fuzz_http_when_a_fault_is_planted_then_found(fault: str, capsys: pytest
 STORM = ("--inline", "--kinds", "thread", "--requests", "160", "--count", "1", "--memory-percent", "3")
 
 
-def test_storm_when_the_engine_is_sound_then_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    status = run("storm", *STORM)
-    said = capsys.readouterr().out
+def run_apart(name: str, *arguments: str) -> tuple[int, str]:
+    """The exit status of a campaign in a process of its own, whose memory is its own, and what it printed."""
+    done = finished([sys.executable, CAMPAIGNS / f"{name}.py", *arguments])
+    return done.returncode, done.stdout
+
+
+def test_storm_when_the_engine_is_sound_then_nothing_is_left() -> None:
+    status, said = run_apart("storm", *STORM)
     assert status == CLEAN, said
     assert "160 requests in 1 cases" in said
 
 
-@pytest.mark.parametrize("fault", ["block", "task", "thread", "descriptor", "file", "memory"])
+def test_storm_when_memory_grows_then_found() -> None:
+    status, said = run_apart("storm", *STORM, "--plant", "memory")
+    assert status == FOUND, said
+    assert "the planted fault 'memory' was found" in said
+
+
+@pytest.mark.parametrize("fault", ["block", "task", "thread", "descriptor", "file"])
 def test_storm_when_a_fault_is_planted_then_found(
     fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

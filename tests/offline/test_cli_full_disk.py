@@ -85,7 +85,7 @@ def test_results_when_a_limit_on_files_is_met_then_the_same(checkpoint: str, pro
 
 def test_results_when_their_folder_is_missing_then_typed(checkpoint: str, prompts: str, tmp_path: Path) -> None:
     done = pellucid(*run(checkpoint, prompts, tmp_path / "no" / "out.jsonl"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "out.jsonl cannot be written: No such file or directory" in done.stderr
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +25,30 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kv-layout", choices=LAYOUTS, help="pass over tests that are for the other layout of the cache")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def _named_loggers() -> list[logging.Logger]:
+    """All loggers but the root, whose handlers belong to pytest."""
+    return [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+
+
+def _loggers_as_before() -> Iterator[None]:
+    """A server or a fuzzer that runs in this process sets up logging for itself: whatever comes next finds it undone."""
+    disabled = logging.root.manager.disable
+    before = {
+        logger: (logger.level, logger.propagate, logger.disabled, list(logger.handlers)) for logger in _named_loggers()
+    }
+    yield
+    for logger in _named_loggers():
+        level, logger.propagate, logger.disabled, logger.handlers = before.get(
+            logger, (logging.NOTSET, True, False, [])
+        )
+        logger.setLevel(level)
+    logging.disable(disabled)
+
+
+_loggers_of_a_module = pytest.fixture(_loggers_as_before, scope="module", autouse=True)
+_loggers_of_a_test = pytest.fixture(_loggers_as_before, autouse=True)
 
 
 def _is_for_other(parameters: dict[str, Any], layout: str) -> bool:

@@ -44,15 +44,16 @@ class ShownTerminal(Terminal):
         os.write(self.file, text.encode())
 
     def press_until(self, key: str, expected: str) -> None:
-        """Presses a key until it has done what is expected: readline hears an interrupt that came before it waits with the next key
-        only."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
+        """Presses a key every second until what is expected is shown: readline hears an interrupt that came before it waits
+        with the next key only, though its echo is shown at once."""
+        shown, end = "", time.monotonic() + PATIENCE
+        while time.monotonic() < end:
             self.send(key)
-            if select.select([self.file], [], [], 1.0)[0]:
-                self.read_until(expected)
-                return
-        pytest.fail(f"{expected!r} was not shown")
+            while select.select([self.file], [], [], 1.0)[0]:
+                shown += os.read(self.file, 65536).decode(errors="replace")
+                if expected in shown:
+                    return
+        pytest.fail(f"{expected!r} was not shown, but {shown[-300:]!r}")
 
     def read_until(self, expected: str, seconds: float = 30.0) -> str:
         """What is shown up to `expected`; the test fails when that does not come in time."""

@@ -49,12 +49,6 @@ def change(folder: Path, file: str, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
 
 
-@pytest.fixture(autouse=True)
-def _warnings_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that ran in this process before keeps the package's log lines to itself."""
-    monkeypatch.setattr(logging.getLogger("pellucid"), "propagate", True)
-
-
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pellucid.errors import InvalidRequestError, shown, shown_number
 from pellucid.hidden import HiddenStatesLimits
 from pellucid.options import NO_OPTIONS, RequestOptions
@@ -154,6 +156,26 @@ class RequestChecker:
         return compile_grammar(
             params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
         )
+
+    def check_first_token(
+        self, params: SamplingParams, grammar: Grammar | None, bad_words: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Refuses `allowed_token_ids` that contradict the other parameters from the first token on.
+
+        Raises:
+            InvalidRequestError: no token can be sampled, whatever the logits are.
+        """
+        if params.allowed_token_ids is None or isinstance(params.structured_outputs, CustomStructure):
+            return  # what a custom structure says is found out step by step: it may raise
+        from pellucid.sampling.reference import edit
+        from pellucid.sampling.sampler import SamplingRow
+
+        matcher = None if grammar is None else grammar.matcher()
+        row = SamplingRow(params, 0, bad_words_token_ids=bad_words, eos_token_ids=self.eos_token_ids, matcher=matcher)
+        logits_V = np.zeros(self.vocab_size, np.float32)
+        edit(row, logits_V)
+        if np.isneginf(logits_V).all():
+            raise InvalidRequestError(row.nothing_left(self.vocab_size), "allowed_token_ids")
 
     def has_grammar(self, params: SamplingParams) -> bool:
         """True when `grammar` has nothing to compile."""

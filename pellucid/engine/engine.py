@@ -523,6 +523,7 @@ class LLMEngine:
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
         now, many, grammar = self._clock(), params.n > 1, self.checker.grammar(params)
+        self.checker.check_first_token(params, grammar, admitted.bad_words_token_ids)
         return [
             EngineCoreRequest(
                 request_id=f"{request_id}/{index}" if many else request_id,

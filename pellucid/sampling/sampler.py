@@ -128,8 +128,14 @@ class SamplingRow:
         """Why no token can be sampled, when all are excluded."""
         if self.matcher is not None and self.matcher.error is not None:
             return self.matcher.error
-        edits = ("allowed_token_ids", "bad_words", *(("structured_outputs",) if self.matcher is not None else ()))
-        return f"no token can be sampled: all {vocab_size:,} are excluded by {', '.join(edits)} or min_tokens"
+        edits = {
+            "allowed_token_ids": self.allowed_ids is not None,
+            "bad_words": bool(self.bad_words_token_ids),
+            "structured_outputs": self.matcher is not None,
+            "min_tokens": bool(self.stop_ids),
+        }
+        names = ", ".join(name for name, is_given in edits.items() if is_given)
+        return f"no token can be sampled: all {vocab_size:,} are excluded by {names}"
 
     @property
     def overflow(self) -> str:

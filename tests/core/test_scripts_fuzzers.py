@@ -23,13 +23,13 @@ CORE_PLANTS = {
     "unchecked-length": "memory outside of the target was written",
     "unchecked-table": r"status of pld_program_run: 0; expected -1",
     "unknown-status": "pld_request_free answered 3",
-    "hang": "hang: no end after 5 s",
+    "hang": "hang: no end after 2 s",
     "crash": "crash: SIGSEGV",
 }
 FILE_PLANTS = {
     "untyped-error": "untyped error",
     "unchecked-size": "accepted a weight",
-    "hang": "hang: no end after 5 s",
+    "hang": "hang: no end after 2 s",
     "crash": "crash: SIGSEGV",
 }
 REPEATED = ("leaky-refusal", "unchecked-size", "crash")  # each run costs a second
@@ -67,7 +67,7 @@ def test_functions_when_sequences_are_run_then_all_that_the_header_exports_are_c
 def test_fault_when_planted_then_found_and_found_again_by_the_line_that_is_told(
     tmp_path: Path, script: str, plant: str, told: str
 ) -> None:
-    patience = ("--hang-seconds", "5") if plant == "hang" else ()
+    patience = ("--hang-seconds", "2") if plant == "hang" else ()
     done = fuzz(script, "--count", "5000", "--plant", plant, "--keep", str(tmp_path), *patience)
     assert done.returncode == FOUND, done.stdout[-4000:]
     assert re.search(told, done.stdout)

@@ -133,10 +133,11 @@ def test_a_child_when_the_test_fails_in_between_then_it_and_all_that_it_started_
 
 def test_a_child_when_its_leader_is_dead_already_then_its_group_ends_too() -> None:
     with child([sys.executable, "-c", _FAMILY]) as process:
-        _, same_group = map(int, process.stdout.readline().split())
+        own_session, same_group = map(int, process.stdout.readline().split())
         process.kill()
         process.wait(10)
         assert not is_gone(same_group)
+    os.kill(own_session, signal.SIGKILL)  # nothing tells any more whose it was
     until(lambda: is_gone(same_group), "the end of the group", 10)
 
 

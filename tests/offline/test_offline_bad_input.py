@@ -86,6 +86,16 @@ REQUESTS: dict[str, Case] = {
     "bias out of range": (ask(logit_bias={5: 101.0}), InvalidRequestError, r"101.*\[-100, 100\]"),
     "bias on unknown id": (ask(logit_bias={10**6: 1.0}), InvalidRequestError, "1,?000,?000"),
     "stop id out of vocabulary": (ask(stop_token_ids=[10**6]), InvalidRequestError, "1,?000,?000"),
+    "allowed tokens of which none begins the structure": (
+        ask(allowed_token_ids=[5], structured_outputs={"choice": ["yes"]}),
+        InvalidRequestError,
+        "no token can be sampled: all 300 are excluded by allowed_token_ids, structured_outputs$",
+    ),
+    "allowed tokens that end too early": (
+        ask(allowed_token_ids=[2], min_tokens=2),
+        InvalidRequestError,
+        "no token can be sampled: all 300 are excluded by allowed_token_ids, min_tokens$",
+    ),
     "nothing allowed": (ask(allowed_token_ids=[]), InvalidRequestError, "allowed_token_ids is empty"),
     "penalty too great": (ask(presence_penalty=3.0), InvalidRequestError, r"presence_penalty is 3.0.*\[-2, 2\]"),
     "repetition zero": (ask(repetition_penalty=0.0), InvalidRequestError, r"repetition_penalty is 0.0.*\[1e-06, 10\]"),

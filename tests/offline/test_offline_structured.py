@@ -217,7 +217,7 @@ BESIDE: dict[str, tuple[dict[str, Any], str]] = {
     "min_tokens": ({"min_tokens": 20}, "stop"),  # the structure is complete before: it ends
     "ignore_eos": ({"ignore_eos": True, "max_tokens": 20}, "length"),  # what follows is the end token alone
     "few tokens": ({"max_tokens": 1}, "length"),
-    "allowed tokens that do not fit": ({"allowed_token_ids": [5]}, "error"),
+    "allowed tokens of which none fits the second": ({"allowed_token_ids": [91]}, "error"),
     "penalties": ({"repetition_penalty": 1.5, "presence_penalty": 1.0, "logit_bias": {"9": 50.0}}, "stop"),
     "streamed specials": ({"skip_special_tokens": False}, "stop"),
 }

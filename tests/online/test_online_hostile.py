@@ -140,6 +140,9 @@ LISTS: dict[str, Row] = {
         400, "bad_words", bad_words=[chr(33 + i % 90) * (1 + i // 90) for i in range(300)]
     ),
     "the only token banned": _completion(OK, allowed_token_ids=[40], bad_words=["E"]),
+    "allowed none begins": _completion(
+        400, "allowed_token_ids", "structured_outputs", allowed_token_ids=[40], structured_outputs={"choice": ["yes"]}
+    ),
     "allowed none": _completion(400, "allowed_token_ids", allowed_token_ids=[]),
     "allowed beyond": _completion(400, "allowed_token_ids", allowed_token_ids=[VOCABULARY]),
     "bad_words empty": _completion(400, "bad_words[0]", bad_words=[""]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 _MAX_SHOWN = 80
 _TOO_LONG = "a number of too many digits to be shown"
@@ -16,6 +17,8 @@ def shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # Python writes no integers of more than some thousand digits
         text = _TOO_LONG
+    except Exception:  # of a class of the caller's own
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
@@ -25,6 +28,24 @@ def shown_number(value: int) -> str:
         return f"{value:,}"
     except ValueError:
         return _TOO_LONG
+
+
+def items_of(field: str, value: object, what: str, limit: int) -> list[Any]:
+    """The items of a list-like value: of a list, an array, a generator.
+
+    Raises:
+        InvalidRequestError: it is a text, a mapping, or nothing that has items, or has more than `limit` of them.
+    """
+    try:
+        if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+            raise TypeError
+        items = list(itertools.islice(value, limit + 1))  # type: ignore[call-overload]
+    except TypeError:
+        raise InvalidRequestError(f"{field} is {shown(value)}; it must be a list of {what}", field) from None
+    if len(items) > limit:
+        count = f"{len(value):,}" if isinstance(value, Sized) else f"more than {limit:,}"
+        raise InvalidRequestError(f"{field} has {count} entries; the limit is {limit:,}", field)
+    return items
 
 
 class PellucidError(Exception):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_double
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError, items_of, shown
 from pellucid.float32 import Range
 from pellucid.json_text import lone_surrogate
 from pellucid.structured import CustomStructure, StructuredOutputsParams
@@ -235,20 +235,8 @@ def _flag(name: str, value: object) -> None:
         _refuse(name, f"{name} is {_shown(value)}; it must be true or false")
 
 
-def _items(name: str, value: object, what: str, limit: int) -> list[Any]:
-    """The items of a list-like value; None is an empty one."""
-    if value is None:
-        return []
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        _refuse(name, f"{name} is {_shown(value)}; it must be a list of {what}")
-    items: list[Any] = list(value)  # type: ignore[call-overload]
-    if len(items) > limit:
-        _refuse(name, f"{name} has {len(items):,} entries; the limit is {limit:,}")
-    return items
-
-
 def _strings(name: str, value: object, limit: int) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else _items(name, value, "strings", limit)
+    items = [value] if isinstance(value, str) else items_of(name, () if value is None else value, "strings", limit)
     for index, item in enumerate(items):
         if not isinstance(item, str):
             _refuse(name, f"{name}[{index}] is {_shown(item)}; it must be a string")
@@ -261,7 +249,7 @@ def _strings(name: str, value: object, limit: int) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, value: object, limit: int) -> tuple[int, ...]:
-    items = _items(name, value, "token ids", limit)
+    items = items_of(name, () if value is None else value, "token ids", limit)
     return tuple(_integer(f"{name}[{index}]", item, _TOKEN_RANGE, name) for index, item in enumerate(items))
 
 

@@ -60,7 +60,7 @@ class StructuredOutputsParams:
         for name in ("json_object", "disable_any_whitespace"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, f"is {shown(getattr(self, name))}; it must be true or false")
-        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        given = self._given()
         if len(given) != 1:
             raise InvalidRequestError(
                 f"{FIELD} has {', '.join(given) or 'nothing'}; it must have exactly one of {', '.join(_KINDS)}", FIELD
@@ -92,7 +92,10 @@ class StructuredOutputsParams:
     @property
     def kind(self) -> str:
         """The one of the five that was given."""
-        return next(name for name in _KINDS if getattr(self, name) not in (None, False))
+        return self._given()[0]
+
+    def _given(self) -> list[str]:
+        return [name for name in _KINDS if not any(getattr(self, name) is nothing for nothing in (None, False))]
 
     @classmethod
     def of(cls, value: object) -> StructuredOutputsParams:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -51,11 +52,15 @@ class RequestChecker:
             if token_ids and max(token_ids) >= self.vocab_size:
                 self._refuse_ids(token_ids, prompt)
             return prompt, token_ids
-        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
+        try:
+            if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)):
+                raise TypeError
+            # what may have no end is read as far as a prompt may go
+            token_ids = list(prompt if isinstance(prompt, Sized) else islice(prompt, self.max_model_len))
+        except TypeError:
             raise InvalidRequestError(
                 f"prompt is a {type(prompt).__name__}; it must be a text or a list of token ids", "prompt"
-            )
-        token_ids = list(prompt)
+            ) from None
         if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             self._refuse_ids(token_ids)
         return None, token_ids

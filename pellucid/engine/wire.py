@@ -83,6 +83,9 @@ def address(folder: str, name: str) -> str:
     return f"ipc://{folder}/{name}"
 
 
+_RECONNECT_MS = 5  # until the other side has bound its address: the first command waits as long
+
+
 def receiver(context: zmq.Context[Any], address: str, max_bytes: int = -1) -> zmq.Socket[bytes]:
     """A bound socket that takes frames of at most `max_bytes` from whoever connects."""
     socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
@@ -98,5 +101,6 @@ def sender(context: zmq.Context[Any], address: str, linger_ms: int) -> zmq.Socke
     socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, linger_ms)
+    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
     socket.connect(address)
     return socket

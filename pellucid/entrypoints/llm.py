@@ -14,7 +14,7 @@ from pellucid.engine.admission import Prompt
 from pellucid.engine.client import EngineClient, Reader, Submission
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
-from pellucid.errors import InvalidRequestError, RequestFailedError, shown
+from pellucid.errors import InvalidRequestError, RequestFailedError, items_of, shown
 from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.options import RequestOptions
 from pellucid.outputs import RequestOutput, StreamChunk
@@ -25,6 +25,7 @@ Inputs = str | Sequence[str] | Sequence[Sequence[int]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
 
+_MOST_INPUTS = 2**24
 _INPUTS_ERROR = "inputs must be str, list[str], or list[list[int]] for batch mode"
 
 
@@ -129,16 +130,20 @@ class LLM:
             ValueError, TypeError: as `generate`.
         """
         tokenizer = self.get_tokenizer()
-        is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if is_one else list(messages)
+        given: Any = items_of("messages", messages, "messages or of conversations", _MOST_INPUTS)
+        variables = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+            raise InvalidRequestError(
+                f"chat_template_kwargs is {shown(variables)}; it must map names to values", "chat_template_kwargs"
+            )
         prompts = [
             tokenizer.encode_chat(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
-            for conversation in conversations
+            for conversation in ([given] if given and isinstance(given[0], Mapping) else given)
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -175,6 +180,8 @@ class LLM:
             ValueError: the lengths differ, or a prompt or a continuation is empty.
             RequestFailedError: the engine ended a request with an error, or it was cancelled.
         """
+        prompts = items_of("prompts", prompts, "texts or lists of token ids", _MOST_INPUTS)
+        continuations = items_of("continuations", continuations, "texts or lists of token ids", _MOST_INPUTS)
         if len(prompts) != len(continuations):
             raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
         pairs = [
@@ -197,7 +204,7 @@ class LLM:
 
     def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Token ids of each text, as `generate` would compute them."""
-        given = [texts] if isinstance(texts, str) else list(texts)
+        given = [texts] if isinstance(texts, str) else items_of("texts", texts, "texts", _MOST_INPUTS)
         return [self._encoded("texts", text, True) for text in given]
 
     def get_tokenizer(self) -> Tokenizer:
@@ -235,7 +242,9 @@ class LLM:
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def _ids(self, name: str, text: str | Sequence[int], add_special_tokens: bool) -> list[int]:
-        return self._encoded(name, text, add_special_tokens) if isinstance(text, str) else list(text)
+        if isinstance(text, str):
+            return self._encoded(name, text, add_special_tokens)
+        return items_of(name, text, "token ids", self.engine.checker.max_model_len)
 
     def _encoded(self, name: str, text: str, add_special_tokens: bool) -> list[int]:
         if isinstance(text, str):
@@ -303,6 +312,8 @@ def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
 
 def _progress(total: int, wanted: bool | None) -> tuple[Callable[[], None] | None, Callable[[], None]]:
     """(advance, done) of a progress bar on standard error; None where there is no bar to advance."""
+    if wanted is not None and not isinstance(wanted, bool):
+        raise TypeError(f"use_tqdm is {shown(wanted)}; it must be true, false or None")
     show = sys.stderr.isatty() and total > 1 if wanted is None else wanted
     if not show:
         return None, (lambda: None)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pellucid.errors import InvalidRequestError, TokenizerError, shown
+from pellucid.errors import InvalidRequestError, TokenizerError, items_of, shown
 from pellucid.json_text import lone_surrogate
 from pellucid.text.backend import ID_LIMIT, SpecialTokens, backend_from_json, library_errors
 
@@ -218,8 +218,11 @@ class Tokenizer:
             TokenizerError: the model has no template, or it is broken or exceeds its bounds.
         """
         from pellucid.text.chat_template import render_chat
+        from pellucid.text.tool_dialects import MAX_TOOLS
 
         source = chat_template
+        if tools is not None:
+            tools = items_of("tools", tools, "functions", MAX_TOOLS)
         if source is None:
             source = self.tool_template if tools else self.chat_template
         if source is None:

@@ -24,12 +24,14 @@ from utils.async_engines import (
     PATIENCE,
     SETTINGS,
     SHORT,
+    Start,
     build_model,
     check_rest,
     joined,
     owner_of,
     owner_process,
     start_engine,
+    started,
     transport_of,
     until,
 )
@@ -58,20 +60,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(model: Path) -> Iterator[Callable[..., AsyncLLMEngine]]:
-    """Starts engines that are closed at the end."""
-    engines: list[AsyncLLMEngine] = []
-
-    def start(kind: str, **settings: Any) -> AsyncLLMEngine:
-        engines.append(start_engine(kind, model, **settings))
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        engine.close()
-
-
-Start = Callable[..., AsyncLLMEngine]
+def start(model: Path) -> Iterator[Start]:
+    with started() as start:
+        yield lambda kind, **settings: start(kind, model, **settings)
 
 
 def fail_once(executor: Any, error: Exception, *, before: bool) -> None:

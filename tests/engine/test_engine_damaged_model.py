@@ -7,20 +7,17 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from utils.async_engines import ENDLESS, KINDS, PATIENCE, SHORT, check_rest, joined, start_engine, until
+from utils.async_engines import ENDLESS, KINDS, PATIENCE, SHORT, Start, check_rest, joined, started, until
 from utils.children import child
-from utils.disks import flip, names, small_disk
+from utils.disks import compile_damaged, names, small_disk
 from utils.tiny_models import build_tiny_checkpoint
 
-from pellucid.commands.compile import compile_model
-from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import DamagedFileError, EngineDeadError
 from pellucid.program.checksums import BLOCK_BYTES
@@ -35,29 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., AsyncLLMEngine]]:
-    """Starts engines that are closed at the end."""
-    engines: list[AsyncLLMEngine] = []
-
-    def start(kind: str, model: Path, **settings: Any) -> AsyncLLMEngine:
-        engines.append(start_engine(kind, model, **settings))
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        engine.close()
-
-
-Start = Callable[..., AsyncLLMEngine]
-
-
-def damaged(checkpoint: Path, folder: Path) -> tuple[Path, int]:
-    """A compiled model, and the block of it that is damaged."""
-    path = folder / "m.pld"
-    compile_model(EngineConfig(str(checkpoint)), path)
-    at = path.stat().st_size - 200_000
-    flip(path, at)
-    return path, at // BLOCK_BYTES
+def start() -> Iterator[Start]:
+    with started() as start:
+        yield start
 
 
 @pytest.mark.parametrize("settings", [{}, {"async_scheduling": True}], ids=str)
@@ -65,7 +42,7 @@ def damaged(checkpoint: Path, folder: Path) -> tuple[Path, int]:
 async def test_block_when_bad_then_running_and_later_requests_end_with_its_name(
     start: Start, checkpoint: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    path, block = damaged(checkpoint, tmp_path)
+    path, block = compile_damaged(checkpoint, tmp_path)
     engine = start(kind, path, **settings)
     running = [
         asyncio.create_task(engine.generate("hello", ENDLESS)),
@@ -86,7 +63,7 @@ async def test_block_when_bad_then_running_and_later_requests_end_with_its_name(
 async def test_block_when_bad_and_nothing_runs_then_the_engine_is_dead_all_the_same(
     start: Start, checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
-    path, block = damaged(checkpoint, tmp_path)
+    path, block = compile_damaged(checkpoint, tmp_path)
     engine = start(kind, path)
 
     async def is_dead() -> bool:
@@ -100,7 +77,7 @@ async def test_block_when_bad_and_nothing_runs_then_the_engine_is_dead_all_the_s
 async def test_block_when_bad_and_verify_is_asked_for_then_the_start_fails(
     start: Start, checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
-    path, block = damaged(checkpoint, tmp_path)
+    path, block = compile_damaged(checkpoint, tmp_path)
     with pytest.raises(DamagedFileError, match=f"m.pld is damaged: block {block} "):
         start(kind, path, verify=True)
 

@@ -15,12 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from utils.children import child, finished
-from utils.disks import flip, small_disk
+from utils.disks import compile_damaged, small_disk
 from utils.http_server import running_server
 from utils.tiny_models import build_tiny_checkpoint
 
-from pellucid.commands.compile import compile_model
-from pellucid.config import EngineConfig
 from pellucid.program.checksums import BLOCK_BYTES
 from pellucid.server.run import DEAD_SECONDS
 
@@ -35,12 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(checkpoint: Path, tmp_path: Path) -> tuple[Path, int]:
-    """A compiled model, and the block of it that is damaged."""
-    path = tmp_path / "m.pld"
-    compile_model(EngineConfig(str(checkpoint)), path)
-    at = path.stat().st_size - 200_000
-    flip(path, at)
-    return path, at // BLOCK_BYTES
+    return compile_damaged(checkpoint, tmp_path)
 
 
 def _command(model: Path, *options: str) -> list[str]:

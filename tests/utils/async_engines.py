@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def start_engine(kind: str, model: Path, *, max_waiting: int = 1024, **settings:
     """An engine with small settings."""
     config = EngineConfig.from_kwargs(model, {**SETTINGS, **settings})
     return AsyncLLMEngine.start(config, in_process=kind == "process", max_waiting=max_waiting)
+
+
+Start = Callable[..., AsyncLLMEngine]
+
+
+@contextmanager
+def started() -> Iterator[Start]:
+    """`start_engine`, whose engines are closed behind the block."""
+    with ExitStack() as stack:
+
+        def start(kind: str, model: Path, **settings: Any) -> AsyncLLMEngine:
+            engine = start_engine(kind, model, **settings)
+            stack.callback(engine.close)
+            return engine
+
+        yield start
 
 
 def owner_of(engine: AsyncLLMEngine) -> Any:

@@ -15,6 +15,10 @@ import pytest
 from utils.children import child, finished
 from utils.waiting import PATIENCE
 
+from pellucid.commands.compile import compile_model
+from pellucid.config import EngineConfig
+from pellucid.program.checksums import BLOCK_BYTES
+
 # Runs the command line under a limit on the size of a file, which is what a full disk looks like to anybody.
 _LIMITED = """
 import resource, sys
@@ -75,3 +79,12 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 def names(folder: Path) -> list[str]:
     """What is in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def compile_damaged(checkpoint: Path, folder: Path) -> tuple[Path, int]:
+    """A compiled model of a checkpoint, and the block of it that is damaged."""
+    path = folder / "m.pld"
+    compile_model(EngineConfig(str(checkpoint)), path)
+    at = path.stat().st_size - 200_000
+    flip(path, at)
+    return path, at // BLOCK_BYTES

@@ -98,7 +98,7 @@ class SamplingParams:
         for name, limits in _INTEGER_RANGES.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                self._set(name, _integer(name, value, limits))
+                self._set(name, integer(name, value, limits))
         for name in _FLAGS:
             _flag(name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -221,7 +221,12 @@ def _float(name: str, value: object, limits: Range, param: str | None = None) ->
     return float(value)  # type: ignore[arg-type]
 
 
-def _integer(name: str, value: object, limits: Range, param: str | None = None) -> int:
+def integer(name: str, value: object, limits: Range, param: str | None = None) -> int:
+    """`value` as an int.
+
+    Raises:
+        InvalidRequestError: it is none, or not in `limits`.
+    """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         _refuse(param or name, f"{name} is {_shown(value)}; it must be an integer {limits.text}")
     number = int(value)  # type: ignore[call-overload]
@@ -250,7 +255,7 @@ def _strings(name: str, value: object, limit: int) -> tuple[str, ...]:
 
 def _token_ids(name: str, value: object, limit: int) -> tuple[int, ...]:
     items = items_of(name, () if value is None else value, "token ids", limit)
-    return tuple(_integer(f"{name}[{index}]", item, _TOKEN_RANGE, name) for index, item in enumerate(items))
+    return tuple(integer(f"{name}[{index}]", item, _TOKEN_RANGE, name) for index, item in enumerate(items))
 
 
 def _biases(name: str, value: object) -> dict[int, float]:
@@ -262,7 +267,7 @@ def _biases(name: str, value: object) -> dict[int, float]:
     if len(pairs) > MAX_LOGIT_BIASES:
         _refuse(name, f"{name} has {len(pairs):,} entries; the limit is {MAX_LOGIT_BIASES:,}")
     return {
-        _integer(f"a key of {name}", key, _TOKEN_RANGE, name): _float(f"{name}[{key!r}]", bias, BIAS_RANGE, name)
+        integer(f"a key of {name}", key, _TOKEN_RANGE, name): _float(f"{name}[{key!r}]", bias, BIAS_RANGE, name)
         for key, bias in pairs.items()
     }
 

@@ -35,15 +35,18 @@ from pellucid.engine.request_book import RequestBook
 from pellucid.engine.streams import RequestStream
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
-from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
+from pellucid.errors import ConfigError, EngineDeadError, QueueFullError
+from pellucid.float32 import Range
 from pellucid.options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams
+from pellucid.params import SamplingParams, integer
 from pellucid.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_WAITING = 1024
 DEFAULT_HIDDEN_STATES_TOTAL_MB = 1024
 MAX_STEP_RECORDS = 4096
+_STEPS = Range(-(2**53), 2**53, "in [-2^53, 2^53]")
+_LIMITS = Range(1, MAX_STEP_RECORDS, f"in [1, {MAX_STEP_RECORDS:,}]")
 _NUM_TOKENISERS = 2
 # Structures that wait to be compiled. Each may take seconds: more would wait for longer than a client does.
 MAX_COMPILING = 64
@@ -240,10 +243,9 @@ class AsyncLLMEngine:
         """The first `limit` records in memory from step `since` on, oldest first; a negative `since` counts from the newest.
 
         Raises:
-            InvalidRequestError: `limit` is not in [1, 4,096].
+            InvalidRequestError: `since` is no number of a step, or `limit` is not in [1, 4,096].
         """
-        if not 1 <= limit <= MAX_STEP_RECORDS:
-            raise InvalidRequestError(f"limit is {limit}; it must be in [1, {MAX_STEP_RECORDS:,}]", "limit")
+        since, limit = integer("since", since, _STEPS), integer("limit", limit, _LIMITS)
         records: list[StepRecord] = await self._call(lambda call: ReadSteps(call, since, limit))
         return records
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_origin
 
 import msgspec
@@ -33,7 +33,13 @@ class _Array(msgspec.Struct, array_like=True):
     values: bytes
 
 
+_PLAIN: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+
+
 def _plain(value: Any) -> Any:
+    for kind, plain in _PLAIN.items():
+        if isinstance(value, kind):  # of a class of its own, such as numpy's texts
+            return plain(value)
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, np.ndarray) and value.dtype == np.float32:

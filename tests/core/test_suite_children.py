@@ -157,6 +157,8 @@ def test_children_when_this_process_ignores_interrupts_then_they_hear_them_all_t
             process.stdout.readline()
             process.send_signal(signal.SIGINT)
             assert process.wait(10) != 0
+        with Terminal(_TELLS, {}) as terminal:
+            assert os.read(terminal.file, 100).strip() == b"False"
         if ignored_here:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import zmq
@@ -383,6 +384,17 @@ def process_engine(model: Path) -> Iterator[AsyncLLMEngine]:
     engine = start_engine("process", model)
     yield engine
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "given", [(10**30,), (-(10**30),), ("a",), (None,), (1.5,), (True,), (0, 0), (0, "a"), (0, 4097)]
+)
+async def test_records_when_asked_for_by_what_is_no_number_then_refused_by_name(
+    process_engine: AsyncLLMEngine, given: tuple[Any, ...]
+) -> None:
+    with pytest.raises(InvalidRequestError, match="limit is" if len(given) == 2 else "since is"):
+        await process_engine.steps(*given)
+    assert await process_engine.steps(np.int64(-1), np.int64(1)) == await process_engine.steps(-1, 1)
 
 
 @pytest.mark.parametrize("name", list(_rubbish()))

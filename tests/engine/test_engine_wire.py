@@ -6,6 +6,7 @@ import dataclasses
 import random
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from pellucid import errors
@@ -125,6 +126,19 @@ def test_reasons_of_a_plan_when_sent_then_they_come_back_as_a_plain_mapping() ->
     (back,) = decode_events(encode([Steps(1, [record])]))
     assert isinstance(back, Steps)
     assert dict(back.records[0].waiting_reasons) == dict(record.waiting_reasons)
+
+
+def test_texts_and_numbers_of_classes_of_their_own_when_sent_then_they_come_back_plain() -> None:
+    class Id(int):
+        pass
+
+    params = SamplingParams(max_tokens=2, stop=np.str_("é"), temperature=np.float64(0.5))
+    sent = Submit(1, np.str_("x"), [Id(5)], params, np.str_("é"), RequestOptions(cache_salt=np.str_("s")))
+    got = decode_command(encode(sent))
+    assert isinstance(got, Submit)
+    assert got == sent
+    plain = (got.request_id, got.prompt, *got.prompt_token_ids, *got.params.stop, got.options.cache_salt)
+    assert [type(value) for value in plain] == [str, str, int, str, str]
 
 
 def test_start_when_sent_then_the_config_comes_back_checked() -> None:

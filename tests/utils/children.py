@@ -94,9 +94,9 @@ class Terminal:
     def __init__(self, command: Command, environment: dict[str, str]) -> None:
         with _interrupts(ignored=False):
             self.pid, self.file = pty.fork()
-        if self.pid == 0:
-            os.environ.update(environment)
-            os.execv(command[0], [os.fsdecode(part) for part in command])
+            if self.pid == 0:  # still within the block: behind it the fork would ignore what this process ignores
+                os.environ.update(environment)
+                os.execv(command[0], [os.fsdecode(part) for part in command])
 
     def __enter__(self) -> Terminal:
         return self

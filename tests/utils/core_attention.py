@@ -93,30 +93,31 @@ def as_stored(shape: Shape, x: Array) -> Array:
     return np.asarray((np.rint(heads * inverse) + 0.0) * scale, np.float32).reshape(x.shape)
 
 
-def reference(shape: Shape, s: Sequence3) -> tuple[Array, Array]:
-    """Plain softmax attention of a whole sequence in float64, on operands rounded as the cache rounds them; and the
-    weighted mean of the values' magnitudes, in units of which weights of lesser precision err."""
+def reference(shape: Shape, s: Sequence3, begin: int = 0) -> tuple[Array, Array]:
+    """Plain softmax attention of a sequence's rows from `begin` on in float64, on operands rounded as the cache rounds them; and
+    the weighted mean of the values' magnitudes, in units of which weights of lesser precision err."""
     rounded = (s.q if shape.dtype == abi.F32 else round_bf16(s.q), as_stored(shape, s.k), as_stored(shape, s.v))
     q, k, v = (x.reshape(len(s), -1, shape.head_dim).astype(np.float64) for x in rounded)
+    q = q[begin:]
     k, v = (np.repeat(x, shape.num_heads // shape.num_kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("qhe,phe->hqp", q, k) * shape.scale
     if shape.softcap > 0:
         scores = shape.softcap * np.tanh(scores / shape.softcap)
-    query, key = np.arange(len(s))[:, None], np.arange(len(s))[None, :]
+    query, key = np.arange(begin, len(s))[:, None], np.arange(len(s))[None, :]
     visible = (key <= query) & ((key > query - shape.window) if shape.window > 0 else True)
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    out, size = (np.einsum("hqp,phe->qhe", weights, x).reshape(len(s), -1).astype(np.float32) for x in (v, np.abs(v)))
+    out, size = (np.einsum("hqp,phe->qhe", weights, x).reshape(len(q), -1).astype(np.float32) for x in (v, np.abs(v)))
     return out, size
 
 
 def assert_close(shape: Shape, s: Sequence3, out: Array, begin: int = 0, atol: float = 3e-5) -> None:
     """Rows from `begin` on against the oracle: what float32 accumulation leaves, and for caches whose weights are rounded
     to bfloat16 (8 significant bits: by at most 2^-8 of each product) that bound too."""
-    expected, size = reference(shape, s)
+    expected, size = reference(shape, s, begin)
     rounding = 0.0 if shape.dtype == abi.F32 else 2.0**-8
-    error, bound = np.abs(out - expected[begin:]), atol + rounding * size[begin:]
+    error, bound = np.abs(out - expected), atol + rounding * size
     assert np.isfinite(out).all()
     assert (error <= bound).all(), (
         f"error {error.max()} where {bound[np.unravel_index(error.argmax(), error.shape)]} is allowed"

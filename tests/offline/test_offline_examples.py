@@ -115,9 +115,8 @@ def test_long_context_without_a_cap_when_asked_then_the_tokens_are_what_is_left(
     assert example.tokens_left(64, 148, 9) == 9
 
 
-@pytest.mark.parametrize(
-    "example", ["continuous_batching", pytest.param("long_context", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["continuous_batching", "long_context"], indirect=True)
 def test_examples_on_the_real_model_when_they_run_then_results_match(example: ModuleType) -> None:
     options = ["--model", str(real_model()), "--policy", "padded", "--compare-with-cpu", "-n", "2"]
     assert example.main([*options, "--max-tokens", "12"]) == 0

@@ -200,7 +200,9 @@ def test_n_choices_when_asked_together_or_as_the_first_of_fewer_then_same_bits(t
             assert one.logprobs == other.logprobs
 
 
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "stored types"])
+@pytest.mark.parametrize(
+    "precision", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "bfloat16")), "stored types"]
+)
 def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(precision: str) -> None:
     model, as_asked = str(real_model()), PRECISIONS[precision]
     expected, _ = run(model, **as_asked)

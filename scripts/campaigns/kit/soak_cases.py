@@ -140,6 +140,8 @@ class Pool:
         for chance, extra in _EXTRAS:
             if draw.random() < chance:
                 asked |= extra(draw, self._model)
+        if "structured_outputs" in asked:
+            asked.pop("allowed_token_ids", None)  # they mostly contradict each other, which is refused
         return SamplingParams(**asked), self._options(draw, length, asked["max_tokens"])
 
     def _options(self, draw: Random, length: int, max_tokens: int) -> RequestOptions:

@@ -10,7 +10,6 @@ from pellucid.params import check_well_formed
 
 MAX_CACHE_SALT_CHARACTERS = 512
 MAX_REQUEST_ID_CHARACTERS = 512
-_PRIORITIES = range(-(2**31), 2**31)
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def check_options(request_id: str | None, options: RequestOptions) -> None:
     if not isinstance(options, RequestOptions):
         raise InvalidRequestError(f"options is a {type(options).__name__}; it must be RequestOptions", "options")
     priority = options.priority
-    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
         raise InvalidRequestError(f"priority is {shown(priority)}; it must be an integer of 32 bits", "priority")
     if options.cache_salt is not None:
         _check_name("cache_salt", options.cache_salt, MAX_CACHE_SALT_CHARACTERS)

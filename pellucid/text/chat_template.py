@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from pellucid.errors import InvalidRequestError, TokenizerError
+from pellucid.errors import InvalidRequestError, TokenizerError, shown
 from pellucid.json_text import lone_surrogate
 
 if TYPE_CHECKING:
@@ -54,12 +54,15 @@ def render_chat(
         InvalidRequestError: malformed messages (names the index), or the template refuses them.
         TokenizerError: the template is broken, or exceeds its bounds on size, output, steps or time.
     """
+    if not isinstance(add_generation_prompt, bool):
+        told = shown(add_generation_prompt)
+        raise InvalidRequestError(f"add_generation_prompt is {told}; it must be true or false", "add_generation_prompt")
     values: dict[str, Any] = {"documents": None}
     values.update(_plain(variables or {}, "template_kwargs"))
     values.update(
         messages=[_message(index, message, source) for index, message in enumerate(_checked_list(messages))],
         tools=None if tools is None else _plain(list(tools), "tools"),
-        add_generation_prompt=bool(add_generation_prompt),
+        add_generation_prompt=add_generation_prompt,
     )
     template = compile_template(source)
     from pellucid.text.template_sandbox import Budget, budget, strftime

@@ -341,10 +341,10 @@ async def _odd_id(engine: AsyncLLMEngine, draw: Random, told: _Told) -> None:
     """Ids that name nothing: an answer that says so, or a KeyError."""
     name = draw.choice(_ODD_IDS)
     asked = draw.choice(("cancel", "collect", "wait", "status", "is_finished", "release", "steps"))
-    call = Call(asked, name, options={"limit": 1, "request_id": name})
+    call = Call(asked, name, options={"since": 0, "limit": 1, "request_id": name})
     try:
         if asked == "steps":
-            await engine.steps(draw.choice((0, -1, 10**30, -(2**63))), draw.choice((1, 0, 5000, -1)))
+            await engine.steps(draw.choice((0, -1, 10**30, -(2**63), "a", None)), draw.choice((1, 0, 5000, -1, 1.5)))
         else:
             await getattr(engine, asked)(name)
     except KeyError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from utils.tiny_models import build_tiny_checkpoint
 
@@ -66,6 +68,32 @@ REQUESTS: dict[str, Case] = {
         "sampling_params has 1 entries; there are 2 inputs",
     ),
     "params of another type": (lambda m: m.generate([[5]], {"n": 1}), TypeError, "it must be one SamplingParams"),
+    "chat template's end that is no flag": (
+        lambda m: m.chat([{"role": "user", "content": "a"}], add_generation_prompt=np.zeros(0)),  # type: ignore[arg-type]
+        InvalidRequestError,
+        "add_generation_prompt is array",
+    ),
+    "tools that are no list": (
+        lambda m: m.chat([{"role": "user", "content": "a"}], tools=np.array(5)),  # type: ignore[arg-type]
+        InvalidRequestError,
+        r"tools is array\(5\); it must be a list of functions",
+    ),
+    "variables of a template that are no mapping": (
+        lambda m: m.chat([{"role": "user", "content": "a"}], chat_template_kwargs=np.zeros(2)),  # type: ignore[arg-type]
+        InvalidRequestError,
+        "chat_template_kwargs is array.*it must map names",
+    ),
+    "messages of a mapping": (
+        lambda m: m.chat({"a": 1}),
+        InvalidRequestError,
+        "messages is {'a': 1}; it must be a list",
+    ),
+    "continuations of a text": (lambda m: m.score(["a"], "b"), InvalidRequestError, "continuations is 'b'; it must be"),
+    "texts of a number": (lambda m: m.encode(5), InvalidRequestError, "texts is 5; it must be a list of texts"),
+    "stop of an array without a dimension": (ask(stop=np.array(5)), InvalidRequestError, r"stop is array\(5\)"),
+    "stop without an end": (ask(stop=itertools.cycle("a")), InvalidRequestError, "stop has more than 32 entries"),
+    "structure of an array": (ask(structured_outputs={"regex": np.zeros(2)}), InvalidRequestError, "regex is array"),
+    "progress that is no flag": (lambda m: m.generate("a", use_tqdm=np.zeros(2)), TypeError, "use_tqdm is array"),
     "unknown generate keyword": (lambda m: m.generate([[5]], top_q=1), TypeError, "top_q"),
     "unknown sampling keyword": (lambda m: SamplingParams(top_q=1), TypeError, "top_q"),
     "negative temperature": (ask(temperature=-0.1), InvalidRequestError, r"temperature is -0.1.*\[0, 100\]"),

@@ -18,6 +18,8 @@ from pellucid.params import SamplingParams
 _PACKAGE = str(Path(pellucid.__file__).parent)
 # What an engine says when there is no room: right for any request.
 _OF_THE_ENGINE = (errors.QueueFullError, errors.EngineDrainingError)
+# What methods call their inputs, where that is not `prompt`.
+_POSITIONAL = {"encode": frozenset({"texts"}), "score": frozenset({"prompts", "continuations"})}
 # A request that ends with an error must be told of itself, in its own terms.
 _FOREIGN = ("the step failed", "rows[", "token_ids[")
 
@@ -39,7 +41,7 @@ def _judge_named(call: Call, error: errors.InvalidRequestError) -> str | None:
     if error.param is None:
         return f"an error names no field: {_told(error)}"
     root = re.split(r"[.\[]", error.param)[0]
-    if root not in call.fields:
+    if root not in call.fields | _POSITIONAL.get(call.method, frozenset()):
         return f"an error names {error.param!r}, which was not given: {_told(error)}"
     return None if str(error).strip() else f"an error about {error.param!r} says nothing"
 

@@ -82,7 +82,8 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     """The connection ends without a word, as of a client that is gone."""
     plug = writer.get_extra_info("socket")
     if plug is not None:
-        plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with contextlib.suppress(OSError):  # the server has closed it already
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def _read(reader: asyncio.StreamReader, leave_after: int | None, is_head: bool) -> Answer:

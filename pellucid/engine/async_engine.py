@@ -150,7 +150,7 @@ class AsyncLLMEngine:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, options, True)
         stream.loop = asyncio.get_running_loop()
-        left = _Left(self._abandon, stream)  # where the loop is gone, `finally` is never come to
+        left = _Left(self._book.abandon, stream)  # where the loop is gone, `finally` is never come to
         try:
             async with aclosing(self._watch(stream)) as chunks:
                 async for chunk in chunks:
@@ -172,7 +172,7 @@ class AsyncLLMEngine:
         try:
             return await self._wait(stream)
         finally:
-            self._abandon(stream)
+            self._book.abandon(stream)
 
     def watch_stream(self, request_id: str) -> AsyncIterator[StreamChunk]:
         """All that a request has brought so far, joined to one chunk a choice, then its news; exactly one chunk a choice has a
@@ -308,9 +308,9 @@ class AsyncLLMEngine:
         stream = self._book.open(request_id, params.n, num_state_bytes)
         name = stream.request_id
         try:
-            await self._call(lambda call: Submit(call, name, token_ids, params, text, options, is_stream))
+            await self._call(lambda call: Submit(call, name, token_ids, params, text, options, is_stream), stream)
         except BaseException:
-            self._abandon(stream)
+            self._book.abandon(stream)
             raise
         return stream
 
@@ -382,14 +382,9 @@ class AsyncLLMEngine:
                 ended = stream.when_changed(loop, at_end=True)
             await ended
 
-    def _abandon(self, stream: RequestStream) -> None:
-        """Forgets a request, and ends it where it runs. Does not wait for that."""
-        if self._book.abandon(stream):
-            self._transport.send(Cancel(0, stream.request_id))
-
-    async def _call(self, make: Callable[[int], Command]) -> Any:
-        """Sends a command and waits for its answer."""
-        call, future = self._book.open_call(asyncio.get_running_loop())
+    async def _call(self, make: Callable[[int], Command], queued: RequestStream | None = None) -> Any:
+        """Sends a command and waits for its answer. `queued`: the stream of a request that it queues."""
+        call, future = self._book.open_call(asyncio.get_running_loop(), queued)
         try:
             self._transport.send(make(call))
             return await future

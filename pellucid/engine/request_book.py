@@ -37,6 +37,7 @@ class RequestBook:
         self._left: deque[RequestStream] = deque()  # whose readers the garbage collector has ended
         self.streams: dict[str, RequestStream] = {}
         self.calls: dict[int, asyncio.Future[Any]] = {}
+        self._queued: dict[int, RequestStream] = {}  # by the call that queues it
         self.ended_at: OrderedDict[str, float] = OrderedDict()  # of streams that are kept, oldest first
         self.error: BaseException | None = None  # why the engine is dead
         self._numbers = itertools.count(1)
@@ -104,8 +105,9 @@ class RequestBook:
             self._num_state_bytes -= stream.num_state_bytes
         self.ended_at.pop(stream.request_id, None)
 
-    def abandon(self, stream: RequestStream) -> bool:
-        """Keeps nothing of a request; True when it still has to be ended.
+    def abandon(self, stream: RequestStream) -> None:
+        """Keeps nothing of a request, and ends it where it runs, without waiting for that. Its name is free from now on: whoever
+        takes it next is queued behind its end.
 
         The garbage collector may call it, for a coroutine whose loop is gone, on a thread that holds the lock: it is then done
         behind the next events.
@@ -114,16 +116,17 @@ class RequestBook:
         with uninterrupted():
             if self.is_left or not self._lock.acquire(timeout=_LOCK_SECONDS):
                 self._left.append(stream)
-                return False
+                return
             try:
                 if self.streams.get(stream.request_id) is not stream:
-                    return False
+                    return
                 self.forget(stream)
                 self._wake_when_all_ended(wakes)
+                if not stream.has_ended:
+                    self._cancel(stream.request_id)
             finally:
                 self._lock.release()
             wakes.send()
-        return not stream.has_ended
 
     def give_up(self, *, looks_for_orphans: bool = False) -> None:
         """Ends requests that nobody can read any more."""
@@ -134,11 +137,12 @@ class RequestBook:
         while self._left:
             orphans.append(self._left.popleft())
         for stream in orphans:
-            if self.abandon(stream):
-                self._cancel(stream.request_id)
+            self.abandon(stream)
 
-    def open_call(self, loop: asyncio.AbstractEventLoop) -> tuple[int, asyncio.Future[Any]]:
-        """A number for a command, and what its answer settles.
+    def open_call(
+        self, loop: asyncio.AbstractEventLoop, queued: RequestStream | None = None
+    ) -> tuple[int, asyncio.Future[Any]]:
+        """A number for a command, and what its answer settles. `queued`: the stream whose request the command queues.
 
         Raises:
             EngineDeadError: there will be none.
@@ -147,12 +151,15 @@ class RequestBook:
             self._refuse_when_dead()
             call, future = next(self._numbers), loop.create_future()
             self.calls[call] = future
+            if queued is not None:
+                self._queued[call] = queued
         return call, future
 
     def close_call(self, call: int) -> None:
         """Nobody waits for this answer any more."""
         with self.lock:
             self.calls.pop(call, None)
+            self._queued.pop(call, None)
 
     def drain(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
         """Takes no requests from now on; settled when all have ended.
@@ -218,26 +225,31 @@ class RequestBook:
         elif isinstance(event, Died):
             self._fail_all(event.error, wakes)
         elif isinstance(event, (Done, Stats, Steps, Refused)):
-            future = self.calls.pop(event.call, None)
+            future, stream = self.calls.pop(event.call, None), self._queued.pop(event.call, None)
+            if stream is not None:
+                stream.is_queued = True
             if future is not None:
                 wakes.add(future, _value(event))
 
     def _take_news(self, news: News, wakes: Wakes) -> None:
-        streams = self.streams
         for request_id, status in news.statuses.items():
-            if request_id in streams:
-                streams[request_id].status = status
+            if stream := self._queued_stream(request_id):
+                stream.status = status
         for chunk in news.chunks:
-            if chunk.request_id in streams:
-                streams[chunk.request_id].add(chunk, wakes)
+            if stream := self._queued_stream(chunk.request_id):
+                stream.add(chunk, wakes)
         for output in news.finished:
-            stream = streams.get(output.request_id)
-            if stream is not None:
+            if stream := self._queued_stream(output.request_id):
                 stream.end(output, wakes)
                 self.ended_at[output.request_id] = time.monotonic()
         if news.finished:
             self._drop_uncollected()
             self._wake_when_all_ended(wakes)
+
+    def _queued_stream(self, request_id: str) -> RequestStream | None:
+        """The stream of a request that the owner has queued. Before that, news under its name are of an abandoned one."""
+        stream = self.streams.get(request_id)
+        return stream if stream is not None and stream.is_queued else None
 
     def _drop_uncollected(self) -> None:
         oldest_allowed = time.monotonic() - MAX_UNCOLLECTED_SECONDS

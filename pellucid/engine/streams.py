@@ -52,6 +52,7 @@ class RequestStream:
         self.num_state_bytes = num_state_bytes  # that its hidden states and activations may take
         self.request_id = request_id
         self.status = "waiting"
+        self.is_queued = False  # the owner has it: what comes under its name is its own
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
         self.num_watchers = 0

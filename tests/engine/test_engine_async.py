@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Iterator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -403,6 +405,26 @@ async def test_id_when_it_is_in_use_then_the_second_request_is_refused_and_the_f
     await engine.submit("hello world", SHORT, request_id="twice")
     assert len((await engine.wait("twice"))["token_ids"]) == 5, "an ended one makes room"
     await engine.release("twice")
+
+
+async def test_id_when_its_request_is_left_and_it_is_taken_again_at_once_then_the_next_gets_its_own(
+    engine: AsyncLLMEngine,
+) -> None:
+    expected = (await engine.generate("hello", SHORT))["token_ids"]
+    many = dataclasses.replace(LONG, n=3)
+    for turn in range(60):
+        async with aclosing(engine.stream("world", many, request_id="again")) as chunks:
+            for _ in range(turn % 4):
+                await anext(chunks)
+            task = asyncio.ensure_future(anext(chunks))
+            await asyncio.sleep(0.001 * (turn % 7))
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        output = await asyncio.wait_for(engine.generate("hello", SHORT, request_id="again"), PATIENCE)
+        assert [choice.token_ids for choice in output.outputs] == [expected]
+        await engine.release("again")
+    await check_rest(engine)
 
 
 async def test_id_when_it_is_that_of_another_requests_choice_then_it_is_refused(engine: AsyncLLMEngine) -> None:

@@ -157,7 +157,7 @@ def test_request_when_given_up_by_the_thread_that_holds_the_lock_then_it_is_ende
         request_id = await engine.submit([5, 6], ENDLESS)
         stream = engine._book.find(request_id)
         with engine._book.lock:
-            engine._abandon(stream)  # as the collector may
+            engine._book.abandon(stream)  # as the collector may
         await asyncio.sleep(0)
 
     asyncio.run(submit())

@@ -67,7 +67,9 @@ def judge_output(call: Call, params: Any, output: RequestOutput) -> tuple[str, s
     """(signature, detail) of a fault in what an accepted request brought."""
     if not isinstance(params, SamplingParams):
         allowed = (
-            isinstance(params, (list, tuple)) and not params and call.method in ("generate", "generate_many", "chat")
+            isinstance(params, (list, tuple))
+            and all(one is None for one in params)  # each is then the default
+            and call.method in ("generate", "generate_many", "chat")
         )
         return None if allowed else ("parameters of another type are accepted", str(call))
     for choice in output.outputs:

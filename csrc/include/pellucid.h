@@ -262,7 +262,7 @@ PLD_API pld_status pld_sample(pld_context *context, const float *logits, int64_t
  * within a group, and groups ascending in float32. */
 typedef int32_t pld_op_kind;
 enum {
-  /* out0[T,D] = W0[id]                                                       i: -                             */
+  /* out0[T,D] = W0[id]                                                       i0 = pld_ids                      */
   PLD_OP_EMBEDDING = 1,
   /* out0[T,N] = act(in0[T,K] W0[N,K]^T + W1[N]?)                              i0 = pld_act                     */
   PLD_OP_LINEAR = 2,
@@ -271,7 +271,7 @@ enum {
   PLD_OP_RMS_NORM = 3,
   /* as above with mean and bias W1?; f0 eps                                                                    */
   PLD_OP_LAYER_NORM = 4,
-  /* out0[T,E'] = [cos(p*w_j)*f0 .. , sin(p*w_j)*f0 ..], w = W0[E'/2] (float32), p = position                    */
+  /* out0[T,E'] = [cos(p*w_j)*f0 .. , sin(p*w_j)*f0 ..], w = W0[E'/2] (float32), p = id; i0 = pld_ids            */
   PLD_OP_ROPE_TABLE = 5,
   /* out0 = rotate(in0[T, n*E]) by the table in1[T, E'], i0 = E head width; the first E' columns of each head rotate;
    * i1 = 0: halves (x_j with x_{j+E'/2}); i1 = 1: neighbours (x_2j with x_2j+1)                                */
@@ -295,6 +295,11 @@ enum {
      max))), 0 */
   PLD_OP_SAMPLE = 15
 };
+
+/* What an embedding or a rope_table reads of the batch. By itself an embedding reads token ids, a rope_table positions.
+ */
+typedef int32_t pld_ids;
+enum { PLD_IDS_OF_THE_OP = 0, PLD_IDS_TOKENS = 1, PLD_IDS_POSITIONS = 2 };
 
 typedef int32_t pld_act;
 enum { PLD_ACT_NONE = 0, PLD_ACT_SILU = 1, PLD_ACT_GELU = 2, PLD_ACT_GELU_TANH = 3, PLD_ACT_RELU = 4 };

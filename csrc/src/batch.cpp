@@ -30,6 +30,11 @@ static pld_status check_rows(const pld_batch &b, const BatchLimits &limits) {
       return blame(PLD_ITEM_TOKEN, t,
                    fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, b.token_ids[t],
                         (long long)limits.vocab_size));
+  for (int32_t t = 0; limits.n_positions > 0 && t < b.n_tokens; ++t)
+    if (b.positions[t] < 0 || b.positions[t] >= limits.n_positions)
+      return blame(PLD_ITEM_TOKEN, t,
+                   fail(PLD_INVALID_BATCH, "positions[%d] is %d; it must be in [0, %lld)", t, b.positions[t],
+                        (long long)limits.n_positions));
   for (int32_t l = 0; l < b.n_logit_rows; ++l)
     if (b.logit_rows[l] < 0 || b.logit_rows[l] >= b.n_tokens)
       return blame(PLD_ITEM_LOGIT_ROW, l,

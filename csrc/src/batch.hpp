@@ -34,7 +34,8 @@ class CellMarks {
 struct BatchLimits {
   int64_t max_tokens;
   int64_t max_logit_rows;
-  int64_t vocab_size;  // 0: ids are not checked
+  int64_t vocab_size;       // 0: ids are not checked
+  int64_t n_positions = 0;  // rows of the smallest table that positions are looked up in; 0: there is none
 };
 
 // Checks every field against the others and against the cache. PLD_INVALID_BATCH names field, index, value and limit,

@@ -81,6 +81,8 @@ pld_status need(bool condition, const char *name, const char *text) {
   return condition ? PLD_OK : fail(PLD_INVALID_ARGUMENT, "%s: %s", name, text);
 }
 
+bool valid_ids(int32_t ids) { return ids >= PLD_IDS_OF_THE_OP && ids <= PLD_IDS_POSITIONS; }
+
 bool valid_act(int32_t act) { return act >= PLD_ACT_NONE && act <= PLD_ACT_RELU; }
 bool positive(float value) { return std::isfinite(value) && value > 0; }
 
@@ -133,6 +135,7 @@ pld_status check_shapes(const pld_op &op, const char *name, const pld_weight *co
   const int32_t in0 = op.in_width[0], out0 = op.out_width[0];
   switch (op.kind) {
     case PLD_OP_EMBEDDING:
+      if (pld_status s = need(valid_ids(op.i[0]), name, "unknown ids")) return s;
       return check_matrix(name, 0, weight[0], weight[0]->rows, out0, false);
     case PLD_OP_LINEAR:
       if (pld_status s = need(valid_act(op.i[0]), name, "unknown activation")) return s;
@@ -145,6 +148,7 @@ pld_status check_shapes(const pld_op &op, const char *name, const pld_weight *co
     case PLD_OP_LAYER_NORM:
       return check_norm(op, name, weight);
     case PLD_OP_ROPE_TABLE:
+      if (pld_status s = need(valid_ids(op.i[0]), name, "unknown ids")) return s;
       if (pld_status s = need(out0 % 2 == 0, name, "the table's width must be even")) return s;
       return check_vector(name, 0, weight[0], out0 / 2);
     case PLD_OP_ROTARY:
@@ -230,14 +234,14 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
                           batch.n_tokens));
     return PLD_OK;
   }
-  const int32_t *ids = op.kind == PLD_OP_EMBEDDING ? batch.token_ids : batch.positions;
+  const int32_t *ids = batch_ids(op, batch);
   if (batch.n_tokens != call.rows || ids == nullptr)
     return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
   for (int32_t t = 0; op.kind == PLD_OP_EMBEDDING && t < batch.n_tokens; ++t)
     if (ids[t] < 0 || ids[t] >= call.weight[0].rows)
       return blame(PLD_ITEM_TOKEN, t,
-                   fail(PLD_INVALID_BATCH, "token_ids[%d] is %d; it must be in [0, %lld)", t, ids[t],
-                        (long long)call.weight[0].rows));
+                   fail(PLD_INVALID_BATCH, "%s[%d] is %d; it must be in [0, %lld)",
+                        ids == batch.positions ? "positions" : "token_ids", t, ids[t], (long long)call.weight[0].rows));
   return PLD_OK;
 }
 

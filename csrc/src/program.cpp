@@ -147,7 +147,7 @@ pld_status check_program(const pld_program_desc &d) {
       return fail(PLD_INVALID_ARGUMENT, "op %d: the second part, and only it, begins with gather_rows", index);
     if (!in_forward && (op.kind == PLD_OP_ATTENTION || op.kind == PLD_OP_EMBEDDING || op.kind == PLD_OP_ROPE_TABLE))
       return fail(PLD_INVALID_ARGUMENT, "op %d: kind %d cannot stand in the second part", index, op.kind);
-    if (op.kind == PLD_OP_EMBEDDING && weight[0]->rows < d.vocab_size)
+    if (op.kind == PLD_OP_EMBEDDING && !reads_positions(op) && weight[0]->rows < d.vocab_size)
       return fail(PLD_INVALID_ARGUMENT, "op %d: the embedding has %lld rows; vocab_size is %d", index,
                   (long long)weight[0]->rows, d.vocab_size);
     if (pld_status status = check_operands(d, index, written)) return status;
@@ -207,6 +207,16 @@ void resolve_args(pld_program &p) {
     for (int i = 0; i < PLD_MAX_WEIGHTS; ++i)
       args.weight[i] = op.weight[i] >= 0 ? &p.weights[static_cast<size_t>(op.weight[i])] : nullptr;
   }
+}
+
+int64_t rows_of_positions(const pld_program &p) {
+  int64_t rows = 0;
+  for (const pld_op &op : p.ops) {
+    if (op.kind != PLD_OP_EMBEDDING || !reads_positions(op)) continue;
+    const int64_t own = p.weights[static_cast<size_t>(op.weight[0])].rows;
+    rows = rows == 0 ? own : std::min(rows, own);
+  }
+  return rows;
 }
 
 StepRow row_of_steps(const pld_program &p) {
@@ -288,6 +298,7 @@ pld_status create_program(pld_context *context, const pld_program_desc *given, p
   program->hidden = desc->hidden;
   program->logits = desc->logits;
   program->vocab_size = desc->vocab_size;
+  program->n_positions = rows_of_positions(*program);
   program->max_rows[PLD_ROWS_T] = desc->max_tokens;
   program->max_rows[PLD_ROWS_L] = desc->max_logit_rows;
   if (desc->n_kept > 0) program->kept.assign(desc->kept, desc->kept + desc->n_kept);
@@ -359,7 +370,7 @@ pld_status check_layers(const pld_program &p, const pld_kv &kv) {
 }
 
 BatchLimits batch_limits(const pld_program &p) {
-  return {p.max_rows[PLD_ROWS_T], p.max_rows[PLD_ROWS_L], p.vocab_size};
+  return {p.max_rows[PLD_ROWS_T], p.max_rows[PLD_ROWS_L], p.vocab_size, p.n_positions};
 }
 
 const float *buffer_data(const pld_program *p, int32_t buffer) {

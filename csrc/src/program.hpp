@@ -15,6 +15,7 @@ struct pld_program {
   std::vector<pld_buffer> buffers;
   std::vector<pld_weight> weights;
   int32_t n_forward_ops, hidden, logits, vocab_size;
+  int64_t n_positions = 0;    // rows of the smallest table that positions are looked up in; 0: there is none
   int64_t max_rows[2];        // by domain
   std::vector<int32_t> kept;  // buffers that outlive a run, beside those two
 

@@ -26,7 +26,8 @@ pld_status trace_keys(const pld_program &p, const pld_op *attention, KeyRotation
   const pld_op *op = writer_of(p, attention, attention->in[1], attention->in_col[1], attention->in_width[1]);
   if (op != nullptr && op->kind == PLD_OP_ROTARY && op->i[0] == attention->i[3]) {
     const pld_op *table = writer_of(p, op, op->in[1], op->in_col[1], op->in_width[1]);
-    if (table == nullptr || table->kind != PLD_OP_ROPE_TABLE || op->in_width[1] != table->out_width[0])
+    if (table == nullptr || table->kind != PLD_OP_ROPE_TABLE || op->in_width[1] != table->out_width[0] ||
+        !reads_positions(*table))
       return fail(PLD_NOT_SUPPORTED, "keys of layer %d are rotated by no rope_table", attention->i[0]);
     rotation.inv_freq = static_cast<const float *>(p.weights[static_cast<size_t>(table->weight[0])].data);
     rotation.half = table->out_width[0] / 2;
@@ -48,6 +49,9 @@ pld_status key_rotations(const pld_program &p, const pld_kv &kv, std::vector<Key
   rotations.assign(static_cast<size_t>(kv.n_layers), {});
   std::vector<bool> seen(rotations.size(), false);
   for (const pld_op &op : p.ops) {
+    if (op.kind == PLD_OP_EMBEDDING && reads_positions(op))
+      return fail(PLD_NOT_SUPPORTED,
+                  "the program embeds positions: keys depend on them in other ways than by rotation");
     if (op.kind != PLD_OP_ATTENTION) continue;
     KeyRotation rotation;
     if (pld_status status = trace_keys(p, &op, rotation)) return status;

@@ -14,10 +14,9 @@ import numpy as np
 from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step
-from pellucid.ops.spec import MATRIX_OPERANDS, OP_KINDS, OpSpec, core_floats
+from pellucid.ops.spec import ID_OPS, MATRIX_OPERANDS, OP_KINDS, OpSpec, core_floats
 
 _BATCH_OPS = ("attention", "gather_rows")
-_ID_OPS = ("embedding", "rope_table")
 
 
 def op_struct(spec: OpSpec) -> abi.AnyArray:
@@ -26,7 +25,7 @@ def op_struct(spec: OpSpec) -> abi.AnyArray:
     row = table[0]
     row["kind"] = OP_KINDS[spec.kind]
     row["in"], row["out"], row["weight"] = -1, -1, -1
-    if spec.kind not in _ID_OPS:
+    if spec.kind not in ID_OPS:
         for i, value in enumerate(spec.inputs):
             if value is not None:
                 row["in"][i], row["in_width"][i] = i, int(value.shape[1])
@@ -78,7 +77,7 @@ class NativeBackend:
         rows = len(step.batch.logit_rows) if spec.kind == "gather_rows" and step.batch else int(first.shape[0])
         outputs = [torch.empty((rows, width), dtype=torch.float32) for width in spec.out_widths]
         if rows:
-            values = () if spec.kind in _ID_OPS else spec.inputs
+            values = () if spec.kind in ID_OPS else spec.inputs
             tensors = [None if value is None else _activation(value) for value in values]
             inputs = [None if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
             targets = [(t.data_ptr(), t.stride(0)) for t in outputs]
@@ -118,7 +117,7 @@ class NativeBackend:
             if step.batch is None:
                 raise RuntimeError(f"op {spec.kind} needs a batch: give one to the step")
             return abi.batch_struct(step.batch), step.batch
-        if spec.kind not in _ID_OPS:
+        if spec.kind not in ID_OPS:
             return None, None
         ids = np.ascontiguousarray(spec.inputs[0].numpy(), np.int32)
         none = np.zeros(0, np.int32)

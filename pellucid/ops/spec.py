@@ -41,6 +41,9 @@ ACTIVATION_ALIASES = {
     "gelu_accurate": "gelu_tanh",
     "linear": "none",
 }
+# What an embedding or a rope_table reads of the batch; by itself an embedding reads token ids, a rope_table positions.
+IDS_TOKENS, IDS_POSITIONS = 1, 2
+ID_OPS = {"embedding": IDS_TOKENS, "rope_table": IDS_POSITIONS}
 # Which operand of these ops is a matrix, kept in packed panels; every other weight is a float32 vector or table.
 MATRIX_OPERANDS = {"linear": (0,), "moe": (0, 1), "embedding": (0,)}
 

@@ -8,8 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from pellucid import ops
-from pellucid.ops.spec import MATRIX_OPERANDS, OpSpec, Symbol
+from pellucid.ops.spec import ID_OPS, IDS_POSITIONS, IDS_TOKENS, MATRIX_OPERANDS, OpSpec, Symbol
 from pellucid.program.observe import observed
+
+# The buffers of symbols that come with the batch, and what ops are told to read: numbers of `pld_ids`.
+_BATCH_IDS = {-1: IDS_TOKENS, -2: IDS_POSITIONS}
 
 WeightKind = Literal["matrix", "table", "vector"]
 
@@ -72,11 +75,10 @@ class _Recorder:
             raise TypeError(f"op {spec.kind} mixes symbols with tensors while it is traced")
         domain = "L" if spec.kind == "gather_rows" else symbols[0].domain
         outputs = tuple(self.symbol(width, domain) for width in spec.out_widths)
-        # Token ids and positions come with the batch: the ops that take them have no buffer input.
-        inputs = tuple(None if v is None or v.buffer < 0 else (v.buffer, v.column, v.width) for v in spec.inputs)
+        ints, inputs = _batch_ids(spec)
         weights = tuple(None if w is None else self._weight(spec, i, w) for i, w in enumerate(spec.weights))
         self.recording.ops.append(
-            RecordedOp(spec.kind, inputs, tuple(s.buffer for s in outputs), weights, spec.ints, spec.floats)
+            RecordedOp(spec.kind, inputs, tuple(s.buffer for s in outputs), weights, ints, spec.floats)
         )
         return outputs
 
@@ -101,6 +103,23 @@ class _Recorder:
         return index
 
 
+def _batch_ids(spec: OpSpec) -> tuple[tuple[int, ...], tuple[tuple[int, int, int] | None, ...]]:
+    """An op's integers and its inputs as places in buffers. Token ids and positions come with the batch: the ops that take them have
+    no buffer input, and an integer that says which they read.
+
+    Raises:
+        TypeError: another op was given token ids or positions, or one of these was given rows of floats.
+    """
+    takes_ids = spec.kind in ID_OPS
+    if any(value is not None and (value.buffer in _BATCH_IDS) != takes_ids for value in spec.inputs):
+        wanted = "token ids or positions" if takes_ids else "activations"
+        raise TypeError(f"op {spec.kind} takes {wanted} of the batch; it was given something else")
+    if not takes_ids:
+        return spec.ints, tuple(None if v is None else (v.buffer, v.column, v.width) for v in spec.inputs)
+    ids = _BATCH_IDS[spec.inputs[0].buffer]
+    return (() if ids == ID_OPS[spec.kind] else (ids,)), (None,)
+
+
 def trace(model: Any) -> Recording:
     """Records `model.forward` and `model.compute_logits` (see the model contract in `pellucid.models.base`).
 
@@ -108,7 +127,7 @@ def trace(model: Any) -> Recording:
         TypeError: the module does something else with its inputs than to call ops.
     """
     recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
-    token_ids, positions = Symbol(recorder, -1, 0, 1), Symbol(recorder, -1, 0, 1)
+    token_ids, positions = (Symbol(recorder, buffer, 0, 1) for buffer in _BATCH_IDS)
     with observed(model, recorder.name_activation):
         hidden = model.forward(token_ids, positions)
     if not isinstance(hidden, Symbol):

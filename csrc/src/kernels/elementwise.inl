@@ -5,7 +5,7 @@ namespace PLD_ISA_NS {
 
 static void embedding_row(const OpArgs &args, int64_t row) {
   const pld_weight &w = *args.weight[0];
-  const int64_t id = args.batch->token_ids[row], cols = w.cols;
+  const int64_t id = batch_ids(*args.op, *args.batch)[row], cols = w.cols;
   float *out = args.out[0] + row * args.out_stride[0];
   if (w.layout == PLD_ROW_MAJOR) {
     if (w.dtype == PLD_F32) {

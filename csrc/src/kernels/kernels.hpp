@@ -38,6 +38,15 @@ struct OpArgs {
   const OpArgs *feeds;
 };
 
+// What an embedding or a rope_table reads.
+inline bool reads_positions(const pld_op &op) {
+  return op.i[0] == PLD_IDS_OF_THE_OP ? op.kind == PLD_OP_ROPE_TABLE : op.i[0] == PLD_IDS_POSITIONS;
+}
+
+inline const int32_t *batch_ids(const pld_op &op, const pld_batch &batch) {
+  return reads_positions(op) ? batch.positions : batch.token_ids;
+}
+
 inline constexpr size_t kThreadScratchBytes = 2 * 1024 * 1024;
 
 // An op is a few stages with a barrier between them; a stage is tasks that may run in any order on any thread. How the

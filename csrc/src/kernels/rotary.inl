@@ -5,7 +5,7 @@ namespace PLD_ISA_NS {
 
 static void rope_table_row(const OpArgs &args, int64_t row) {
   const float *inv_freq = (const float *)args.weight[0]->data;
-  const float position = (float)args.batch->positions[row], scale = args.op->f[0];
+  const float position = (float)batch_ids(*args.op, *args.batch)[row], scale = args.op->f[0];
   const int64_t half = args.out_width[0] / 2;
   float *out = args.out[0] + row * args.out_stride[0];
   for (int64_t j = 0; j < half; ++j) {

@@ -241,7 +241,7 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
     if (ids[t] < 0 || ids[t] >= call.weight[0].rows)
       return blame(PLD_ITEM_TOKEN, t,
                    fail(PLD_INVALID_BATCH, "%s[%d] is %d; it must be in [0, %lld)",
-                        ids == batch.positions ? "positions" : "token_ids", t, ids[t], (long long)call.weight[0].rows));
+                        reads_positions(op) ? "positions" : "token_ids", t, ids[t], (long long)call.weight[0].rows));
   return PLD_OK;
 }
 

@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pellucid.api.outputs import RequestOutput as RequestOutput
+    from pellucid.api.sampling_params import SamplingParams as SamplingParams
+    from pellucid.api.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from pellucid.entrypoints.llm import LLM as LLM
     from pellucid.models.registry import ModelRegistry as ModelRegistry
-    from pellucid.outputs import RequestOutput as RequestOutput
-    from pellucid.params import SamplingParams as SamplingParams
-    from pellucid.structured import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "LLM": "pellucid.entrypoints.llm",
     "ModelRegistry": "pellucid.models.registry",
-    "RequestOutput": "pellucid.outputs",
-    "SamplingParams": "pellucid.params",
-    "StructuredOutputsParams": "pellucid.structured",
+    "RequestOutput": "pellucid.api.outputs",
+    "SamplingParams": "pellucid.api.sampling_params",
+    "StructuredOutputsParams": "pellucid.api.structured_outputs",
 }
 __all__ = ["LLM", "ModelRegistry", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 

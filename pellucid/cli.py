@@ -12,6 +12,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 import pellucid
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.bench.serve_options import API_KEY_HELP, api_key_of
 from pellucid.commands import bench, trace
 from pellucid.commands.options import (
@@ -22,7 +23,6 @@ from pellucid.commands.options import (
     with_options,
 )
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
-from pellucid.params import SamplingParams
 
 app = typer.Typer(
     name="pellucid",

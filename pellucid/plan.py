@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.hidden import HiddenStatesParams, SteeringParams
-from pellucid.outputs import TokenLogprobs
-from pellucid.params import SamplingParams
-from pellucid.structured import Grammar
+from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams
+from pellucid.api.outputs import TokenLogprobs
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import Grammar
 
 StepKind = Literal["prefill", "decode", "mixed", "none"]
 

@@ -235,7 +235,7 @@ pld_status check_lists(const pld_sample_row &row, int32_t index) {
   return PLD_OK;
 }
 
-// The ranges of pellucid/params.py: what is admitted there is taken here.
+// The ranges of pellucid/api/sampling_params.py: what is admitted there is taken here.
 pld_status check_numbers(const pld_sample_row &row, int32_t index) {
   const struct {
     const char *name;

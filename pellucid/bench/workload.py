@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.bench.figures import Spread
 from pellucid.engine.trace import StepRecord
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import EngineDeadError, InvalidRequestError
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
 
 # Low ids are special tokens in most vocabularies.
 FIRST_TOKEN = 100

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 import pellucid
+from pellucid.api.hidden_states import CaptureParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import RequestOptions
 from pellucid.commands.jsonl import Line, ended_lines
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import ConfigError, InvalidRequestError, StorageError
 from pellucid.files import PART_SUFFIX, LineFile, make_folder, remove_parts, write_whole
-from pellucid.hidden import CaptureParams
 from pellucid.json_text import dumps, well_formed
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput
 from pellucid.weights.safetensors import open_safetensors, read_metadata, write_safetensors
 
 ERRORS = "errors.jsonl"

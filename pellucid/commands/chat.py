@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import InvalidRequestError
-from pellucid.params import SamplingParams
 
 HELP = """/system TEXT   set the system message (without TEXT: remove it); begins anew
 /reset         forget the conversation

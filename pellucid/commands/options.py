@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 
 import typer
 
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.errors import InvalidRequestError
-from pellucid.params import SamplingParams
 from pellucid.server.settings import ServerSettings
 
 _ENGINE_PANEL, _SAMPLING_PANEL, _SERVER_PANEL = "Engine", "Sampling", "Server"

@@ -8,11 +8,11 @@ from itertools import islice
 
 import numpy as np
 
+from pellucid.api.hidden_states import HiddenStatesLimits
+from pellucid.api.request_options import NO_OPTIONS, RequestOptions
+from pellucid.api.sampling_params import SamplingParams, check_vocabulary, check_well_formed
+from pellucid.api.structured_outputs import CustomStructure, Grammar
 from pellucid.errors import InvalidRequestError, shown, shown_number
-from pellucid.hidden import HiddenStatesLimits
-from pellucid.options import NO_OPTIONS, RequestOptions
-from pellucid.params import SamplingParams, check_vocabulary, check_well_formed
-from pellucid.structured import CustomStructure, Grammar
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]

@@ -11,6 +11,9 @@ from queue import SimpleQueue
 from threading import Lock, Semaphore
 from typing import Any
 
+from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_options
+from pellucid.api.sampling_params import SamplingParams, integer
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker
 from pellucid.engine.messages import (
@@ -37,9 +40,6 @@ from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
 from pellucid.errors import ConfigError, EngineDeadError, QueueFullError
 from pellucid.float32 import Range
-from pellucid.options import NO_OPTIONS, RequestOptions, check_options
-from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams, integer
 from pellucid.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_WAITING = 1024

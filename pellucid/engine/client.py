@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.request_options import NO_OPTIONS, RequestOptions
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import CustomStructure
 from pellucid.engine.admission import Prompt
 from pellucid.engine.engine import LLMEngine, StepOutputs
 from pellucid.engine.turns import Turns, Waiter
 from pellucid.errors import EngineDeadError
-from pellucid.options import NO_OPTIONS, RequestOptions
-from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams
-from pellucid.structured import CustomStructure
 
 # Outputs of ended requests that nobody collected are kept up to this many, the oldest dropped first.
 MAX_UNCOLLECTED = 10_000

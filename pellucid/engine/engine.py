@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pellucid.api.hidden_states import HiddenStatesLimits
+from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_options
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Admitted, Prompt, RequestChecker
 from pellucid.engine.block_manager import BlockManager
@@ -23,11 +27,7 @@ from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.errors import EXITS, EngineDeadError, InvalidRequestError, NativeError, PellucidError, reason_of
 from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
-from pellucid.hidden import HiddenStatesLimits
-from pellucid.options import NO_OPTIONS, RequestOptions, check_options
-from pellucid.outputs import RequestOutput, StreamChunk
 from pellucid.owners import Owner, SoleOwner, owned
-from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed

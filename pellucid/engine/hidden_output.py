@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.hidden_states import HiddenStatesParams, WantedRows, resolve
 from pellucid.config import MAX_SPECULATIVE_TOKENS
-from pellucid.hidden import HiddenStatesParams, WantedRows, resolve
 from pellucid.plan import CapturedRows
 
 F32 = npt.NDArray[np.float32]

@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from pellucid import errors
+from pellucid.api.hidden_states import HiddenStatesLimits
+from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.request_options import NO_OPTIONS, RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.metrics import EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
-from pellucid.hidden import HiddenStatesLimits
-from pellucid.options import NO_OPTIONS, RequestOptions
-from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pellucid.outputs import RequestOutput
+from pellucid.api.outputs import RequestOutput
 
 _LATENCIES = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
 _COUNTS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))

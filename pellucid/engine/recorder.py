@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pellucid
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import FIELD, CustomStructure
 from pellucid.engine.scheduler import TokenEvent
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.trace_file import TraceFile
@@ -27,10 +30,7 @@ from pellucid.engine.trace_lines import (
     step_line,
 )
 from pellucid.errors import InvalidRequestError
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
 from pellucid.plan import ModelRunnerOutput, StepPlan
-from pellucid.structured import FIELD, CustomStructure
 
 if TYPE_CHECKING:
     from pellucid.engine.engine import LLMEngine

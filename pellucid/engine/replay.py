@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pellucid.api.hidden_states import CaptureParams, SteeringParams
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.recorder import identity_of
@@ -31,9 +34,6 @@ from pellucid.engine.trace_lines import (
 from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import ConfigError, InvalidRequestError, TraceError, about
 from pellucid.executor.uniproc import UniProcExecutor
-from pellucid.hidden import CaptureParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
 
 # Settings that change no plan: with any of them changed, steps are still compared one by one.
 _NEUTRAL = {

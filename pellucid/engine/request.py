@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams, WantedRows
+from pellucid.api.outputs import FinishReason
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import Grammar
 from pellucid.errors import InvariantError
-from pellucid.hidden import HiddenStatesParams, SteeringParams, WantedRows
-from pellucid.outputs import FinishReason
-from pellucid.params import SamplingParams
 from pellucid.sampling.speculative import PromptLookup
-from pellucid.structured import Grammar
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import RequestOutput, StreamChunk
 
 
 class Wakes:

@@ -13,12 +13,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pellucid import json_text
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.outputs import FinishReason
 from pellucid.engine.request import FINISH_REASONS
 from pellucid.engine.scheduler import TokenEvent
 from pellucid.engine.trace import StepRecord
 from pellucid.errors import TraceError
-from pellucid.hidden import HiddenStatesParams
-from pellucid.outputs import FinishReason
 from pellucid.plan import PlanEntry, StepKind, WaitingReasons
 
 FORMAT = 1

@@ -9,16 +9,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams, check_well_formed
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt
 from pellucid.engine.client import EngineClient, Reader, Submission
 from pellucid.engine.engine import LLMEngine
 from pellucid.engine.load import load_engine
 from pellucid.errors import InvalidRequestError, RequestFailedError, items_of, shown
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput, StreamChunk
-from pellucid.params import SamplingParams, check_well_formed
 from pellucid.text.tokenizer import Tokenizer
 
 Inputs = str | Sequence[str] | Sequence[Sequence[int]]

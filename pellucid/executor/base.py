@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.hidden import NO_STEERING, Steering
+from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import ModelRunnerOutput, StepPlan
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.hidden import HiddenStatesParams, SteeringParams, WantedRows
+from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams, WantedRows
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import NewRequest, PlanEntry
 from pellucid.sampling.native import NativeRow

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from pellucid.api.hidden_states import FINAL_LAYER, layer_name
 from pellucid.errors import ActivationsError, NativeError, RowError, reason_of
 from pellucid.executor.batch import RunnerRequest
-from pellucid.hidden import FINAL_LAYER, layer_name
 from pellucid.ops.batch import BatchInput
 from pellucid.plan import PlanEntry
 

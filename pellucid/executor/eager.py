@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.config import EngineConfig
 from pellucid.errors import RowError
 from pellucid.executor.base import F32
 from pellucid.executor.loader import LoadedModel, open_module
-from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops import abi, gather_rows
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope

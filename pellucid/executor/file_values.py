@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.errors import InvalidRequestError, about, shown
 from pellucid.models.config import TOKEN_KEYS, GivenTokens, ModelConfig
-from pellucid.params import SamplingParams, model_defaults
 from pellucid.text.tokenizer import Tokenizer
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.hidden_states import FINAL_LAYER, layer_name
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RunnerRequest
 from pellucid.executor.blame import Errors, note
-from pellucid.hidden import FINAL_LAYER, layer_name
 from pellucid.plan import CapturedRows, PlanEntry
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.outputs import TokenLogprobs
 from pellucid.errors import sendable
 from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RequestRows, RunnerRequest
@@ -19,7 +20,6 @@ from pellucid.executor.hidden_rows import HiddenRows
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
-from pellucid.outputs import TokenLogprobs
 from pellucid.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.sampling.native import NativeSampler
 from pellucid.sampling.sampler import SampledToken, SamplingRow, prompt_logprobs

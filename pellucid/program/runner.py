@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.errors import ActivationsError, NativeError, RowError, WeightFormatError, reason_of
-from pellucid.hidden import NO_STEERING, Steering
 from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
 from pellucid.owners import Exclusive

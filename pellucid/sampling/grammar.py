@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
 from pellucid.errors import EXITS, InvalidRequestError, PellucidError
 from pellucid.owners import Home
-from pellucid.structured import FIELD, StructuredOutputsParams
 from pellucid.text.grammar_trial import LIMITS, GrammarTrial, first_line
 
 if TYPE_CHECKING:

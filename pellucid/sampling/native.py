@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.structured_outputs import Matcher
 from pellucid.errors import NativeError, reason_of
 from pellucid.ops import abi, structs
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray
 from pellucid.sampling.sampler import RowStats, SampledToken, SamplingRow, token_logprobs
-from pellucid.structured import Matcher
 
 _NOT_FINITE, _NONE_LEFT, _OVERFLOW = 1, 2, 3
 _MIN_TEMPERATURE = 1e-30

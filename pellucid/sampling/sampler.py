@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.outputs import TokenLogprobs
-from pellucid.params import SamplingParams
+from pellucid.api.outputs import TokenLogprobs
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import Matcher
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray, IdArray
-from pellucid.structured import Matcher
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pellucid.outputs import FinishReason
+from pellucid.api.outputs import FinishReason
 from pellucid.server.errors import HttpError, as_http_error, internal_error
 from pellucid.server.generation import Delta, Generation, Usage
 from pellucid.server.prompts import Prompts

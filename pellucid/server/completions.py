@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pellucid.outputs import CompletionOutput, RequestOutput
+from pellucid.api.outputs import CompletionOutput, RequestOutput
 from pellucid.server.answers import Identity, finish_fields
 from pellucid.server.generation import Delta, Usage
 from pellucid.server.logprobs import LogprobFormat

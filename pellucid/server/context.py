@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import EngineDrainingError, InvalidRequestError
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams, model_defaults
 from pellucid.server.access import given_key
 from pellucid.server.answers import Identity
 from pellucid.server.body import read_json

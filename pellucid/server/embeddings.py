@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.errors import InvalidRequestError, RequestFailedError
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
 from pellucid.server.generation import Usage
 from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.states import to_base64

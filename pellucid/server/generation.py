@@ -12,9 +12,9 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
-from pellucid.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
 from pellucid.server.errors import RequestTimeoutError
 from pellucid.server.job import Job
 from pellucid.server.logs import generation_fields, log_generation

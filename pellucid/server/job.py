@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
-from pellucid.structured import FIELD
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import FIELD
 
 
 @dataclass(frozen=True)

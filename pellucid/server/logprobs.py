@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pellucid.outputs import Logprob
+from pellucid.api.outputs import Logprob
 from pellucid.text.detokenizer import bytes_of_token
 from pellucid.text.tokenizer import Tokenizer
 

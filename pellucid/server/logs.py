@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from pellucid.api.outputs import RequestOutput
 from pellucid.json_text import dumps
-from pellucid.outputs import RequestOutput
 from pellucid.server.job import Job
 from pellucid.server.settings import ServerSettings
 

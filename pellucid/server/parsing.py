@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pellucid.outputs import CompletionOutput
+from pellucid.api.outputs import CompletionOutput
 from pellucid.server.generation import Delta
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 from pellucid.text.reasoning_parser import ReasoningDialect

@@ -6,15 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.params import SamplingParams
 from pellucid.server.chat_text import ChatPrompt, ChatText
 from pellucid.server.parsing import OutputStyle
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_structure import renamed
 from pellucid.server.settings import AUTO, OFF, ServerSettings
 from pellucid.server.turns import ToolUse, Turn
-from pellucid.structured import StructuredOutputsParams
 from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, stands_behind
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import TOLD_DIALECT, TOOL_DIALECTS, Tool, ToolDialect, detect_dialect, tools_of

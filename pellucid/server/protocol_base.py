@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, SkipValidation, ValidationError, model_validator
 
+from pellucid.api.sampling_params import SamplingParams, range_of
+from pellucid.api.structured_outputs import FIELD
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import path_of
-from pellucid.params import SamplingParams, range_of
-from pellucid.structured import FIELD
 
 MAX_NAME_CHARACTERS = 256
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SkipValidation, model_validator
 
+from pellucid.api.sampling_params import MAX_TOKEN_COUNT, MAX_TOKEN_ID
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.params import MAX_TOKEN_COUNT, MAX_TOKEN_ID
 from pellucid.server.protocol_base import Integer, sampling_field
 from pellucid.server.protocol_structure import StructureFields
 

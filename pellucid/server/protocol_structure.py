@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
 from pellucid.errors import InvalidRequestError
 from pellucid.server.protocol_base import RequestFields, Strict
-from pellucid.structured import FIELD, StructuredOutputsParams
 
 
 class JsonSchemaFormat(Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pellucid.params import SamplingParams
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.server.answers import Identity
 from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Usage

@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.outputs import CompletionOutput
+from pellucid.api.request_options import RequestOptions
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.json_text import encode
-from pellucid.options import RequestOptions
-from pellucid.outputs import CompletionOutput
 from pellucid.server.generation import Delta
 from pellucid.server.protocol_base import RequestFields
 from pellucid.server.settings import ServerSettings

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pellucid.api.structured_outputs import FIELD
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_tools import NamedTool
-from pellucid.structured import FIELD
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
-from pellucid.outputs import CompletionOutput, RequestOutput
+from pellucid.api.outputs import CompletionOutput, RequestOutput
 from pellucid.server.answers import told
 from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Generation, Usage

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pellucid.outputs import CompletionOutput, RequestOutput
+from pellucid.api.outputs import CompletionOutput, RequestOutput
 
 RTOL = 1e-3
 ATOL = 1e-3

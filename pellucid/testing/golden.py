@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import FIELD, CustomStructure, Grammar, Matcher
 from pellucid.errors import InvalidRequestError
-from pellucid.params import SamplingParams
-from pellucid.structured import FIELD, CustomStructure, Grammar, Matcher
 
 
 class GoldenTokens(CustomStructure):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pellucid.structured import StructuredOutputsParams
+from pellucid.api.structured_outputs import StructuredOutputsParams
 
 # Between JSON's parts. Bounded: a model that likes line ends would else write nothing but them.
 WHITESPACE = r"( |\n{1,2}[ \t]{0,20})"

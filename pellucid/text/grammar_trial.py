@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.owners import Home
-from pellucid.structured import StructuredOutputsParams
 
 CPU_SECONDS = 2
 MEMORY_BYTES = 2 << 30

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.errors import InvalidRequestError
-from pellucid.structured import StructuredOutputsParams
 from pellucid.text.grammar_source import WHITESPACE, json_schema, until
 from pellucid.text.reasoning_parser import ReasoningDialect
 from pellucid.text.tokenizer import Tokenizer

@@ -353,7 +353,14 @@ CAMPAIGN = Campaign(
     count=20_000,
     plants=PLANTS,
     case_seconds=400.0,
-    reach=("engine/admission.py", "params.py", "options.py", "hidden.py", "structured.py", "server/*.py"),
+    reach=(
+        "engine/admission.py",
+        "api/sampling_params.py",
+        "api/request_options.py",
+        "api/hidden_states.py",
+        "api/structured_outputs.py",
+        "server/*.py",
+    ),
     add_options=_add_options,
 )
 

@@ -30,9 +30,9 @@ from kit.neighbours import Neighbour, make_neighbours
 from kit.scratch import Scratch
 
 from pellucid import LLM
+from pellucid.api.outputs import RequestOutput
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.outputs import RequestOutput
 
 KINDS = ("llm", "threads", "thread", "process")
 _CALLS = {"llm": 120, "threads": 60, "thread": 150, "process": 250}  # of a case
@@ -458,7 +458,13 @@ CAMPAIGN = Campaign(
     count=100_000,
     plants=PLANTS,
     case_seconds=300.0,
-    reach=("engine/admission.py", "params.py", "options.py", "hidden.py", "structured.py"),
+    reach=(
+        "engine/admission.py",
+        "api/sampling_params.py",
+        "api/request_options.py",
+        "api/hidden_states.py",
+        "api/structured_outputs.py",
+    ),
     add_options=_add_options,
 )
 

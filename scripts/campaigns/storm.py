@@ -30,11 +30,11 @@ from kit.leftovers import Holdings, Memory, left_over, open_files, temporary_fol
 from kit.scratch import Scratch
 from kit.serving import Process
 
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
 
 KINDS = ("thread", "process", "http", "http-process")
 SETTINGS: dict[str, Any] = {

@@ -6,7 +6,7 @@ import random
 import re
 import time
 
-from pellucid.hidden import CaptureParams, HiddenStatesLimits
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesLimits
 
 
 def limits(names: list[str]) -> HiddenStatesLimits:

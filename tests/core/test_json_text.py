@@ -125,7 +125,7 @@ OWN = {
     "executor/loader.py": "sections of a packed program",
     "program/file.py": "the head of a packed program",
     "weights/safetensors.py": "the head of a file of tensors",
-    "structured.py": "a schema as it is compared",
+    "api/structured_outputs.py": "a schema as it is compared",
     "text/grammar_source.py": "grammars",
     "text/grammar_trial.py": "grammars, for our own child",
     "text/gguf_vocabulary.py": "a tokenizer's file for its library",

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from utils.neighbours import COMPANIES, NAN_TOKEN, VOCAB, Asked, World, alone, asked, assert_same_bits, build_model
 
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.messages import Submit
 from pellucid.engine.wire import decode_command, encode
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
 
 NUM_CASES = 40
 FLOATS = [

@@ -29,13 +29,13 @@ from utils.async_engines import (
 )
 
 from pellucid import LLM
+from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine import request_book
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, QueueFullError
-from pellucid.hidden import HiddenStatesParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
 
 pytestmark = pytest.mark.asyncio
 

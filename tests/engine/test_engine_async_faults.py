@@ -39,6 +39,7 @@ from utils.async_engines import (
 from utils.children import child
 
 from pellucid import LLM
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.engine.messages import Cancel, ReadStats, ReadSteps, Submit
 from pellucid.engine.wire import MAX_COMMAND_BYTES, address, encode
@@ -50,7 +51,6 @@ from pellucid.errors import (
     ModelNotFoundError,
     NativeError,
 )
-from pellucid.params import SamplingParams
 
 pytestmark = pytest.mark.asyncio
 

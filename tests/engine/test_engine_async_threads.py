@@ -18,10 +18,10 @@ from utils.lone_runs import JOBS, check_chunks, check_same, lone_runs
 from utils.together import PATIENCE, together
 
 from pellucid import LLM
+from pellucid.api.outputs import RequestOutput, StreamChunk
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.engine.metrics import EngineStats
 from pellucid.errors import EngineDeadError
-from pellucid.outputs import RequestOutput, StreamChunk
 
 pytestmark = pytest.mark.timeout(180)
 _NUMBERS = [index for index, job in enumerate(JOBS) if not job.options]

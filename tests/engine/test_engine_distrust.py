@@ -9,10 +9,10 @@ import pytest
 from utils.neighbours import NAN_TOKEN, Asked, World, build_model, prompt_of
 from utils.scheduler_world import running_request
 
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.request import Request
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
 
 
 def compute(manager: BlockManager, request: Request, num_tokens: int | None = None) -> None:

@@ -32,13 +32,13 @@ from utils.neighbours import (
     prompt_of,
 )
 
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import CustomStructure, Grammar, Matcher
 from pellucid.engine.admission import RequestChecker
 from pellucid.errors import InvalidRequestError, NativeError
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
-from pellucid.structured import CustomStructure, Grammar, Matcher
 
 BAD = "bad"
 LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}

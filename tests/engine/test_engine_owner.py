@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from utils.async_engines import ENDLESS, PATIENCE, SETTINGS, build_model
 
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import RequestChecker
 from pellucid.engine.messages import (
@@ -31,7 +32,6 @@ from pellucid.engine.messages import (
 )
 from pellucid.engine.owner import EngineOwner
 from pellucid.errors import InvalidRequestError
-from pellucid.params import SamplingParams
 
 STRUCTURED = SamplingParams(temperature=0, max_tokens=8, structured_outputs={"regex": "[ab]{3}"})
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from pellucid import errors
+from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import MAX_SEED, MIN_SEED, SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.messages import (
     AbortAll,
@@ -37,9 +40,6 @@ from pellucid.engine.messages import (
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.wire import CoreStart, decode_command, decode_events, decode_start, encode
-from pellucid.options import RequestOptions
-from pellucid.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
-from pellucid.params import MAX_SEED, MIN_SEED, SamplingParams
 from pellucid.plan import WaitingReasons
 
 PARAMS = SamplingParams(

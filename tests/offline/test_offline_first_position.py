@@ -20,13 +20,13 @@ from utils.async_engines import KINDS, start_engine
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import RequestOptions
 from pellucid.commands.capture import ERRORS, capture_jsonl
 from pellucid.commands.jsonl import run_jsonl
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import RequestFailedError
-from pellucid.hidden import CaptureParams, HiddenStatesParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import RequestOutput
 from pellucid.weights.safetensors import open_safetensors
 
 pytestmark = pytest.mark.timeout(180)

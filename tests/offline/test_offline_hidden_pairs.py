@@ -11,9 +11,9 @@ from utils.hidden_pairs import FEATURES, NUM_TOKENS, PROMPT, every_position
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
-from pellucid.outputs import CompletionOutput
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.outputs import CompletionOutput
+from pellucid.api.request_options import RequestOptions
 
 BASE: dict[str, Any] = {"num_blocks": 256, "max_model_len": 256, "num_threads": 1}
 ENGINES: dict[str, dict[str, Any]] = {

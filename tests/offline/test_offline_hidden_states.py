@@ -11,9 +11,9 @@ from utils.tiny_gguf import MIXED_TYPES, build_tiny_gguf
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.request_options import RequestOptions
 from pellucid.errors import ConfigError, InvalidRequestError
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
 
 BASE: dict[str, Any] = {
     "max_num_batched_tokens": 512,

@@ -16,7 +16,7 @@ from utils.lone_runs import JOBS, check_same, lone_runs
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
-from pellucid.outputs import RequestOutput
+from pellucid.api.outputs import RequestOutput
 from pellucid.owners import uninterrupted
 
 # Not by a signal: its handler would be run in the place of the one that is tested.

@@ -18,6 +18,7 @@ from utils.text_tokenizers import byte_level_metadata
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.sampling_params import model_defaults
 from pellucid.errors import (
     ConfigError,
     ModelNotFoundError,
@@ -26,7 +27,6 @@ from pellucid.errors import (
     UnsupportedModelError,
     WeightFormatError,
 )
-from pellucid.params import model_defaults
 
 SETTINGS: dict[str, Any] = {"num_threads": 1, "num_blocks": 16, "max_num_seqs": 2}
 CHOICE = SamplingParams(max_tokens=9, structured_outputs={"choice": ["ab"]})  # type: ignore[arg-type]

@@ -17,10 +17,10 @@ from utils.tiny_models import build_tiny_checkpoint
 from utils.traced import record
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.request_options import RequestOptions
 from pellucid.engine.replay import ReplayReport, replay
 from pellucid.errors import PellucidError, TraceError
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from utils.tiny_models import build_tiny_checkpoint
 from utils.together import together
 
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.engine.admission import RequestChecker
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.ops import abi
-from pellucid.params import SamplingParams
 from pellucid.sampling.grammar import compile_grammar
-from pellucid.structured import StructuredOutputsParams
 from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.tokenizer import Tokenizer
 

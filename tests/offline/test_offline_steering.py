@@ -10,9 +10,9 @@ import torch
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.hidden_states import CaptureParams, SteeringParams
+from pellucid.api.request_options import RequestOptions
 from pellucid.errors import InvalidRequestError
-from pellucid.hidden import CaptureParams, SteeringParams
-from pellucid.options import RequestOptions
 
 BASE: dict[str, Any] = {
     "max_num_seqs": 16,

@@ -15,9 +15,9 @@ from utils.real_model import real_model
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.outputs import RequestOutput
 from pellucid.cli import app
 from pellucid.errors import InvalidRequestError
-from pellucid.outputs import RequestOutput
 from pellucid.sampling.grammar import GrammarMatcher
 
 BASE: dict[str, Any] = {"max_num_seqs": 20, "num_blocks": 512, "max_model_len": 400, "num_threads": 1}

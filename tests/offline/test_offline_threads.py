@@ -18,11 +18,11 @@ from utils.tiny_models import build_tiny_checkpoint
 from utils.together import PATIENCE, together
 
 from pellucid import LLM, SamplingParams
+from pellucid.api.outputs import RequestOutput, StreamChunk
 from pellucid.engine import client
 from pellucid.engine.load import load_engine
 from pellucid.engine.replay import replay
 from pellucid.errors import EngineDeadError, InvalidRequestError, WrongThreadError
-from pellucid.outputs import RequestOutput, StreamChunk
 
 pytestmark = pytest.mark.timeout(180)  # a lock that is never free would hang
 

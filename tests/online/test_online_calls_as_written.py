@@ -15,8 +15,8 @@ import pytest
 from utils.http_server import RunningServer, running_server
 from utils.tiny_models import build_tiny_checkpoint
 
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.server import preparing
-from pellucid.structured import StructuredOutputsParams
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 TEMPLATE = (

@@ -17,9 +17,9 @@ from utils.async_engines import KINDS
 from utils.http_server import RunningServer, running_server
 from utils.tiny_models import build_tiny_checkpoint
 
+from pellucid.api.outputs import CompletionOutput, RequestOutput
 from pellucid.engine.metrics import EngineStats
 from pellucid.errors import RequestFailedError
-from pellucid.outputs import CompletionOutput, RequestOutput
 from pellucid.server import embeddings
 from pellucid.server.generation import Usage
 from pellucid.server.protocol_embeddings import EmbeddingRequest

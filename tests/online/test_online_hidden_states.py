@@ -21,8 +21,8 @@ from utils.hidden_pairs import PROMPT as PAIRS_PROMPT
 from utils.http_server import RunningServer, running_server
 
 from pellucid import LLM, SamplingParams
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.request_options import RequestOptions
 from pellucid.server import states
 from pellucid.server.states import encoded
 

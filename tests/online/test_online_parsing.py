@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pellucid.outputs import CompletionOutput, FinishReason, RequestOutput
+from pellucid.api.outputs import CompletionOutput, FinishReason, RequestOutput
 from pellucid.server.answers import Identity
 from pellucid.server.chat import ChatAnswer
 from pellucid.server.generation import Delta, Usage

@@ -17,8 +17,8 @@ import pydantic
 import pytest
 from utils.http_server import RunningServer, running_server
 
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.admission import RequestChecker
-from pellucid.params import SamplingParams
 
 MESSAGES: Any = [{"role": "user", "content": "the lazy dog"}]
 SHORT = {"type": "string", "maxLength": 4}

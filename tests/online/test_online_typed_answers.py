@@ -14,7 +14,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from pellucid.params import SamplingParams
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.server.answers import Identity
 from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Usage

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pellucid.api.sampling_params import BIAS_RANGE, FLOAT_RANGES, SamplingParams
 from pellucid.errors import InvalidRequestError, NativeError
 from pellucid.ops import abi, structs
-from pellucid.params import BIAS_RANGE, FLOAT_RANGES, SamplingParams
 from pellucid.sampling.native import NativeRow, NativeSampler
 from pellucid.sampling.sampler import SamplingRow
 

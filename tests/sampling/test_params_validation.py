@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pellucid.errors import InvalidRequestError
-from pellucid.params import (
+from pellucid.api.sampling_params import (
     MAX_BAD_WORDS,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
@@ -21,6 +20,7 @@ from pellucid.params import (
     SamplingParams,
     check_vocabulary,
 )
+from pellucid.errors import InvalidRequestError
 
 NAN, INFINITY = float("nan"), float("inf")
 

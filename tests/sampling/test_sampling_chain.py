@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from pellucid.params import SamplingParams
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.sampling import SamplingRow, chain
 from pellucid.sampling.reference import edit
 

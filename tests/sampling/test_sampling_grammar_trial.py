@@ -10,8 +10,8 @@ import pytest
 from utils.children import forked
 from utils.together import together
 
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.sampling import grammar
-from pellucid.structured import StructuredOutputsParams
 from pellucid.text import grammar_trial
 from pellucid.text.grammar_trial import GrammarTrial
 

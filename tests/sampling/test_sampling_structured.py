@@ -13,15 +13,8 @@ import pytest
 import torch
 from utils.text_tokenizers import byte_level_metadata, sentencepiece_metadata
 
-from pellucid.errors import InvalidRequestError
-from pellucid.ops import abi
-from pellucid.params import SamplingParams
-from pellucid.sampling import grammar as grammar_module
-from pellucid.sampling.grammar import CompiledGrammar, compile_grammar
-from pellucid.sampling.native import NativeRow, NativeSampler
-from pellucid.sampling.reference import Sampler, row_stats_numpy
-from pellucid.sampling.sampler import SamplingRow
-from pellucid.structured import (
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import (
     MAX_CHOICE_CHARACTERS,
     MAX_CHOICES,
     MAX_GRAMMAR_DEPTH,
@@ -30,6 +23,13 @@ from pellucid.structured import (
     MAX_SCHEMA_DEPTH,
     StructuredOutputsParams,
 )
+from pellucid.errors import InvalidRequestError
+from pellucid.ops import abi
+from pellucid.sampling import grammar as grammar_module
+from pellucid.sampling.grammar import CompiledGrammar, compile_grammar
+from pellucid.sampling.native import NativeRow, NativeSampler
+from pellucid.sampling.reference import Sampler, row_stats_numpy
+from pellucid.sampling.sampler import SamplingRow
 from pellucid.text.tokenizer import Tokenizer
 
 

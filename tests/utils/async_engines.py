@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 from utils.tiny_models import build_tiny_checkpoint
 
+from pellucid.api.outputs import StreamChunk
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.engine.process import ProcessTransport
 from pellucid.engine.transport import ThreadTransport
-from pellucid.outputs import StreamChunk
-from pellucid.params import SamplingParams
 
 KINDS = ("thread", "process")
 # Long waits: other work on the machine may stop a test for a while.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pellucid import LLM, SamplingParams
-from pellucid.outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
+from pellucid.api.outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
 
 Rows = Sequence[Mapping[int, Logprob] | None] | None
 

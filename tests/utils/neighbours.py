@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from utils.tiny_models import build_tiny_checkpoint
 
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.request_options import NO_OPTIONS, RequestOptions
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker
 from pellucid.engine.engine import LLMEngine
 from pellucid.executor.uniproc import UniProcExecutor
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import NO_OPTIONS, RequestOptions
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
-from pellucid.structured import StructuredOutputsParams
 
 VOCAB = 300
 NAN_TOKEN = 299  # its row of the embedding is NaN

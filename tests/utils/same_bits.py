@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pellucid.outputs import RequestOutput
+from pellucid.api.outputs import RequestOutput
 
 PRECISIONS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},

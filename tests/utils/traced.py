@@ -10,9 +10,9 @@ from typing import Any
 
 from utils.async_engines import start_engine
 
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
 
 
 def some_params(random_: random.Random, index: int) -> SamplingParams:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kit.findings import signature_of
-from pellucid.outputs import CompletionOutput, Logprob, RequestOutput
+from pellucid.api.outputs import CompletionOutput, Logprob, RequestOutput
 
 Row = dict[int, Logprob]
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from kit import values
 from kit.values import shown
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams, range_of
-from pellucid.structured import StructuredOutputsParams
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams, range_of
+from pellucid.api.structured_outputs import StructuredOutputsParams
 
 MAX_MODEL_LEN = 96
 WIDTH, VOCAB = 64, 320

@@ -12,8 +12,8 @@ import pellucid
 from kit.calls import Call
 from kit.findings import signature_of
 from pellucid import errors
-from pellucid.outputs import RequestOutput
-from pellucid.params import SamplingParams
+from pellucid.api.outputs import RequestOutput
+from pellucid.api.sampling_params import SamplingParams
 
 _PACKAGE = str(Path(pellucid.__file__).parent)
 # What an engine says when there is no room: right for any request.

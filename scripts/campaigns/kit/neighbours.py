@@ -10,9 +10,9 @@ from typing import Any
 
 from kit.bits import OutputBits, difference
 from kit.campaign import Report
-from pellucid.hidden import HiddenStatesParams
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
+from pellucid.api.hidden_states import HiddenStatesParams
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

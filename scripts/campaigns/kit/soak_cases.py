@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.options import RequestOptions
-from pellucid.params import SamplingParams
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.request_options import RequestOptions
+from pellucid.api.sampling_params import SamplingParams
 
 BOUNDARIES = (16, 64, 192, 1024, 2048, 4096)  # positions at which the core changes its ways
 CHUNKS = (16, 17, 32, 48, 64, 100, 128, 192, 256, 512, 512, 1024, 2048, 8192)

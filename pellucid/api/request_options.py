@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
+from pellucid.api.sampling_params import check_well_formed
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.hidden import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.params import check_well_formed
 
 MAX_CACHE_SALT_CHARACTERS = 512
 MAX_REQUEST_ID_CHARACTERS = 512

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pellucid.api.structured_outputs import CustomStructure, StructuredOutputsParams
 from pellucid.errors import InvalidRequestError, items_of, shown
 from pellucid.float32 import Range
 from pellucid.json_text import lone_surrogate
-from pellucid.structured import CustomStructure, StructuredOutputsParams
 
 MAX_N = 128
 MAX_STOPS = 32

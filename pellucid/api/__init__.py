@@ -1,0 +1,1 @@
+"""What callers write and read: sampling parameters, structured outputs, hidden states, request options, outputs, and their checks."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.spec import OP_KINDS
 

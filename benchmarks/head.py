@@ -11,7 +11,7 @@ import argparse
 import json
 
 from pellucid.bench.limits import linear_seconds, measure_limits
-from pellucid.ops import abi
+from pellucid.core import abi
 
 DTYPES = {"bf16": abi.BF16, "q8_0": abi.Q8_0, "int8": abi.I8, "q4_0": abi.Q4_0, "q4_1": abi.Q4_1, "q6_k": abi.Q6_K}
 

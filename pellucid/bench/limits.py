@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.ops.spec import OP_KINDS
 
 if TYPE_CHECKING:

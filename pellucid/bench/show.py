@@ -12,7 +12,7 @@ _SPREAD = ("mean", "median", "p90", "p99", "least", "most")
 def conditions(model: str, engine: dict[str, Any]) -> dict[str, Any]:
     """The machine, the version and the settings."""
     import pellucid
-    from pellucid.ops import abi
+    from pellucid.core import abi
 
     cpu = abi.cpu_info()
     context = abi.Context(engine.get("num_threads", 0), engine.get("isa", "auto"))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pellucid.commands.load import packing_progress
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.errors import ConfigError, about
 from pellucid.executor.loader import build_program
 from pellucid.executor.program_cache import PROGRAM_SUFFIX
-from pellucid.ops import abi
 from pellucid.program.file import open_program_file
 from pellucid.program.verify import verify_file
 from pellucid.weights.hub import resolve_model

@@ -12,6 +12,7 @@ import pellucid
 from pellucid.commands.load import packing_progress
 from pellucid.commands.program import program_lines
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.executor.loader import (
     LoadedModel,
     kv_bytes_per_token,
@@ -19,7 +20,6 @@ from pellucid.executor.loader import (
     resolve_max_model_len,
     resolve_num_blocks,
 )
-from pellucid.ops import abi
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.checksums import content_bytes, num_blocks
 from pellucid.program.file import ProgramFile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.ops.spec import ACTIVATION_NAMES, OP_NAMES
 from pellucid.program.file import ProgramFile
 from pellucid.quant.scheme import DTYPE_NAMES

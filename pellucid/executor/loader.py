@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pellucid import __version__
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.errors import (
     ConfigError,
     ModelNotFoundError,
@@ -27,7 +28,6 @@ from pellucid.executor.program_cache import PROGRAM_SUFFIX, ProgramCache
 from pellucid.files import storage_errors
 from pellucid.models.config import ModelConfig, architecture_of
 from pellucid.models.registry import ModelRegistry
-from pellucid.ops import abi
 from pellucid.program.builder import FORMAT_VERSION, build_program_file
 from pellucid.program.file import ProgramFile, open_program_file
 from pellucid.program.verify import verify_file

@@ -9,6 +9,7 @@ from dataclasses import replace
 import psutil
 
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.executor.base import Executable, KVCacheSize
 from pellucid.executor.loader import (
     LoadedModel,
@@ -18,7 +19,6 @@ from pellucid.executor.loader import (
     resolve_num_blocks,
 )
 from pellucid.executor.model_runner import ModelRunner
-from pellucid.ops import abi
 from pellucid.owners import Exclusive
 from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.runner import NativeProgram

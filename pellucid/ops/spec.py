@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pellucid.core.structs import NUM_FLOATS
 from pellucid.errors import ConfigError, UnsupportedModelError
 from pellucid.float32 import problem_of
-from pellucid.ops.structs import NUM_FLOATS
 
 # Codes of csrc/include/pellucid.h.
 OP_KINDS = {

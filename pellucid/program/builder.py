@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 from pellucid.ops.spec import OP_KINDS, core_floats
 from pellucid.program.checksums import Bytes
 from pellucid.program.file import aligned, write_program_file

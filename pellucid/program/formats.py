@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
 from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView

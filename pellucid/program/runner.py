@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
+from pellucid.core import abi
 from pellucid.errors import ActivationsError, NativeError, RowError, WeightFormatError, reason_of
-from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
 from pellucid.owners import Exclusive
 from pellucid.program.builder import FORMAT_VERSION

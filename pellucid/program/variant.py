@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from pellucid.core import abi
 from pellucid.errors import InvalidRequestError, WeightFormatError
-from pellucid.ops import abi
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.file import ProgramFile
 from pellucid.program.planner import Uses, assign_slots

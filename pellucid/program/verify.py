@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from threading import Event, Thread
 
+from pellucid.core import abi
 from pellucid.errors import DamagedFileError, NativeError, StorageError
 from pellucid.files import identity, is_at
-from pellucid.ops import abi
 from pellucid.program.file import ProgramFile, damaged
 
 # What a verification beside a running engine reads in a second, at most.

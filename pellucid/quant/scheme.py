@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pellucid.core import abi
 from pellucid.errors import ConfigError
-from pellucid.ops import abi
 from pellucid.weights.tensor import DTYPES, TensorView
 
 # Block formats that the core multiplies with as they are stored.

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.structured_outputs import Matcher
+from pellucid.core import abi, structs
 from pellucid.errors import NativeError, reason_of
-from pellucid.ops import abi, structs
 from pellucid.sampling import chain
 from pellucid.sampling.chain import FloatArray
 from pellucid.sampling.sampler import RowStats, SampledToken, SamplingRow, token_logprobs

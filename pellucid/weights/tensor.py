@@ -15,7 +15,7 @@ from pellucid.errors import UnsupportedModelError, WeightFormatError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pellucid.ops.abi import Context
+    from pellucid.core.abi import Context
 
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**48  # far beyond any real tensor and far below the overflow of a byte count in 64 bits
@@ -118,7 +118,7 @@ def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
 @lru_cache(maxsize=1)
 def _convert_context(pid: int) -> Context:
     """One thread is enough: large matrices are packed by the engine, not converted here. A forked process needs its own."""
-    from pellucid.ops import abi
+    from pellucid.core import abi
 
     return abi.Context(num_threads=1)
 
@@ -216,7 +216,7 @@ class TensorView:
         code = self.pld_dtype
         out = np.empty(self.shape, dtype=np.float32)
         if out.size:
-            from pellucid.ops import abi
+            from pellucid.core import abi
 
             abi.convert(_convert_context(os.getpid()), self.data, code, self.rows, self.cols, out)
         return out

@@ -37,7 +37,7 @@ from fuzzing.programs import describe_program, recipe_of
 from fuzzing.twin import check_twin
 from fuzzing.world import Context, World
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 _RECIPES, _FILES = 256, 6
 

@@ -33,7 +33,7 @@ from fuzzing.frame import Fuzzer, Tally, main
 from fuzzing.images import Image, write_mutated
 from fuzzing.opening import PLANTS, READERS, open_in_core, plant_fault
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 _FILES = 12
 

@@ -285,7 +285,7 @@ _PLANTERS: dict[str, Callable[[Any], None]] = {
 
 
 def _isas(options: argparse.Namespace) -> list[str]:
-    from pellucid.ops import abi
+    from pellucid.core import abi
 
     best = abi.ISA_CODES[abi.cpu_info().best_isa]
     return [isa for isa in options.isa if abi.ISA_CODES[isa] <= best]

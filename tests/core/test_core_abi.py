@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from utils.children import finished
 
+from pellucid.core import abi, structs
 from pellucid.errors import ConfigError, NativeError
-from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.builder import encode_buffers, encode_ops

@@ -20,7 +20,7 @@ from utils.core_attention import (
     shuffled_tables,
 )
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 SHAPES = [
     Shape(num_heads=6, num_kv_heads=2, head_dim=64),

@@ -19,7 +19,7 @@ from utils.core_attention import (
 )
 from utils.quantised import STORED, packed, random_blocks
 
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.ops.spec import OP_KINDS
 
 isas = pytest.mark.parametrize("isa", available_isas())

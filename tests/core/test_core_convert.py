@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType, quants
 from gguf.constants import GGML_QUANT_SIZES
 from utils.core_attention import context, same_bits
 
+from pellucid.core import abi
 from pellucid.errors import NativeError
-from pellucid.ops import abi
 
 Bytes = npt.NDArray[np.uint8]
 TYPES = {

@@ -18,9 +18,9 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.errors import ConfigError, NativeError
 from pellucid.files import remove_unused
-from pellucid.ops import abi
 
 OK, NO_SPACE, ABORTED, INVALID_BATCH, NOT_SUPPORTED, INVALID_SEQ, INVALID_POS, EMPTY = 0, 1, 2, -1, -4, -6, -7, -8
 LAYOUTS = ("slot", "block")

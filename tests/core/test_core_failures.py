@@ -18,8 +18,8 @@ from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
+from pellucid.core import abi, structs
 from pellucid.errors import NativeError
-from pellucid.ops import abi, structs
 
 OK, ABORTED, OUT_OF_MEMORY = 0, 2, -3
 IDS = [4, 5, 6, 9, 11, 13, 17, 19]
@@ -81,7 +81,8 @@ def run_with_little_memory(code: str) -> str:
     start = """
 import ctypes, os, resource
 import numpy as np
-from pellucid.ops import abi, structs
+from pellucid.core import abi
+from pellucid.core import structs
 lib = abi.library()
 def limit(more):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

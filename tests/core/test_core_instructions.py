@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from utils.children import finished
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 HERE = Path(__file__).resolve().parent
 # (op and type, rows): instructions, in thousands

@@ -6,8 +6,8 @@ import numpy as np
 import psutil
 import pytest
 
+from pellucid.core import abi
 from pellucid.errors import NativeError
-from pellucid.ops import abi
 
 SMALL = {"n_layers": 2, "n_kv_heads": 3, "head_dim": 64, "block_size": 16, "n_blocks": 5, "dtype": abi.F32}
 INT32_MAX = 2**31 - 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from utils.core_attention import Array, available_isas, context, round_bf16, same_bits
 
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.ops.spec import ACTIVATIONS, OP_KINDS
 
 isas = pytest.mark.parametrize("isa", available_isas())

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pellucid.core import abi
 from pellucid.errors import ConfigError
 from pellucid.layers.rotary import inverse_frequencies
-from pellucid.ops import abi
 from pellucid.ops.native import op_struct, run_on_arrays
 from pellucid.ops.spec import OpSpec, core_floats
 from pellucid.program.builder import encode_ops

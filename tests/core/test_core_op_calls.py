@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pellucid.core import abi, structs
 from pellucid.errors import NativeError
-from pellucid.ops import abi, structs
 from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.spec import OP_KINDS
 

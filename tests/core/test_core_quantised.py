@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from utils.quantised import STORED, dequantised, linear_oracle, packed, random_blocks
 
+from pellucid.core import abi
 from pellucid.errors import NativeError
-from pellucid.ops import abi
 
 ISAS = [name for code, name in abi.ISA_NAMES.items() if 1 <= code <= abi.ISA_CODES[abi.cpu_info().best_isa]]
 ROWS = (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 17, 33, 64, 193, 400)

@@ -10,7 +10,7 @@ from utils.children import finished
 from utils.core_attention import available_isas, context, same_bits
 from utils.random_programs import Outcome, RandomModel, RandomProgram, batches
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KV_DTYPES = (abi.F32, abi.BF16, abi.I8)

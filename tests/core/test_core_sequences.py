@@ -17,7 +17,7 @@ from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 from pellucid.ops.batch import single_sequence_batch
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from utils.core_attention import Array, available_isas, context, same_bits
 
-from pellucid.ops import abi, native
+from pellucid.core import abi
+from pellucid.ops import native
 from pellucid.ops.spec import OpSpec
 
 isas = pytest.mark.parametrize("isa", available_isas())

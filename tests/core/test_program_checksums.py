@@ -23,8 +23,8 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.errors import DamagedFileError, NativeError, PellucidError, WeightFormatError
-from pellucid.ops import abi
 from pellucid.program import checksums
 from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.checksums import BLOCK_BYTES, content_bytes, first_bad_block, num_blocks, reseal, table_bytes

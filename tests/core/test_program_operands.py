@@ -12,8 +12,8 @@ import torch
 from utils.random_programs import BLOCK, batches
 
 from pellucid import ops
+from pellucid.core import abi
 from pellucid.errors import NativeError
-from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pellucid import ops
+from pellucid.core import abi
 from pellucid.errors import StorageError, WeightFormatError
-from pellucid.ops import abi
 from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.file import MAGIC, open_program_file, write_program_file
 from pellucid.program.planner import Uses, assign_slots, last_uses

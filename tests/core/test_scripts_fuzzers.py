@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import pytest
 from utils.children import finished
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGNS = ROOT / "scripts" / "campaigns"

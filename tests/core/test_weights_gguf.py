@@ -125,7 +125,7 @@ def test_vocabulary_of_50_000_with_merges_when_read_then_fast_enough(tmp_path: P
 
 @pytest.mark.parametrize("dtype", QUANTISED)
 def test_quantised_tensor_when_opened_and_converted_then_equal_to_the_reference(tmp_path: Path, dtype: str) -> None:
-    pytest.importorskip("pellucid.ops.abi")
+    pytest.importorskip("pellucid.core.abi")
     kind = gguf.GGMLQuantizationType[dtype]
     raw = random_blocks(dtype, 6, 512)
     path = tmp_path / "m.gguf"

@@ -167,7 +167,7 @@ def test_twelve_requests_when_run_again_on_a_warm_prefix_cache_then_hits_and_sam
 def test_each_instruction_set_when_alone_chunked_or_together_then_same_bits(
     tiny_model: str, isa: str, precision: str
 ) -> None:
-    from pellucid.ops import abi
+    from pellucid.core import abi
 
     if abi.ISA_CODES[isa] > abi.ISA_CODES[abi.cpu_info().best_isa]:
         pytest.skip(f"this machine has no {isa}")

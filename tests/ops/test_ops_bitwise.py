@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pellucid import ops
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 

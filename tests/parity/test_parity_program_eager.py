@@ -11,11 +11,11 @@ import torch
 from utils.tiny_models import FAMILIES, build_tiny_checkpoint
 
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.executor.base import Executable
 from pellucid.executor.eager import EagerModel
 from pellucid.executor.loader import load_model
 from pellucid.executor.uniproc import make_kv_cache
-from pellucid.ops import abi
 from pellucid.ops.batch import BatchInput
 from pellucid.program.runner import NativeProgram
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pellucid.api.sampling_params import BIAS_RANGE, FLOAT_RANGES, SamplingParams
+from pellucid.core import abi, structs
 from pellucid.errors import InvalidRequestError, NativeError
-from pellucid.ops import abi, structs
 from pellucid.sampling.native import NativeRow, NativeSampler
 from pellucid.sampling.sampler import SamplingRow
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pellucid.api.sampling_params import SamplingParams
+from pellucid.core import abi
 from pellucid.errors import NativeError
-from pellucid.ops import abi
 from pellucid.sampling.native import NativeRow, NativeSampler
 from pellucid.sampling.reference import Sampler, row_stats_numpy
 from pellucid.sampling.sampler import SampledToken, SamplingRow

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.sampling import RowStats, SampledToken, SamplingRow, reference
 from pellucid.sampling.native import NativeRow, NativeSampler
 from pellucid.sampling.reference import Sampler, row_stats_numpy

@@ -23,8 +23,8 @@ from pellucid.api.structured_outputs import (
     MAX_SCHEMA_DEPTH,
     StructuredOutputsParams,
 )
+from pellucid.core import abi
 from pellucid.errors import InvalidRequestError
-from pellucid.ops import abi
 from pellucid.sampling import grammar as grammar_module
 from pellucid.sampling.grammar import CompiledGrammar, compile_grammar
 from pellucid.sampling.native import NativeRow, NativeSampler

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.ops import structs
+from pellucid.core import structs
 
 
 @dataclass

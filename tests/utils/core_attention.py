@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.ops.batch import BatchInput
 from pellucid.ops.spec import OP_KINDS
 

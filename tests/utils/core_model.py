@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from utils.batch_builders import DecodeBatch
 
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 
 
 class CoreModel:

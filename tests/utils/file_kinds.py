@@ -36,13 +36,13 @@ from pellucid.commands.timeline_drawing import draw, to_svg
 from pellucid.commands.timeline_text import lines as timeline_lines
 from pellucid.commands.trace_table import table_rows
 from pellucid.config import EngineConfig
+from pellucid.core import abi
 from pellucid.engine.replay import replay
 from pellucid.engine.timeline import Timeline
 from pellucid.engine.trace_reader import TraceReader
 from pellucid.engine.trace_why import Why
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
 from pellucid.executor.loader import load_model
-from pellucid.ops import abi
 from pellucid.program.checksums import reseal
 from pellucid.program.runner import load_program
 from pellucid.program.variant import activation_widths, steerable, variant_of

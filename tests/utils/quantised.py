@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, dequantize
 
-from pellucid.ops import abi
+from pellucid.core import abi
 
 F32Array = npt.NDArray[np.float32]
 

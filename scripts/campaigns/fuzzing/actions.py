@@ -13,7 +13,7 @@ from fuzzing.core import ABORTED, INVALID_ARGUMENT, INVALID_BATCH, INVALID_SEQ, 
 from fuzzing.draws import EDGES_32, INT32_MAX, INT32_MIN, Draw, ints
 from fuzzing.programs import Recipe, damaged, describe_program
 from fuzzing.world import SEQS, Cache, Program, World
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 
 _FLAGS = (ctypes.c_int32 * 3)(0, 1, -1)
 _KV_SIZE = sizeof(structs.KVParamsStruct)

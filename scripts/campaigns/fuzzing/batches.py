@@ -12,7 +12,7 @@ from utils.sequence_model import MAX_POSITION
 from fuzzing.core import ABORTED, INVALID_ARGUMENT, INVALID_BATCH, NOT_SUPPORTED, OK
 from fuzzing.draws import Draw, chars, ints, longs
 from fuzzing.world import SEQS, Cache, Program
-from pellucid.ops import structs
+from pellucid.core import structs
 
 _SIZE, _RUN_SIZE = sizeof(structs.DecodeBatchStruct), sizeof(structs.BatchStruct)
 

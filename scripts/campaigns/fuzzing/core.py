@@ -1,6 +1,6 @@
 """The library as the fuzzer calls it: every call is noted, and its status and text are checked against the header.
 
-Nothing of pellucid.ops.abi stands between the fuzzer and the library but the signatures, so that Python's checks hide nothing.
+Nothing of pellucid.core.abi stands between the fuzzer and the library but the signatures, so that Python's checks hide nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fuzzing.frame import FindingError, Tally
-from pellucid.ops import abi
+from pellucid.core import abi
 
 OK, NO_SPACE, ABORTED = 0, 1, 2
 INVALID_BATCH, INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED = -1, -2, -3, -4

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from fuzzing.programs import Recipe, recipe_of
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.program.builder import FORMAT_VERSION, PackedWeight, encode_plan, encode_weights
 from pellucid.program.file import Bytes, aligned, write_program_file
 from pellucid.text.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 
 from fuzzing.draws import EDGES_32, EDGES_64, Draw
 from fuzzing.programs import damage_op
-from pellucid.ops import abi
+from pellucid.core import abi
 from pellucid.program.builder import PLAN_DTYPE, WEIGHT_DTYPE
 from pellucid.program.file import INDEXED, MAGIC, aligned
 

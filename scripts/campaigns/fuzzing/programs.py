@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fuzzing.draws import Draw, fenced
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording
 

@@ -19,7 +19,7 @@ from fuzzing.core import OK
 from fuzzing.draws import INT64_MAX, INT64_MIN, Draw, fenced, ints
 from fuzzing.programs import damage_op, packed_matrix, packing_context, spoil_weight
 from fuzzing.world import Cache, World
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 from pellucid.ops.spec import OP_KINDS
 
 _CANARY = np.float32(-77.25)

@@ -9,7 +9,7 @@ from fuzzing.core import NO_SPACE, OK
 from fuzzing.draws import Draw, ints, longs
 from fuzzing.programs import Descriptor
 from fuzzing.world import Cache, Context, Program, World, same_floats
-from pellucid.ops import structs
+from pellucid.core import structs
 
 _PROBED_SEQS, _PROBED_POSITIONS = 3, 48
 

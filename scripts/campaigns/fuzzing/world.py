@@ -17,7 +17,7 @@ from utils.sequence_model import SequenceModel
 from fuzzing.core import OK, OUT_OF_MEMORY, Core
 from fuzzing.draws import Draw
 from fuzzing.programs import Descriptor, Recipe
-from pellucid.ops import abi, structs
+from pellucid.core import abi, structs
 
 SEQS = (0, 1, 2, 3, 7, 2**31 - 1)
 _SNAPSHOT_CELLS, _SNAPSHOT_LAYERS = 48, 4

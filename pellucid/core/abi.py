@@ -22,9 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pellucid
-from pellucid.errors import ConfigError, ErrorItem, NativeError
-from pellucid.ops.batch import BatchInput
-from pellucid.ops.structs import (
+from pellucid.core.structs import (
     MAX_IN,
     MAX_OUT,
     MAX_WEIGHTS,
@@ -36,6 +34,8 @@ from pellucid.ops.structs import (
     ProgramDescStruct,
     WeightStruct,
 )
+from pellucid.errors import ConfigError, ErrorItem, NativeError
+from pellucid.ops.batch import BatchInput
 from pellucid.owners import Home
 
 ABI_VERSION = 1

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi, structs
-from pellucid.ops.batch import BatchInput
 from pellucid.ops.spec import OP_KINDS
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "llama-1b": (32, 8, 64), "wide": (32, 8, 128)}

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.config import EngineConfig
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi
 from pellucid.executor.loader import load_model
 from pellucid.executor.uniproc import make_kv_cache
-from pellucid.ops.batch import BatchInput
 from pellucid.program.runner import NativeProgram
 from pellucid.text.tokenizer import Tokenizer
 

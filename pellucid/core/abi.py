@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pellucid
+from pellucid.contract.batch import BatchInput
 from pellucid.core.structs import (
     MAX_IN,
     MAX_OUT,
@@ -35,7 +36,6 @@ from pellucid.core.structs import (
     WeightStruct,
 )
 from pellucid.errors import ConfigError, ErrorItem, NativeError
-from pellucid.ops.batch import BatchInput
 from pellucid.owners import Home
 
 ABI_VERSION = 1

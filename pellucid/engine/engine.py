@@ -16,6 +16,8 @@ from pellucid.api.outputs import RequestOutput, StreamChunk
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
+from pellucid.contract.executor import Executor
+from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.admission import Admitted, Prompt, RequestChecker
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.metrics import EngineMetrics, EngineStats
@@ -25,10 +27,8 @@ from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerCo
 from pellucid.engine.trace import StepRecord, Trace
 from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.errors import EXITS, EngineDeadError, InvalidRequestError, NativeError, PellucidError, reason_of
-from pellucid.executor.base import Executor
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.owners import Owner, SoleOwner, owned
-from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed
 from pellucid.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pellucid.api.hidden_states import HiddenStatesParams, WantedRows, resolve
 from pellucid.config import MAX_SPECULATIVE_TOKENS
-from pellucid.plan import CapturedRows
+from pellucid.contract.plan import CapturedRows
 
 F32 = npt.NDArray[np.float32]
 

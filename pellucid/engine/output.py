@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
 from pellucid.api.sampling_params import SamplingParams
+from pellucid.contract.plan import CapturedRows
 from pellucid.engine.hidden_output import F32, CapturedOfChoice, HiddenStatesOfChoice
 from pellucid.engine.request import FINISH_REASONS, RequestStatus
 from pellucid.engine.scheduler import TokenEvent
-from pellucid.plan import CapturedRows
 from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.stop import StopChecker
 from pellucid.text.tokenizer import Tokenizer

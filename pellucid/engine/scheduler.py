@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pellucid.api.outputs import TokenLogprobs
+from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, PlanEntry, StepPlan
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.padded import PaddedBatch
 from pellucid.engine.policies import POLICIES
@@ -21,7 +22,6 @@ from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus, q
 from pellucid.engine.step import Step
 from pellucid.engine.wait import WAIT_REASONS
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
-from pellucid.plan import AcceptedDraft, ModelRunnerOutput, PlanEntry, StepPlan
 
 __all__ = ["WAIT_REASONS", "DraftConfig", "RequestScheduler", "SchedulerConfig", "TokenEvent"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from pellucid.contract.plan import WAIT_BEHIND_HEAD, NewRequest, PlanEntry, StepKind, StepPlan, WaitingReasons
 from pellucid.engine.request import Request, RequestStatus, queue_key
 from pellucid.engine.wait import (
     WAIT_BUDGET_SHORT,
@@ -16,7 +17,6 @@ from pellucid.engine.wait import (
     WAIT_SHARED_PROMPT,
 )
 from pellucid.errors import InvariantError
-from pellucid.plan import WAIT_BEHIND_HEAD, NewRequest, PlanEntry, StepKind, StepPlan, WaitingReasons
 from pellucid.sampling.speculative import PromptLookup
 
 if TYPE_CHECKING:

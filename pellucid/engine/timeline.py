@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pellucid.contract.plan import PlanEntry
 from pellucid.engine.trace_lines import CancelLine, Line, StepLine, SubmitLine
-from pellucid.plan import PlanEntry
 
 Kind = Literal["waiting", "stalled", "decode", "prefill", "preempted"]
 # Where several fall on one place of a picture, the last of these is shown.

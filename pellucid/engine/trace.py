@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pellucid.contract.plan import StepKind
 from pellucid.errors import ConfigError
-from pellucid.plan import StepKind
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pellucid.plan import WAIT_BEHIND_HEAD
+from pellucid.contract.plan import WAIT_BEHIND_HEAD
 
 WAIT_NO_BLOCKS = "no free blocks: needs {needs}, {free} free"
 WAIT_MAX_NUM_SEQS = "max_num_seqs {limit} reached"

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams, WantedRows
-from pellucid.ops.batch import BatchInput
-from pellucid.plan import NewRequest, PlanEntry
+from pellucid.contract.batch import BatchInput
+from pellucid.contract.plan import NewRequest, PlanEntry
 from pellucid.sampling.native import NativeRow
 from pellucid.sampling.sampler import SamplingRow
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from pellucid.api.hidden_states import FINAL_LAYER, layer_name
+from pellucid.contract.batch import BatchInput
+from pellucid.contract.plan import PlanEntry
 from pellucid.errors import ActivationsError, NativeError, RowError, reason_of
 from pellucid.executor.batch import RunnerRequest
-from pellucid.ops.batch import BatchInput
-from pellucid.plan import PlanEntry
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.executor.base import F32
+from pellucid.contract.executor import F32
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _DROPPED_BITS = 12  # so that a checksum is exact as a JSON number, which many readers keep as a double

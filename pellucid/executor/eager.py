@@ -12,12 +12,12 @@ import torch
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.config import EngineConfig
+from pellucid.contract.batch import BatchInput
+from pellucid.contract.executor import F32
 from pellucid.core import abi
 from pellucid.errors import RowError
-from pellucid.executor.base import F32
 from pellucid.executor.loader import LoadedModel, open_module
 from pellucid.ops import gather_rows
-from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.program.file import ProgramFile

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import FINAL_LAYER, layer_name
-from pellucid.executor.base import F32, Executable
+from pellucid.contract.executor import F32, Executable
+from pellucid.contract.plan import CapturedRows, PlanEntry
 from pellucid.executor.batch import RunnerRequest
 from pellucid.executor.blame import Errors, note
-from pellucid.plan import CapturedRows, PlanEntry
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.outputs import TokenLogprobs
+from pellucid.contract.batch import BatchInput
+from pellucid.contract.executor import F32, Executable
+from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.core import abi
 from pellucid.errors import sendable
-from pellucid.executor.base import F32, Executable
 from pellucid.executor.batch import RequestRows, RunnerRequest
 from pellucid.executor.blame import Errors, blamed, note
 from pellucid.executor.checksum import row_checksums
 from pellucid.executor.hidden_rows import HiddenRows
 from pellucid.executor.row_stats import native_row_stats
-from pellucid.ops.batch import BatchInput
-from pellucid.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.sampling.native import NativeSampler
 from pellucid.sampling.sampler import SampledToken, SamplingRow, prompt_logprobs
 

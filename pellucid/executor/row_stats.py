@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pellucid.contract.executor import F32
 from pellucid.core import abi
-from pellucid.executor.base import F32
 from pellucid.ops.native import run_on_arrays
 from pellucid.ops.spec import OpSpec
 from pellucid.sampling.sampler import RowStats

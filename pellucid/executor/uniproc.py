@@ -9,8 +9,9 @@ from dataclasses import replace
 import psutil
 
 from pellucid.config import EngineConfig
+from pellucid.contract.executor import Executable, KVCacheSize
+from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.core import abi
-from pellucid.executor.base import Executable, KVCacheSize
 from pellucid.executor.loader import (
     LoadedModel,
     kv_bytes_per_token,
@@ -20,7 +21,6 @@ from pellucid.executor.loader import (
 )
 from pellucid.executor.model_runner import ModelRunner
 from pellucid.owners import Exclusive
-from pellucid.plan import ModelRunnerOutput, StepPlan
 from pellucid.program.runner import NativeProgram
 
 

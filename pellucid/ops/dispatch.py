@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid.ops.batch import BatchInput
+from pellucid.contract.batch import BatchInput
 from pellucid.ops.spec import OpSpec, Symbol
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi, structs
-from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step
 from pellucid.ops.spec import ID_OPS, MATRIX_OPERANDS, OP_KINDS, OpSpec, core_floats
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi
 from pellucid.errors import ActivationsError, NativeError, RowError, WeightFormatError, reason_of
-from pellucid.ops.batch import BatchInput
 from pellucid.owners import Exclusive
 from pellucid.program.builder import FORMAT_VERSION
 from pellucid.program.file import ProgramFile

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from utils.children import finished
 
+from pellucid.contract.batch import BatchInput, single_sequence_batch
 from pellucid.core import abi, structs
 from pellucid.errors import ConfigError, NativeError
-from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording

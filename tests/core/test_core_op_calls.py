@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pellucid.contract.batch import BatchInput, single_sequence_batch
 from pellucid.core import abi, structs
 from pellucid.errors import NativeError
-from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.spec import OP_KINDS
 
 ROWS, CANARY = 3, -77.0

@@ -67,7 +67,7 @@ def test_given_stored_blocks_when_embedded_then_the_rows_are_exactly_the_stored_
 
 def embedding_rows(context: abi.Context, weight: abi.Weight) -> np.ndarray:
     """All rows of W through the embedding op."""
-    from pellucid.ops.batch import BatchInput
+    from pellucid.contract.batch import BatchInput
 
     count = weight.rows
     empty = np.zeros(1, np.int32)

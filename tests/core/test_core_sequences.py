@@ -17,8 +17,8 @@ from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.commands.compile import compile_model
 from pellucid.config import EngineConfig
+from pellucid.contract.batch import single_sequence_batch
 from pellucid.core import abi, structs
-from pellucid.ops.batch import single_sequence_batch
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording
 

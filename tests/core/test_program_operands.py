@@ -12,9 +12,9 @@ import torch
 from utils.random_programs import BLOCK, batches
 
 from pellucid import ops
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi
 from pellucid.errors import NativeError
-from pellucid.ops.batch import BatchInput
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.program.builder import encode_buffers, encode_ops

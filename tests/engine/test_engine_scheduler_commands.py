@@ -8,10 +8,10 @@ import pytest
 from utils.scheduler_world import make_request, next_token
 from utils.step_tables import prompt_of, row_of, world
 
+from pellucid.contract.plan import ModelRunnerOutput
 from pellucid.engine.request import EngineCoreRequest, RequestStatus
 from pellucid.engine.scheduler import WAIT_REASONS, SchedulerConfig
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
-from pellucid.plan import ModelRunnerOutput
 
 
 @pytest.mark.parametrize(

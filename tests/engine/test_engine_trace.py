@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pellucid.contract.plan import PlanEntry, WaitingReasons
 from pellucid.engine.request import RequestStatus
 from pellucid.engine.scheduler import TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
@@ -25,7 +26,6 @@ from pellucid.engine.trace_lines import (
 )
 from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import ConfigError, TraceError
-from pellucid.plan import PlanEntry, WaitingReasons
 
 HEADER = Header(FORMAT, "0", "run", 0, 0.0, ModelIdentity("m", "d"), {}, Resolved(64, 8, 4, 1, "portable"))
 RECORD = StepRecord(

@@ -14,6 +14,7 @@ from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, Requ
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import MAX_SEED, MIN_SEED, SamplingParams
 from pellucid.config import EngineConfig
+from pellucid.contract.plan import WaitingReasons
 from pellucid.engine.messages import (
     AbortAll,
     Cancel,
@@ -40,7 +41,6 @@ from pellucid.engine.messages import (
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.wire import CoreStart, decode_command, decode_events, decode_start, encode
-from pellucid.plan import WaitingReasons
 
 PARAMS = SamplingParams(
     n=2,

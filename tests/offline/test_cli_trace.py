@@ -19,6 +19,7 @@ from pellucid import LLM, SamplingParams
 from pellucid.cli import app
 from pellucid.commands.timeline_text import lines as text_lines
 from pellucid.commands.trace_table import table_rows
+from pellucid.contract.plan import PlanEntry
 from pellucid.engine.timeline import Timeline
 from pellucid.engine.trace_file import TraceFile
 from pellucid.engine.trace_lines import (
@@ -35,7 +36,6 @@ from pellucid.engine.trace_lines import (
 )
 from pellucid.engine.trace_why import PREEMPTED, Why
 from pellucid.errors import ConfigError
-from pellucid.plan import PlanEntry
 
 HEADER = Header(FORMAT, "0", "run", 0, 0.0, ModelIdentity("tiny", "d"), {}, Resolved(64, 8, 4, 1, "portable"))
 

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from pellucid import ops
+from pellucid.contract.batch import BatchInput, single_sequence_batch
 from pellucid.core import abi
 from pellucid.errors import UnsupportedModelError
 from pellucid.ops import reference
-from pellucid.ops.batch import BatchInput, single_sequence_batch
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.ops.spec import ACTIVATION_ALIASES, ACTIVATIONS, OP_KINDS

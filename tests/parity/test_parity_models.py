@@ -12,10 +12,10 @@ from utils.hidden_parity import assert_close, assert_states_are_transformers
 from utils.tiny_models import FAMILIES, build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
+from pellucid.contract.batch import single_sequence_batch
 from pellucid.core import abi
 from pellucid.executor.eager import load_eager
 from pellucid.ops import reference
-from pellucid.ops.batch import single_sequence_batch
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.weights.checkpoint import open_checkpoint

@@ -11,12 +11,12 @@ import torch
 from utils.tiny_models import FAMILIES, build_tiny_checkpoint
 
 from pellucid.config import EngineConfig
+from pellucid.contract.batch import BatchInput
+from pellucid.contract.executor import Executable
 from pellucid.core import abi
-from pellucid.executor.base import Executable
 from pellucid.executor.eager import EagerModel
 from pellucid.executor.loader import load_model
 from pellucid.executor.uniproc import make_kv_cache
-from pellucid.ops.batch import BatchInput
 from pellucid.program.runner import NativeProgram
 
 ISAS = [isa for isa, code in abi.ISA_CODES.items() if isa != "auto" and code <= abi.ISA_CODES[abi.cpu_info().best_isa]]

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi
-from pellucid.ops.batch import BatchInput
 from pellucid.ops.spec import OP_KINDS
 
 Array = npt.NDArray[np.float32]

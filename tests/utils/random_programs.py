@@ -11,8 +11,8 @@ import numpy.typing as npt
 from utils.core_attention import Array, context
 
 from pellucid import ops
+from pellucid.contract.batch import BatchInput
 from pellucid.core import abi
-from pellucid.ops.batch import BatchInput
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, Recording, trace
 

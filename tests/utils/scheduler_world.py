@@ -11,10 +11,10 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from pellucid.api.sampling_params import SamplingParams
+from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus
 from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
-from pellucid.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 
 EOS = 0
 VOCABULARY = 7

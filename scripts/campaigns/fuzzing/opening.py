@@ -16,10 +16,10 @@ from fuzzing.draws import Draw, chars, ints
 from fuzzing.fences import Fences
 from fuzzing.frame import FindingError
 from pellucid.config import EngineConfig
+from pellucid.contract.batch import single_sequence_batch
 from pellucid.core import abi, structs
 from pellucid.errors import NativeError, PellucidError
 from pellucid.executor import loader
-from pellucid.ops.batch import single_sequence_batch
 from pellucid.program import file as program_file
 from pellucid.program import runner
 from pellucid.program.builder import PLAN_DTYPE, WEIGHT_DTYPE

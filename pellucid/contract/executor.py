@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
-from pellucid.ops.batch import BatchInput
-from pellucid.plan import ModelRunnerOutput, StepPlan
+from pellucid.contract.batch import BatchInput
+from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 
 F32 = npt.NDArray[np.float32]
 

@@ -19,18 +19,18 @@ from pellucid.config import EngineConfig
 from pellucid.contract.executor import Executor
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.admission import Admitted, Prompt, RequestChecker
-from pellucid.engine.block_manager import BlockManager
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
-from pellucid.engine.request import EngineCoreRequest, RequestStatus
-from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
-from pellucid.engine.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.errors import EXITS, EngineDeadError, InvalidRequestError, NativeError, PellucidError, reason_of
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.owners import Owner, SoleOwner, owned
 from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
+from pellucid.scheduling.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.scheduling.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, Requ
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.contract.plan import CapturedRows
 from pellucid.engine.hidden_output import F32, CapturedOfChoice, HiddenStatesOfChoice
-from pellucid.engine.request import FINISH_REASONS, RequestStatus
-from pellucid.engine.scheduler import TokenEvent
+from pellucid.scheduling.request import FINISH_REASONS, RequestStatus
+from pellucid.scheduling.scheduler import TokenEvent
 from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.stop import StopChecker
 from pellucid.text.tokenizer import Tokenizer

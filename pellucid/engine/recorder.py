@@ -15,7 +15,6 @@ from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import FIELD, CustomStructure
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
-from pellucid.engine.scheduler import TokenEvent
 from pellucid.engine.trace import StepRecord
 from pellucid.engine.trace_file import TraceFile
 from pellucid.engine.trace_lines import (
@@ -31,6 +30,7 @@ from pellucid.engine.trace_lines import (
     step_line,
 )
 from pellucid.errors import InvalidRequestError
+from pellucid.scheduling.scheduler import TokenEvent
 
 if TYPE_CHECKING:
     from pellucid.engine.engine import LLMEngine

@@ -5,9 +5,9 @@ from __future__ import annotations
 from utils.scheduler_world import make_request
 
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput
-from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.request import RequestStatus
-from pellucid.engine.scheduler import DraftConfig, RequestScheduler, SchedulerConfig
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.request import RequestStatus
+from pellucid.scheduling.scheduler import DraftConfig, RequestScheduler, SchedulerConfig
 
 EOS = 9
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from utils.scheduler_world import running_request
 
-from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.request import Request, RequestStatus
 from pellucid.errors import ConfigError, InvariantError
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.request import Request, RequestStatus
 
 STAT_KEYS = {
     "block_size",

@@ -11,8 +11,8 @@ from utils.scheduler_world import running_request
 
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.request import Request
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.request import Request
 
 
 def compute(manager: BlockManager, request: Request, num_tokens: int | None = None) -> None:

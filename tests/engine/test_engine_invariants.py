@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from utils.scheduler_world import EOS, World, make_request
 
-from pellucid.engine.request import EngineCoreRequest
-from pellucid.engine.scheduler import DraftConfig, SchedulerConfig
 from pellucid.errors import InvalidRequestError
+from pellucid.scheduling.request import EngineCoreRequest
+from pellucid.scheduling.scheduler import DraftConfig, SchedulerConfig
 
 MAX_MODEL_LEN = 14
 

@@ -21,10 +21,10 @@ from pellucid import LLM, SamplingParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.engine.padded import PaddedBatch
-from pellucid.engine.request import RequestStatus
-from pellucid.engine.scheduler import DraftConfig, SchedulerConfig
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.padded import PaddedBatch
+from pellucid.scheduling.request import RequestStatus
+from pellucid.scheduling.scheduler import DraftConfig, SchedulerConfig
 from pellucid.testing import check_step_table, load_step_table
 
 TABLES = {path.stem: load_step_table(path) for path in sorted((Path(__file__).parent / "padded_steps").glob("*.json"))}

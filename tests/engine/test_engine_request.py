@@ -9,8 +9,8 @@ import pytest
 from utils.scheduler_world import make_request
 
 from pellucid.api.hidden_states import HiddenStatesParams
-from pellucid.engine.request import Request, RequestStatus
 from pellucid.errors import InvariantError
+from pellucid.scheduling.request import Request, RequestStatus
 
 WAITING, RUNNING, PREEMPTED = RequestStatus.WAITING, RequestStatus.RUNNING, RequestStatus.PREEMPTED
 STOPPED, LENGTH = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH

@@ -7,9 +7,9 @@ from utils.scheduler_world import EOS, make_request
 from utils.step_tables import assert_steps, prompt_of, row_of, world
 
 from pellucid.contract.plan import ModelRunnerOutput
-from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.request import EngineCoreRequest, RequestStatus
-from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
+from pellucid.scheduling.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
 
 BEHIND = "head of the queue waits"
 SHARED = "waits for the shared prompt of its first choice"

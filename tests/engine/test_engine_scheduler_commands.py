@@ -9,9 +9,9 @@ from utils.scheduler_world import make_request, next_token
 from utils.step_tables import prompt_of, row_of, world
 
 from pellucid.contract.plan import ModelRunnerOutput
-from pellucid.engine.request import EngineCoreRequest, RequestStatus
-from pellucid.engine.scheduler import WAIT_REASONS, SchedulerConfig
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
+from pellucid.scheduling.scheduler import WAIT_REASONS, SchedulerConfig
 
 
 @pytest.mark.parametrize(

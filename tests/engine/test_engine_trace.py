@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from pellucid.contract.plan import PlanEntry, WaitingReasons
-from pellucid.engine.request import RequestStatus
-from pellucid.engine.scheduler import TokenEvent
 from pellucid.engine.trace import StepRecord, Trace
 from pellucid.engine.trace_file import NUM_PARTS, TraceFile, part_path
 from pellucid.engine.trace_lines import (
@@ -26,6 +24,8 @@ from pellucid.engine.trace_lines import (
 )
 from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import ConfigError, TraceError
+from pellucid.scheduling.request import RequestStatus
+from pellucid.scheduling.scheduler import TokenEvent
 
 HEADER = Header(FORMAT, "0", "run", 0, 0.0, ModelIdentity("m", "d"), {}, Resolved(64, 8, 4, 1, "portable"))
 RECORD = StepRecord(

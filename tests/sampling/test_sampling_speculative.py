@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellucid.sampling.speculative import PromptLookup
+from pellucid.scheduling.speculative import PromptLookup
 
 
 def search(tokens: list[int], shortest: int, longest: int, most: int) -> tuple[int, ...]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
-from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus
-from pellucid.engine.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.request import EngineCoreRequest, Request, RequestStatus
+from pellucid.scheduling.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
 
 EOS = 0
 VOCABULARY = 7

@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple
 
 from pellucid.api.outputs import TokenLogprobs
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, PlanEntry, StepPlan
-from pellucid.engine.block_manager import BlockManager
-from pellucid.engine.padded import PaddedBatch
-from pellucid.engine.policies import POLICIES
-from pellucid.engine.request import EngineCoreRequest, Request, RequestStatus, queue_key
-from pellucid.engine.step import Step
-from pellucid.engine.wait import WAIT_REASONS
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.padded import PaddedBatch
+from pellucid.scheduling.passes import Step
+from pellucid.scheduling.policies import POLICIES
+from pellucid.scheduling.request import EngineCoreRequest, Request, RequestStatus, queue_key
+from pellucid.scheduling.wait import WAIT_REASONS
 
 __all__ = ["WAIT_REASONS", "DraftConfig", "RequestScheduler", "SchedulerConfig", "TokenEvent"]
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pellucid.contract.plan import WAIT_BEHIND_HEAD, NewRequest, PlanEntry, StepKind, StepPlan, WaitingReasons
-from pellucid.engine.request import Request, RequestStatus, queue_key
-from pellucid.engine.wait import (
+from pellucid.errors import InvariantError
+from pellucid.scheduling.request import Request, RequestStatus, queue_key
+from pellucid.scheduling.speculative import PromptLookup
+from pellucid.scheduling.wait import (
     WAIT_BUDGET_SHORT,
     WAIT_BUDGET_SPENT,
     WAIT_MAX_NUM_SEQS,
@@ -16,11 +18,9 @@ from pellucid.engine.wait import (
     WAIT_PREEMPTING,
     WAIT_SHARED_PROMPT,
 )
-from pellucid.errors import InvariantError
-from pellucid.sampling.speculative import PromptLookup
 
 if TYPE_CHECKING:
-    from pellucid.engine.scheduler import RequestScheduler
+    from pellucid.scheduling.scheduler import RequestScheduler
 
 
 class Step:

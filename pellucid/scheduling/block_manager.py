@@ -13,8 +13,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from pellucid.engine.request import Request, RequestStatus
 from pellucid.errors import ConfigError, InvariantError
+from pellucid.scheduling.request import Request, RequestStatus
 
 _DIGEST_BYTES = 16
 

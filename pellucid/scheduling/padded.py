@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pellucid.engine.request import EngineCoreRequest, Request
-from pellucid.engine.wait import WAIT_NO_BLOCKS, WAIT_TKV_LENGTH, WAIT_TKV_VOLUME
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.request import EngineCoreRequest, Request
+from pellucid.scheduling.wait import WAIT_NO_BLOCKS, WAIT_TKV_LENGTH, WAIT_TKV_VOLUME
 
 
 @dataclass

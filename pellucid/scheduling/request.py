@@ -10,7 +10,7 @@ from pellucid.api.outputs import FinishReason
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import Grammar
 from pellucid.errors import InvariantError
-from pellucid.sampling.speculative import PromptLookup
+from pellucid.scheduling.speculative import PromptLookup
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pellucid.engine.request import Request
+from pellucid.scheduling.request import Request
 
 
 class StepPasses(Protocol):
@@ -46,7 +46,7 @@ def prefill_first(step: StepPasses) -> None:
 
 
 def padded(step: StepPasses) -> None:
-    """One whole prompt, as soon as the static shapes let it in (`engine/padded.py`); else a decode of all that runs."""
+    """One whole prompt, as soon as the static shapes let it in (`scheduling/padded.py`); else a decode of all that runs."""
     step.admit_waiting(whole_prompts=True, one_prompt=True)
     if step.is_empty:
         step.continue_running(step.running)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pellucid.engine.trace import StepRecord
+from pellucid.trace.records import StepRecord
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

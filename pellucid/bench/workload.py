@@ -11,9 +11,9 @@ from typing import Any
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.bench.figures import Spread
-from pellucid.engine.trace import StepRecord
 from pellucid.entrypoints.llm import LLM
 from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.trace.records import StepRecord
 
 # Low ids are special tokens in most vocabularies.
 FIRST_TOKEN = 100

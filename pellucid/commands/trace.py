@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from pellucid.engine.replay import ReplayReport
-    from pellucid.engine.timeline import Timeline
-    from pellucid.engine.trace_lines import Line
-    from pellucid.engine.trace_reader import TraceReader
+    from pellucid.trace.lines import Line
+    from pellucid.trace.reader import TraceReader
+    from pellucid.trace.timeline import Timeline
 
 app = typer.Typer(
     help="Read the file that `--trace FILE.jsonl` wrote: show it, explain it, run it again.",
@@ -51,7 +51,7 @@ def show(
     ] = None,
 ) -> None:
     """The steps as a table, and who did what when as a picture."""
-    from pellucid.engine.trace_reader import TraceReader
+    from pellucid.trace.reader import TraceReader
 
     if output is not None and output.suffix not in _DRAWINGS:
         raise InvalidRequestError(
@@ -80,8 +80,8 @@ def why(
     file: File,
 ) -> None:
     """What a request waited for and what it was given, step by step."""
-    from pellucid.engine.trace_reader import TraceReader
-    from pellucid.engine.trace_why import Why
+    from pellucid.trace.reader import TraceReader
+    from pellucid.trace.why import Why
 
     trace = TraceReader(file)
     found = Why(request).feed(_lines(trace))
@@ -162,7 +162,7 @@ def _title(trace: TraceReader) -> str:
 
 
 def _show_table(trace: TraceReader, steps: tuple[int, int], only: list[str], limit: int, *, joined: bool) -> None:
-    from pellucid.commands.trace_table import HEAD, table_rows
+    from pellucid.trace.table import HEAD, table_rows
 
     rows = table_rows(_lines(trace), *steps, only, joined=joined)
     shown = list(itertools.islice(rows, limit))
@@ -184,7 +184,7 @@ def _show_timeline(trace: TraceReader, steps: tuple[int, int], only: list[str], 
     from rich.console import Console
     from rich.text import Text
 
-    from pellucid.commands.timeline_text import legend, lines
+    from pellucid.trace.timeline_text import legend, lines
 
     console = Console(highlight=False, soft_wrap=True)
     timeline = _timeline(trace, steps, only, max_requests)
@@ -202,13 +202,13 @@ def _text(text: Text, cells: list[tuple[str, str]]) -> Text:
 
 
 def _timeline(trace: TraceReader, steps: tuple[int, int], only: list[str], max_rows: int) -> Timeline:
-    from pellucid.engine.timeline import Timeline
+    from pellucid.trace.timeline import Timeline
 
     return Timeline(*steps, max_rows, only).feed(_lines(trace))
 
 
 def _draw(trace: TraceReader, steps: tuple[int, int], only: list[str], output: Path) -> None:
-    from pellucid.commands.timeline_drawing import draw, to_svg, write_png
+    from pellucid.trace.timeline_drawing import draw, to_svg, write_png
 
     timeline = _timeline(trace, steps, only, _MAX_PICTURE_ROWS)
     hidden = f", {timeline.num_hidden:,} more not drawn" if timeline.num_hidden else ""

@@ -36,11 +36,11 @@ from pellucid.engine.messages import (
 from pellucid.engine.metrics import EngineStats
 from pellucid.engine.request_book import RequestBook
 from pellucid.engine.streams import RequestStream
-from pellucid.engine.trace import StepRecord
 from pellucid.engine.transport import ThreadTransport, Transport
 from pellucid.errors import ConfigError, EngineDeadError, QueueFullError
 from pellucid.float32 import Range
 from pellucid.text.tokenizer import Tokenizer
+from pellucid.trace.records import StepRecord
 
 DEFAULT_MAX_WAITING = 1024
 DEFAULT_HIDDEN_STATES_TOTAL_MB = 1024

@@ -21,7 +21,6 @@ from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.admission import Admitted, Prompt, RequestChecker
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.engine.output import OutputProcessor, RequestState
-from pellucid.engine.trace import StepRecord, Trace
 from pellucid.errors import EXITS, EngineDeadError, InvalidRequestError, NativeError, PellucidError, reason_of
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.owners import Owner, SoleOwner, owned
@@ -32,11 +31,12 @@ from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
 from pellucid.scheduling.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
 from pellucid.scheduling.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.text.tokenizer import Tokenizer
+from pellucid.trace.records import StepRecord, Trace
 
 if TYPE_CHECKING:
-    from pellucid.engine.recorder import Recorder
-    from pellucid.engine.trace_lines import Line
     from pellucid.program.verify import Verification
+    from pellucid.trace.lines import Line
+    from pellucid.trace.recorder import Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -569,7 +569,7 @@ def _recorder(engine: LLMEngine, sink: Callable[[Line], None] | None, clock: Cal
     """What writes the trace, where there is one."""
     if sink is None and engine.config.trace_path is None:
         return None
-    from pellucid.engine.recorder import Recorder  # not imported for nothing
+    from pellucid.trace.recorder import Recorder  # not imported for nothing
 
     return Recorder(engine, sink, clock)
 

@@ -17,8 +17,8 @@ from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.metrics import EngineStats
-from pellucid.engine.trace import StepRecord
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
+from pellucid.trace.records import StepRecord
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

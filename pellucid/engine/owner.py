@@ -39,9 +39,9 @@ from pellucid.engine.messages import (
     Steps,
     Submit,
 )
-from pellucid.engine.trace import StepRecord
 from pellucid.errors import DamagedFileError, EngineDeadError, InvalidRequestError, PellucidError, QueueFullError
 from pellucid.json_text import well_formed
+from pellucid.trace.records import StepRecord
 
 Emit = Callable[[Sequence[Event]], None]
 

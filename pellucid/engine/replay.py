@@ -19,9 +19,9 @@ from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.engine import LLMEngine
-from pellucid.engine.recorder import identity_of
-from pellucid.engine.timeline import choice_ids
-from pellucid.engine.trace_lines import (
+from pellucid.errors import ConfigError, InvalidRequestError, TraceError, about
+from pellucid.executor.uniproc import UniProcExecutor
+from pellucid.trace.lines import (
     CancelLine,
     Ending,
     EndLine,
@@ -31,9 +31,9 @@ from pellucid.engine.trace_lines import (
     StepLine,
     SubmitLine,
 )
-from pellucid.engine.trace_reader import TraceReader
-from pellucid.errors import ConfigError, InvalidRequestError, TraceError, about
-from pellucid.executor.uniproc import UniProcExecutor
+from pellucid.trace.reader import TraceReader
+from pellucid.trace.recorder import identity_of
+from pellucid.trace.timeline import choice_ids
 
 # Settings that change no plan: with any of them changed, steps are still compared one by one.
 _NEUTRAL = {

@@ -13,8 +13,8 @@ import msgspec
 
 import pellucid
 from pellucid.engine.metrics import EngineStats
-from pellucid.engine.trace import StepRecord
 from pellucid.server.context import ServerContext
+from pellucid.trace.records import StepRecord
 
 FIRST_STEPS = 240  # that a reader gets who has none yet
 MAX_STEPS = 512

@@ -12,8 +12,8 @@ from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.engine import LLMEngine
-from pellucid.engine.trace import StepRecord
 from pellucid.errors import ConfigError, InvalidRequestError
+from pellucid.trace.records import StepRecord
 
 _COLUMNS = frozenset(entry.name for entry in fields(StepRecord)) - {"step"}
 _BEFORE = StepRecord(step=-1, kind="none")

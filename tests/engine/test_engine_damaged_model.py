@@ -18,9 +18,9 @@ from utils.children import child
 from utils.disks import compile_damaged, names, small_disk
 from utils.tiny_models import build_tiny_checkpoint
 
-from pellucid.engine.trace_reader import TraceReader
 from pellucid.errors import DamagedFileError, EngineDeadError
 from pellucid.program.checksums import BLOCK_BYTES
+from pellucid.trace.reader import TraceReader
 
 pytestmark = pytest.mark.asyncio
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from pellucid.contract.plan import PlanEntry, WaitingReasons
-from pellucid.engine.trace import StepRecord, Trace
-from pellucid.engine.trace_file import NUM_PARTS, TraceFile, part_path
-from pellucid.engine.trace_lines import (
+from pellucid.errors import ConfigError, TraceError
+from pellucid.scheduling.request import RequestStatus
+from pellucid.scheduling.scheduler import TokenEvent
+from pellucid.trace.file import NUM_PARTS, TraceFile, part_path
+from pellucid.trace.lines import (
     FORMAT,
     CancelLine,
     EndLine,
@@ -22,10 +24,8 @@ from pellucid.engine.trace_lines import (
     StepLine,
     step_line,
 )
-from pellucid.engine.trace_reader import TraceReader
-from pellucid.errors import ConfigError, TraceError
-from pellucid.scheduling.request import RequestStatus
-from pellucid.scheduling.scheduler import TokenEvent
+from pellucid.trace.reader import TraceReader
+from pellucid.trace.records import StepRecord, Trace
 
 HEADER = Header(FORMAT, "0", "run", 0, 0.0, ModelIdentity("m", "d"), {}, Resolved(64, 8, 4, 1, "portable"))
 RECORD = StepRecord(

@@ -39,8 +39,8 @@ from pellucid.engine.messages import (
     Submit,
 )
 from pellucid.engine.metrics import EngineMetrics, EngineStats
-from pellucid.engine.trace import StepRecord
 from pellucid.engine.wire import CoreStart, decode_command, decode_events, decode_start, encode
+from pellucid.trace.records import StepRecord
 
 PARAMS = SamplingParams(
     n=2,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pellucid.bench.figures import Spread, StepShares, percentile, spread_lengths
 from pellucid.bench.limits import Limits, StepCost
-from pellucid.engine.trace import StepRecord
+from pellucid.trace.records import StepRecord
 
 LIMITS = Limits(bytes_per_second=100.0, operations_per_second={"bf16": 1000.0, "int8": 4000.0})
 

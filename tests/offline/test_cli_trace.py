@@ -14,15 +14,13 @@ import pytest
 from typer.testing import CliRunner
 from utils.tiny_models import build_tiny_checkpoint
 
-import pellucid.commands.timeline_drawing as drawing
+import pellucid.trace.timeline_drawing as drawing
 from pellucid import LLM, SamplingParams
 from pellucid.cli import app
-from pellucid.commands.timeline_text import lines as text_lines
-from pellucid.commands.trace_table import table_rows
 from pellucid.contract.plan import PlanEntry
-from pellucid.engine.timeline import Timeline
-from pellucid.engine.trace_file import TraceFile
-from pellucid.engine.trace_lines import (
+from pellucid.errors import ConfigError
+from pellucid.trace.file import TraceFile
+from pellucid.trace.lines import (
     FORMAT,
     CancelLine,
     Ending,
@@ -34,8 +32,10 @@ from pellucid.engine.trace_lines import (
     StepLine,
     SubmitLine,
 )
-from pellucid.engine.trace_why import PREEMPTED, Why
-from pellucid.errors import ConfigError
+from pellucid.trace.table import table_rows
+from pellucid.trace.timeline import Timeline
+from pellucid.trace.timeline_text import lines as text_lines
+from pellucid.trace.why import PREEMPTED, Why
 
 HEADER = Header(FORMAT, "0", "run", 0, 0.0, ModelIdentity("tiny", "d"), {}, Resolved(64, 8, 4, 1, "portable"))
 
@@ -368,7 +368,7 @@ def test_replay_on_the_command_line_when_equal_different_or_refused_then_text_an
 
 
 def test_chain_of_story_when_read_back_then_the_same(story: str) -> None:
-    from pellucid.engine.trace_reader import TraceReader
+    from pellucid.trace.reader import TraceReader
 
     trace = TraceReader(story)
     assert [placed.line for placed in chain(trace.lines())] == STORY

@@ -21,9 +21,9 @@ from pellucid.commands import bench
 from pellucid.commands.jsonl import run_jsonl
 from pellucid.config import EngineConfig
 from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.engine.trace_lines import Header, decode
 from pellucid.errors import ConfigError
 from pellucid.server.settings import ServerSettings
+from pellucid.trace.lines import Header, decode
 
 SMALL: dict[str, Any] = {"max_model_len": 256, "num_blocks": 32, "num_threads": 1}
 OPTIONS = (

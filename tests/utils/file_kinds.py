@@ -32,21 +32,21 @@ from pellucid.commands.capture import ShardWriter, capture_jsonl
 from pellucid.commands.compile import compile_model
 from pellucid.commands.jsonl import run_jsonl
 from pellucid.commands.program import program_lines
-from pellucid.commands.timeline_drawing import draw, to_svg
-from pellucid.commands.timeline_text import lines as timeline_lines
-from pellucid.commands.trace_table import table_rows
 from pellucid.config import EngineConfig
 from pellucid.core import abi
 from pellucid.engine.replay import replay
-from pellucid.engine.timeline import Timeline
-from pellucid.engine.trace_reader import TraceReader
-from pellucid.engine.trace_why import Why
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
 from pellucid.executor.loader import load_model
 from pellucid.program.checksums import reseal
 from pellucid.program.runner import load_program
 from pellucid.program.variant import activation_widths, steerable, variant_of
 from pellucid.text.tokenizer import Tokenizer
+from pellucid.trace.reader import TraceReader
+from pellucid.trace.table import table_rows
+from pellucid.trace.timeline import Timeline
+from pellucid.trace.timeline_drawing import draw, to_svg
+from pellucid.trace.timeline_text import lines as timeline_lines
+from pellucid.trace.why import Why
 from pellucid.weights import hub
 from pellucid.weights.packaged import Piece
 from pellucid.weights.safetensors import open_safetensors, read_metadata

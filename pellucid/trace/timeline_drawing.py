@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pellucid.commands.timeline_text import ENDS
-from pellucid.engine.timeline import KIND_TEXTS, Kind, Row, Timeline
 from pellucid.errors import ConfigError
 from pellucid.files import whole_file
+from pellucid.trace.timeline import KIND_TEXTS, Kind, Row, Timeline
+from pellucid.trace.timeline_text import ENDS
 
 WIDTH, LEFT, RIGHT, TOP = 1120.0, 132.0, 24.0, 92.0
 _STRIP, _GAP = 56.0, 30.0  # height of the strips below the rows, and what is left free above each

@@ -16,10 +16,10 @@ from pellucid import json_text
 from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.outputs import FinishReason
 from pellucid.contract.plan import PlanEntry, StepKind, WaitingReasons
-from pellucid.engine.trace import StepRecord
 from pellucid.errors import TraceError
 from pellucid.scheduling.request import FINISH_REASONS
 from pellucid.scheduling.scheduler import TokenEvent
+from pellucid.trace.records import StepRecord
 
 FORMAT = 1
 # Longer lines are refused: a prompt of a million tokens has less than 8 MB.

@@ -15,9 +15,10 @@ from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import FIELD, CustomStructure
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
-from pellucid.engine.trace import StepRecord
-from pellucid.engine.trace_file import TraceFile
-from pellucid.engine.trace_lines import (
+from pellucid.errors import InvalidRequestError
+from pellucid.scheduling.scheduler import TokenEvent
+from pellucid.trace.file import TraceFile
+from pellucid.trace.lines import (
     FORMAT,
     CancelLine,
     EndLine,
@@ -29,8 +30,7 @@ from pellucid.engine.trace_lines import (
     SubmitLine,
     step_line,
 )
-from pellucid.errors import InvalidRequestError
-from pellucid.scheduling.scheduler import TokenEvent
+from pellucid.trace.records import StepRecord
 
 if TYPE_CHECKING:
     from pellucid.engine.engine import LLMEngine

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pellucid.contract.plan import PlanEntry
-from pellucid.engine.trace_lines import CancelLine, Line, StepLine, SubmitLine
+from pellucid.trace.lines import CancelLine, Line, StepLine, SubmitLine
 
 Kind = Literal["waiting", "stalled", "decode", "prefill", "preempted"]
 # Where several fall on one place of a picture, the last of these is shown.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from pellucid.engine.trace_lines import Header, Line, StepLine, encode
 from pellucid.errors import ConfigError, StorageError
 from pellucid.files import LineFile
+from pellucid.trace.lines import Header, Line, StepLine, encode
 
 # A trace has at most this many files: FILE, the newest, then FILE.1 and so on, the older the larger the number.
 NUM_PARTS = 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from pellucid.engine.timeline import choice_ids, is_choice_of
-from pellucid.engine.trace_lines import CancelLine, Header, Line, ResetLine, StepLine, SubmitLine
+from pellucid.trace.lines import CancelLine, Header, Line, ResetLine, StepLine, SubmitLine
+from pellucid.trace.timeline import choice_ids, is_choice_of
 
 HEAD = ("step", "kind", "tokens", "run", "wait", "blocks", "ms", "what happens")
 _MOST_NAMES = 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pellucid.contract.plan import PlanEntry
-from pellucid.engine.timeline import choice_ids, is_choice_of, is_prefill
-from pellucid.engine.trace_lines import CancelLine, Line, StepLine, SubmitLine
+from pellucid.trace.lines import CancelLine, Line, StepLine, SubmitLine
+from pellucid.trace.timeline import choice_ids, is_choice_of, is_prefill
 
 _NUMBERS = re.compile(r"\d+")
 # How the first and the last value of joined steps are put together.

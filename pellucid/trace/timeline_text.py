@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pellucid.engine.timeline import KIND_TEXTS, KINDS, Kind, Row, Timeline
+from pellucid.trace.timeline import KIND_TEXTS, KINDS, Kind, Row, Timeline
 
 GLYPHS: dict[Kind, str] = {"waiting": "·", "stalled": "╌", "decode": "▄", "prefill": "█", "preempted": "░"}
 STYLES: dict[Kind, str] = {

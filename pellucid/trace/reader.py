@@ -8,9 +8,9 @@ from typing import BinaryIO, NamedTuple
 
 from msgspec.structs import replace
 
-from pellucid.engine.trace_file import NUM_PARTS, part_path
-from pellucid.engine.trace_lines import FORMAT, MAX_LINE_BYTES, EndLine, Header, Line, StepLine, decode
 from pellucid.errors import TraceError
+from pellucid.trace.file import NUM_PARTS, part_path
+from pellucid.trace.lines import FORMAT, MAX_LINE_BYTES, EndLine, Header, Line, StepLine, decode
 
 
 class Placed(NamedTuple):

@@ -1,0 +1,1 @@
+"""Step records: how they are written, read, compared, explained and drawn."""

@@ -23,10 +23,10 @@ def run_server(model: str, options: dict[str, Any]) -> int:
     settings = ServerSettings.from_options(options)
     config = EngineConfig.from_kwargs(model, engine_kwargs(options))
 
-    from pellucid.engine.async_engine import AsyncLLMEngine
     from pellucid.server.logs import set_up_logging
     from pellucid.server.run import Server, bind, url_of
     from pellucid.server.tracing import Tracing
+    from pellucid.service.async_engine import AsyncLLMEngine
 
     set_up_logging(settings)
     Tracing(settings).close()  # refused before a model is loaded

@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import pellucid
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.server import embeddings, metrics
 from pellucid.server.access import Access
@@ -38,6 +37,7 @@ from pellucid.server.responses_api import ResponsesEndpoints
 from pellucid.server.settings import ServerSettings
 from pellucid.server.sse import EventStream, JsonResponse
 from pellucid.server.turns import ToolUse, Turn, turn_of
+from pellucid.service.async_engine import AsyncLLMEngine
 
 MAX_STEPS = 4096
 ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")

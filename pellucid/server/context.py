@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams, model_defaults
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import EngineDrainingError, InvalidRequestError
 from pellucid.server.access import given_key
 from pellucid.server.answers import Identity
@@ -30,6 +29,7 @@ from pellucid.server.settings import ServerSettings
 from pellucid.server.sse import JsonResponse, unless_gone
 from pellucid.server.states import wanted_options
 from pellucid.server.tracing import Tracing
+from pellucid.service.async_engine import AsyncLLMEngine
 
 MAX_CHOICES = 1024  # of one HTTP request
 _Model = TypeVar("_Model", bound=Strict)

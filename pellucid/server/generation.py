@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
 from pellucid.server.errors import RequestTimeoutError
 from pellucid.server.job import Job
 from pellucid.server.logs import generation_fields, log_generation
 from pellucid.server.metrics import Metrics
 from pellucid.server.protocol_structure import renamed
+from pellucid.service.async_engine import AsyncLLMEngine
 
 # Deltas of several prompts that wait for a slow reader; the engine coalesces behind them.
 _MERGE_LIMIT = 16

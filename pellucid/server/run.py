@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import ConfigError, PellucidError
 from pellucid.server.app import create_app
 from pellucid.server.connection import guarded_connection
 from pellucid.server.context import ServerContext
 from pellucid.server.settings import ServerSettings
+from pellucid.service.async_engine import AsyncLLMEngine
 
 logger = logging.getLogger("pellucid.server")
 BACKLOG = 2048

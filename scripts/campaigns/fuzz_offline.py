@@ -32,7 +32,7 @@ from kit.scratch import Scratch
 from pellucid import LLM
 from pellucid.api.outputs import RequestOutput
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.service.async_engine import AsyncLLMEngine
 
 KINDS = ("llm", "threads", "thread", "process")
 _CALLS = {"llm": 120, "threads": 60, "thread": 150, "process": 250}  # of a case

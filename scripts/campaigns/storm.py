@@ -34,7 +34,7 @@ from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.service.async_engine import AsyncLLMEngine
 
 KINDS = ("thread", "process", "http", "http-process")
 SETTINGS: dict[str, Any] = {

@@ -16,9 +16,9 @@ from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, Steeri
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.engine.messages import Submit
-from pellucid.engine.wire import decode_command, encode
 from pellucid.errors import InvalidRequestError
+from pellucid.service.messages import Submit
+from pellucid.service.wire import decode_command, encode
 
 NUM_CASES = 40
 FLOATS = [

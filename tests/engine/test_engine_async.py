@@ -33,9 +33,9 @@ from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.engine import request_book
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import InvalidRequestError, QueueFullError
+from pellucid.service import request_book
+from pellucid.service.async_engine import AsyncLLMEngine
 
 pytestmark = pytest.mark.asyncio
 

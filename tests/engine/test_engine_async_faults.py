@@ -40,9 +40,6 @@ from utils.children import child
 
 from pellucid import LLM
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.engine.messages import Cancel, ReadStats, ReadSteps, Submit
-from pellucid.engine.wire import MAX_COMMAND_BYTES, address, encode
 from pellucid.errors import (
     ConfigError,
     EngineDeadError,
@@ -51,6 +48,9 @@ from pellucid.errors import (
     ModelNotFoundError,
     NativeError,
 )
+from pellucid.service.async_engine import AsyncLLMEngine
+from pellucid.service.messages import Cancel, ReadStats, ReadSteps, Submit
+from pellucid.service.wire import MAX_COMMAND_BYTES, address, encode
 
 pytestmark = pytest.mark.asyncio
 
@@ -217,7 +217,7 @@ async def test_idle_owner_when_its_process_is_killed_then_the_engine_knows_at_on
 _PARENT = """
 import os, sys, time
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.service.async_engine import AsyncLLMEngine
 config = EngineConfig(sys.argv[1], num_blocks=16, max_model_len=64, num_threads=1)
 engine = AsyncLLMEngine.start(config, in_process=True)
 print(engine._transport.process.pid, engine._transport.folder, flush=True)
@@ -430,7 +430,7 @@ async def test_socket_when_spoken_to_in_no_protocol_then_nothing_changes(process
 async def test_request_when_it_is_too_large_for_the_socket_then_it_is_refused(
     process_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pellucid.engine.process.MAX_COMMAND_BYTES", 100)
+    monkeypatch.setattr("pellucid.service.process.MAX_COMMAND_BYTES", 100)
     with pytest.raises(InvalidRequestError, match="the limit is 100"):
         await process_engine.submit("hello world", SHORT)
     assert not process_engine._book.streams

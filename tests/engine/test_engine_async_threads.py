@@ -19,9 +19,9 @@ from utils.together import PATIENCE, together
 
 from pellucid import LLM
 from pellucid.api.outputs import RequestOutput, StreamChunk
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.engine.metrics import EngineStats
 from pellucid.errors import EngineDeadError
+from pellucid.service.async_engine import AsyncLLMEngine
 
 pytestmark = pytest.mark.timeout(180)
 _NUMBERS = [index for index, job in enumerate(JOBS) if not job.options]

@@ -104,7 +104,7 @@ async def test_trace_when_its_disk_fills_then_requests_go_on_and_what_is_written
 _PARENT = """
 import sys, time
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.service.async_engine import AsyncLLMEngine
 config = EngineConfig(sys.argv[1], num_blocks=16, max_model_len=64, num_threads=1)
 engine = AsyncLLMEngine.start(config, in_process=True)
 print(engine._transport.process.pid, flush=True)

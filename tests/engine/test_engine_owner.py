@@ -17,7 +17,8 @@ from utils.async_engines import ENDLESS, PATIENCE, SETTINGS, build_model
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import RequestChecker
-from pellucid.engine.messages import (
+from pellucid.errors import InvalidRequestError
+from pellucid.service.messages import (
     AbortAll,
     Cancel,
     Command,
@@ -30,8 +31,7 @@ from pellucid.engine.messages import (
     Start,
     Submit,
 )
-from pellucid.engine.owner import EngineOwner
-from pellucid.errors import InvalidRequestError
+from pellucid.service.owner import EngineOwner
 
 STRUCTURED = SamplingParams(temperature=0, max_tokens=8, structured_outputs={"regex": "[ab]{3}"})
 

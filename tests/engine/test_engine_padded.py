@@ -20,11 +20,11 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
 from pellucid.scheduling.padded import PaddedBatch
 from pellucid.scheduling.request import RequestStatus
 from pellucid.scheduling.scheduler import DraftConfig, SchedulerConfig
+from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.testing import check_step_table, load_step_table
 
 TABLES = {path.stem: load_step_table(path) for path in sorted((Path(__file__).parent / "padded_steps").glob("*.json"))}

@@ -15,7 +15,8 @@ from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import MAX_SEED, MIN_SEED, SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.contract.plan import WaitingReasons
-from pellucid.engine.messages import (
+from pellucid.engine.metrics import EngineMetrics, EngineStats
+from pellucid.service.messages import (
     AbortAll,
     Cancel,
     Command,
@@ -38,8 +39,7 @@ from pellucid.engine.messages import (
     Steps,
     Submit,
 )
-from pellucid.engine.metrics import EngineMetrics, EngineStats
-from pellucid.engine.wire import CoreStart, decode_command, decode_events, decode_start, encode
+from pellucid.service.wire import CoreStart, decode_command, decode_events, decode_start, encode
 from pellucid.trace.records import StepRecord
 
 PARAMS = SamplingParams(

@@ -25,8 +25,8 @@ from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.commands.capture import ERRORS, capture_jsonl
 from pellucid.commands.jsonl import run_jsonl
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import RequestFailedError
+from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.weights.safetensors import open_safetensors
 
 pytestmark = pytest.mark.timeout(180)

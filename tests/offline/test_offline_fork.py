@@ -17,7 +17,7 @@ import asyncio, os, sys, threading
 from pathlib import Path
 from pellucid import LLM, SamplingParams
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.errors import ForkedError
 
 SETTINGS = {"max_model_len": 128, "num_blocks": 64, "block_size": 4, "num_threads": 2}

@@ -20,9 +20,9 @@ from pellucid import LLM, SamplingParams
 from pellucid.commands import bench
 from pellucid.commands.jsonl import run_jsonl
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import ConfigError
 from pellucid.server.settings import ServerSettings
+from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.trace.lines import Header, decode
 
 SMALL: dict[str, Any] = {"max_model_len": 256, "num_blocks": 32, "num_threads": 1}

@@ -12,8 +12,8 @@ from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.errors import ConfigError, InvalidRequestError
+from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.testing import (
     Generated,
     GoldenTokens,

@@ -15,9 +15,9 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid.api.outputs import StreamChunk
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
-from pellucid.engine.process import ProcessTransport
-from pellucid.engine.transport import ThreadTransport
+from pellucid.service.async_engine import AsyncLLMEngine
+from pellucid.service.process import ProcessTransport
+from pellucid.service.thread import ThreadTransport
 
 KINDS = ("thread", "process")
 # Long waits: other work on the machine may stop a test for a while.

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.server.run import Server, bind, url_of
 from pellucid.server.settings import ServerSettings
+from pellucid.service.async_engine import AsyncLLMEngine
 
 _PATIENCE = 120.0  # the machine may stand still for a while
 _SERVER_FIELDS = frozenset(field.name for field in dataclasses.fields(ServerSettings))

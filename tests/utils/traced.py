@@ -12,7 +12,7 @@ from utils.async_engines import start_engine
 
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.engine.async_engine import AsyncLLMEngine
+from pellucid.service.async_engine import AsyncLLMEngine
 
 
 def some_params(random_: random.Random, index: int) -> SamplingParams:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pellucid.config import EngineConfig
-from pellucid.engine.async_engine import AsyncLLMEngine
 from pellucid.server.run import Server, bind
 from pellucid.server.settings import ServerSettings
+from pellucid.service.async_engine import AsyncLLMEngine
 
 _PATIENCE = 120.0
 _FIELDS = frozenset(one.name for one in dataclasses.fields(ServerSettings))

@@ -19,14 +19,14 @@ from typing import Any
 import zmq
 
 from pellucid.config import EngineConfig
-from pellucid.engine.core import HEADER
-from pellucid.engine.messages import Command, Died, ErrorInfo, Event, Loaded, LoadFailed, Shutdown, Start
-from pellucid.engine.transport import Deliver
-from pellucid.engine.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
 from pellucid.errors import ConfigError, EngineDeadError, InvalidRequestError
 from pellucid.files import hold, identity, is_at, remove_unused
 from pellucid.json_text import lone_surrogate
 from pellucid.owners import Home
+from pellucid.service.messages import Command, Died, ErrorInfo, Event, Loaded, LoadFailed, Shutdown, Start
+from pellucid.service.process_main import HEADER
+from pellucid.service.thread import Deliver
+from pellucid.service.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
 from pellucid.text.tokenizer import Tokenizer
 
 # Paths of sockets must fit into sockaddr_un.
@@ -196,5 +196,5 @@ def _remove(folder: str, held: int, home: Home) -> None:
 
 def _command() -> list[str]:
     """The same interpreter, with this one's search path and nothing of the working folder."""
-    program = f"import sys; sys.path[:] = {sys.path!r}; from pellucid.engine.core import main; main()"
+    program = f"import sys; sys.path[:] = {sys.path!r}; from pellucid.service.process_main import main; main()"
     return [sys.executable, "-I", "-c", program]

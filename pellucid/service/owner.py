@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.config import EngineConfig
-from pellucid.engine.compiling import Compiling
 from pellucid.engine.engine import LLMEngine, StepOutputs
-from pellucid.engine.inbox import Compiled, Failed, Inbox, Word
 from pellucid.engine.load import load_engine
-from pellucid.engine.messages import (
+from pellucid.errors import DamagedFileError, EngineDeadError, InvalidRequestError, PellucidError, QueueFullError
+from pellucid.json_text import well_formed
+from pellucid.service.compiling import Compiling
+from pellucid.service.inbox import Compiled, Failed, Inbox, Word
+from pellucid.service.messages import (
     CLOSED,
     AbortAll,
     Cancel,
@@ -39,8 +41,6 @@ from pellucid.engine.messages import (
     Steps,
     Submit,
 )
-from pellucid.errors import DamagedFileError, EngineDeadError, InvalidRequestError, PellucidError, QueueFullError
-from pellucid.json_text import well_formed
 from pellucid.trace.records import StepRecord
 
 Emit = Callable[[Sequence[Event]], None]

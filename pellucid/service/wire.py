@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from pellucid.engine.messages import Command, Event, Start
+from pellucid.service.messages import Command, Event, Start
 
 # A command that is larger is refused before it is sent; the socket would drop it.
 MAX_COMMAND_BYTES = 64 * 2**20

@@ -16,7 +16,10 @@ from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_optio
 from pellucid.api.sampling_params import SamplingParams, integer
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker
-from pellucid.engine.messages import (
+from pellucid.engine.metrics import EngineStats
+from pellucid.errors import ConfigError, EngineDeadError, QueueFullError
+from pellucid.float32 import Range
+from pellucid.service.messages import (
     CLOSED,
     AbortAll,
     Cancel,
@@ -33,12 +36,9 @@ from pellucid.engine.messages import (
     Start,
     Submit,
 )
-from pellucid.engine.metrics import EngineStats
-from pellucid.engine.request_book import RequestBook
-from pellucid.engine.streams import RequestStream
-from pellucid.engine.transport import ThreadTransport, Transport
-from pellucid.errors import ConfigError, EngineDeadError, QueueFullError
-from pellucid.float32 import Range
+from pellucid.service.request_book import RequestBook
+from pellucid.service.streams import RequestStream
+from pellucid.service.thread import ThreadTransport, Transport
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.trace.records import StepRecord
 
@@ -443,6 +443,6 @@ class _Link:
 def _transport(start: Start, in_process: bool) -> Transport:
     if not in_process:
         return ThreadTransport(start)
-    from pellucid.engine.process import ProcessTransport  # brings the sockets
+    from pellucid.service.process import ProcessTransport  # brings the sockets
 
     return ProcessTransport(start)

@@ -12,10 +12,10 @@ from threading import Lock
 from typing import Any
 
 from pellucid.engine.client import MAX_UNCOLLECTED
-from pellucid.engine.messages import Died, Done, ErrorInfo, Event, News, Refused, Stats, Steps
-from pellucid.engine.streams import RequestStream, Wakes
 from pellucid.errors import EngineDeadError, EngineDrainingError, InvalidRequestError, QueueFullError
 from pellucid.owners import Home, uninterrupted
+from pellucid.service.messages import Died, Done, ErrorInfo, Event, News, Refused, Stats, Steps
+from pellucid.service.streams import RequestStream, Wakes
 
 # Outputs that nobody collected are dropped, as others end, after this many seconds or behind MAX_UNCOLLECTED younger ones.
 MAX_UNCOLLECTED_SECONDS = 600.0

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import zmq
 
-from pellucid.engine.inbox import Inbox
-from pellucid.engine.messages import Event
-from pellucid.engine.owner import EngineOwner
-from pellucid.engine.wire import (
+from pellucid.service.inbox import Inbox
+from pellucid.service.messages import Event
+from pellucid.service.owner import EngineOwner
+from pellucid.service.wire import (
     MAX_COMMAND_BYTES,
     CoreStart,
     address,

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from pellucid.engine.inbox import Compiled, Inbox
-from pellucid.engine.messages import Submit
+from pellucid.service.inbox import Compiled, Inbox
+from pellucid.service.messages import Submit
 
 
 class Compiling:

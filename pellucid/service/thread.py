@@ -7,9 +7,9 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol
 
-from pellucid.engine.inbox import Inbox
-from pellucid.engine.messages import Command, Died, Event, Loaded, LoadFailed, Shutdown, Start
-from pellucid.engine.owner import EngineOwner
+from pellucid.service.inbox import Inbox
+from pellucid.service.messages import Command, Died, Event, Loaded, LoadFailed, Shutdown, Start
+from pellucid.service.owner import EngineOwner
 from pellucid.text.tokenizer import Tokenizer
 
 Deliver = Callable[[Sequence[Event]], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from pellucid.engine.messages import Command, Submit
 from pellucid.errors import PellucidError
+from pellucid.service.messages import Command, Submit
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ class RequestChecker:
             raise InvalidRequestError(
                 "structured_outputs need a tokenizer, and the model has none", "structured_outputs"
             )
-        from pellucid.sampling.grammar import compile_grammar
+        from pellucid.structure.grammar import compile_grammar
 
         return compile_grammar(
             params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
@@ -186,7 +186,7 @@ class RequestChecker:
         """True when `grammar` has nothing to compile."""
         if params.structured_outputs is None or self.tokenizer is None:
             return True
-        from pellucid.sampling.grammar import is_compiled
+        from pellucid.structure.grammar import is_compiled
 
         return is_compiled(
             params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids

@@ -15,10 +15,10 @@ from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_structure import renamed
 from pellucid.server.settings import AUTO, OFF, ServerSettings
 from pellucid.server.turns import ToolUse, Turn
+from pellucid.structure.tool_grammar import calls_or_answer, forced_calls
 from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, stands_behind
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import TOLD_DIALECT, TOOL_DIALECTS, Tool, ToolDialect, detect_dialect, tools_of
-from pellucid.text.tool_grammar import calls_or_answer, forced_calls
 from pellucid.text.tool_parsers import needs_special_tokens
 from pellucid.text.tool_prompt import shows_tools
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from utils.text_tokenizers import byte_level_metadata, sentencepiece_metadata
 
 from pellucid.errors import InvalidRequestError
-from pellucid.sampling.grammar import compile_grammar
+from pellucid.structure.grammar import compile_grammar
+from pellucid.structure.tool_grammar import forced_calls
 from pellucid.text.deltas import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from pellucid.text.reasoning_parser import REASONING_DIALECTS
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import TOOL_DIALECTS, Tool, ToolDialect, detect_dialect, tools_of
-from pellucid.text.tool_grammar import forced_calls
 from pellucid.text.tool_parsers import OutputParser, ToolParser, needs_special_tokens, random_id
 
 WEATHER = Tool(

@@ -18,7 +18,7 @@ from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.core import abi
 from pellucid.engine.admission import RequestChecker
 from pellucid.executor.row_stats import native_row_stats
-from pellucid.sampling.grammar import compile_grammar
+from pellucid.structure.grammar import compile_grammar
 from pellucid.text.detokenizer import IncrementalDetokenizer
 from pellucid.text.tokenizer import Tokenizer
 

@@ -41,7 +41,7 @@ def test_packed_model_when_started_again_then_imports_no_torch_and_no_model_code
     assert not modules & heavy
     assert not any(module.startswith(("pellucid.layers", "pellucid.models.llama")) for module in modules)
     assert "pellucid.program.runner" in modules
-    assert "pellucid.sampling.grammar" not in modules
+    assert "pellucid.structure.grammar" not in modules
 
 
 def test_package_when_imported_alone_then_brings_nothing_with_it() -> None:

@@ -18,7 +18,7 @@ from pellucid import LLM, SamplingParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.cli import app
 from pellucid.errors import InvalidRequestError
-from pellucid.sampling.grammar import GrammarMatcher
+from pellucid.structure.grammar import GrammarMatcher
 
 BASE: dict[str, Any] = {"max_num_seqs": 20, "num_blocks": 512, "max_model_len": 400, "num_threads": 1}
 # Bounded, so that a model of random weights comes to the end of them.

@@ -11,9 +11,8 @@ from utils.children import forked
 from utils.together import together
 
 from pellucid.api.structured_outputs import StructuredOutputsParams
-from pellucid.sampling import grammar
-from pellucid.text import grammar_trial
-from pellucid.text.grammar_trial import GrammarTrial
+from pellucid.structure import grammar, grammar_trial
+from pellucid.structure.grammar_trial import GrammarTrial
 
 pytestmark = pytest.mark.timeout(120)
 GOOD, BAD = StructuredOutputsParams(regex="[ab]{2}"), StructuredOutputsParams(regex="(")

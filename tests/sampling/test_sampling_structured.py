@@ -25,11 +25,11 @@ from pellucid.api.structured_outputs import (
 )
 from pellucid.core import abi
 from pellucid.errors import InvalidRequestError
-from pellucid.sampling import grammar as grammar_module
-from pellucid.sampling.grammar import CompiledGrammar, compile_grammar
 from pellucid.sampling.native import NativeRow, NativeSampler
 from pellucid.sampling.reference import Sampler, row_stats_numpy
 from pellucid.sampling.sampler import SamplingRow
+from pellucid.structure import grammar as grammar_module
+from pellucid.structure.grammar import CompiledGrammar, compile_grammar
 from pellucid.text.tokenizer import Tokenizer
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.errors import InvalidRequestError
-from pellucid.text.grammar_source import WHITESPACE, json_schema, until
+from pellucid.structure.grammar_source import WHITESPACE, json_schema, until
 from pellucid.text.reasoning_parser import ReasoningDialect
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.text.tool_dialects import Tool, ToolDialect

@@ -112,7 +112,7 @@ def error_of(spec: StructuredOutputsParams, vocab_size: int, special: Mapping[st
     """Compiles on a vocabulary of single bytes and `special` and makes the first mask; why that fails, if it does."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-    from pellucid.text.grammar_source import grammar_source
+    from pellucid.structure.grammar_source import grammar_source
 
     try:
         source = grammar_source(spec, special)

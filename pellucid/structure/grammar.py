@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
 from pellucid.errors import EXITS, InvalidRequestError, PellucidError
 from pellucid.owners import Home
-from pellucid.text.grammar_trial import LIMITS, GrammarTrial, first_line
+from pellucid.structure.grammar_trial import LIMITS, GrammarTrial, first_line
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -254,7 +254,7 @@ def _compile(
     """The grammar, or why there is none: that is kept too."""
     from llguidance import LLMatcher, LLParserLimits
 
-    from pellucid.text.grammar_source import grammar_source
+    from pellucid.structure.grammar_source import grammar_source
 
     vocabulary = _tokenizer(tokenizer, vocab_size, eos)
     special = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_token_ids}

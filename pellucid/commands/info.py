@@ -24,8 +24,8 @@ from pellucid.ops.spec import OP_KINDS
 from pellucid.program.checksums import content_bytes, num_blocks
 from pellucid.program.file import ProgramFile
 from pellucid.program.runner import load_program
+from pellucid.program.scheme import DTYPE_NAMES
 from pellucid.program.variant import activation_widths
-from pellucid.quant.scheme import DTYPE_NAMES
 from pellucid.weights.hub import cache_dir
 
 Row = tuple[str, str]

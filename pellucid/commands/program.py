@@ -8,7 +8,7 @@ from typing import Any
 from pellucid.core import abi
 from pellucid.ops.spec import ACTIVATION_NAMES, OP_NAMES
 from pellucid.program.file import ProgramFile
-from pellucid.quant.scheme import DTYPE_NAMES
+from pellucid.program.scheme import DTYPE_NAMES
 
 Weight = tuple[str, int, int, int, int, int, int]  # name, rows, cols, dtype, layout, offset, bytes
 

@@ -30,8 +30,8 @@ from pellucid.models.config import ModelConfig, architecture_of
 from pellucid.models.registry import ModelRegistry
 from pellucid.program.builder import FORMAT_VERSION, build_program_file
 from pellucid.program.file import ProgramFile, open_program_file
+from pellucid.program.scheme import WeightScheme
 from pellucid.program.verify import verify_file
-from pellucid.quant.scheme import WeightScheme
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.weights.hub import cache_dir, remove_leftovers, resolve_model
 

@@ -15,8 +15,8 @@ from pellucid.program.checksums import Bytes
 from pellucid.program.file import aligned, write_program_file
 from pellucid.program.formats import choose_dtypes
 from pellucid.program.planner import Uses, assign_slots
+from pellucid.program.scheme import WeightScheme
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
-from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView, from_float32
 
 FORMAT_VERSION = 5

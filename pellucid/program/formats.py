@@ -8,8 +8,8 @@ from itertools import groupby
 import numpy as np
 
 from pellucid.core import abi
+from pellucid.program.scheme import WeightScheme
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
-from pellucid.quant.scheme import WeightScheme
 from pellucid.weights.tensor import TensorView
 
 

@@ -1,1 +1,0 @@
-"""Quantised weights: which matrix is kept, or made, in which of the core's formats."""

@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from pellucid.api.outputs import RequestOutput as RequestOutput
     from pellucid.api.sampling_params import SamplingParams as SamplingParams
     from pellucid.api.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
-    from pellucid.entrypoints.llm import LLM as LLM
+    from pellucid.llm import LLM as LLM
     from pellucid.models.registry import ModelRegistry as ModelRegistry
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import pellucid` costs nothing.
 _LAZY = {
-    "LLM": "pellucid.entrypoints.llm",
+    "LLM": "pellucid.llm",
     "ModelRegistry": "pellucid.models.registry",
     "RequestOutput": "pellucid.api.outputs",
     "SamplingParams": "pellucid.api.sampling_params",

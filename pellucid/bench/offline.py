@@ -12,8 +12,8 @@ from pellucid.api.sampling_params import SamplingParams
 from pellucid.bench.figures import StepShares, spread_lengths
 from pellucid.bench.limits import Limits, measure_limits, step_cost
 from pellucid.bench.workload import Measured, Workload, run, spread_of
-from pellucid.entrypoints.llm import LLM
 from pellucid.errors import InvalidRequestError
+from pellucid.llm import LLM
 
 Report = dict[str, Any]
 Progress = Callable[[str], None]

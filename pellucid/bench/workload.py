@@ -11,8 +11,8 @@ from typing import Any
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.bench.figures import Spread
-from pellucid.entrypoints.llm import LLM
 from pellucid.errors import EngineDeadError, InvalidRequestError
+from pellucid.llm import LLM
 from pellucid.trace.records import StepRecord
 
 # Low ids are special tokens in most vocabularies.

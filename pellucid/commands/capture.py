@@ -22,10 +22,10 @@ from pellucid.api.hidden_states import CaptureParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.commands.jsonl import Line, ended_lines
-from pellucid.entrypoints.llm import LLM
 from pellucid.errors import ConfigError, InvalidRequestError, StorageError
 from pellucid.files import PART_SUFFIX, LineFile, make_folder, remove_parts, write_whole
 from pellucid.json_text import dumps, well_formed
+from pellucid.llm import LLM
 from pellucid.weights.safetensors import open_safetensors, read_metadata, write_safetensors
 
 ERRORS = "errors.jsonl"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.entrypoints.llm import LLM
 from pellucid.errors import InvalidRequestError
+from pellucid.llm import LLM
 
 HELP = """/system TEXT   set the system message (without TEXT: remove it); begins anew
 /reset         forget the conversation

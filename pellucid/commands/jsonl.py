@@ -16,10 +16,10 @@ from pellucid.api.outputs import Logprob
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.engine.client import EngineClient
-from pellucid.entrypoints.llm import LLM
 from pellucid.errors import InvalidRequestError, PellucidError, StorageError, shown
 from pellucid.files import LineFile
 from pellucid.json_text import check_values, dumps
+from pellucid.llm import LLM
 
 # Lines read ahead of what runs: enough to keep the batch full, few enough to bound memory.
 LOOKAHEAD = 4

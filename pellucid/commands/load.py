@@ -10,7 +10,7 @@ from typing import Any
 from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.commands.options import engine_kwargs, sampling_kwargs
 from pellucid.config import DEFAULT_MODEL
-from pellucid.entrypoints.llm import LLM
+from pellucid.llm import LLM
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pellucid.files import write_whole
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from pellucid.engine.replay import ReplayReport
+    from pellucid.replay import ReplayReport
     from pellucid.trace.lines import Line
     from pellucid.trace.reader import TraceReader
     from pellucid.trace.timeline import Timeline
@@ -135,7 +135,7 @@ def replay(
     checksums of logits are compared request by request; without, every step must be the same.
     """
     from pellucid.commands.load import packing_progress
-    from pellucid.engine.replay import replay as run_again
+    from pellucid.replay import replay as run_again
 
     with packing_progress() as progress:
         report = run_again(file, model=model, progress=progress, **engine_kwargs(options))

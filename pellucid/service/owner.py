@@ -13,7 +13,7 @@ from typing import Any
 
 from pellucid.config import EngineConfig
 from pellucid.engine.engine import LLMEngine, StepOutputs
-from pellucid.engine.load import load_engine
+from pellucid.engine.factory import load_engine
 from pellucid.errors import DamagedFileError, EngineDeadError, InvalidRequestError, PellucidError, QueueFullError
 from pellucid.json_text import well_formed
 from pellucid.service.compiling import Compiling

@@ -19,7 +19,7 @@ from utils.waiting import PATIENCE
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.commands.chat import Conversation, _split_paragraphs
 from pellucid.commands.load import sampling_of
-from pellucid.entrypoints.llm import LLM
+from pellucid.llm import LLM
 
 # Answers that go on for minutes, so that there is time to interrupt one.
 LONG = ("--temperature", "0", "--max-tokens", "100000", "--ignore-eos", "--num-threads", "1")

@@ -19,8 +19,8 @@ from utils.traced import record
 from pellucid import LLM, SamplingParams
 from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.request_options import RequestOptions
-from pellucid.engine.replay import ReplayReport, replay
 from pellucid.errors import PellucidError, TraceError
+from pellucid.replay import ReplayReport, replay
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from utils.together import PATIENCE, together
 from pellucid import LLM, SamplingParams
 from pellucid.api.outputs import RequestOutput, StreamChunk
 from pellucid.engine import client
-from pellucid.engine.load import load_engine
-from pellucid.engine.replay import replay
+from pellucid.engine.factory import load_engine
 from pellucid.errors import EngineDeadError, InvalidRequestError, WrongThreadError
+from pellucid.replay import replay
 
 pytestmark = pytest.mark.timeout(180)  # a lock that is never free would hang
 

@@ -34,12 +34,12 @@ from pellucid.commands.jsonl import run_jsonl
 from pellucid.commands.program import program_lines
 from pellucid.config import EngineConfig
 from pellucid.core import abi
-from pellucid.engine.replay import replay
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
 from pellucid.executor.loader import load_model
 from pellucid.program.checksums import reseal
 from pellucid.program.runner import load_program
 from pellucid.program.variant import activation_widths, steerable, variant_of
+from pellucid.replay import replay
 from pellucid.text.tokenizer import Tokenizer
 from pellucid.trace.reader import TraceReader
 from pellucid.trace.table import table_rows

@@ -17,7 +17,7 @@ from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt
 from pellucid.engine.client import EngineClient, Reader, Submission
 from pellucid.engine.engine import LLMEngine
-from pellucid.engine.load import load_engine
+from pellucid.engine.factory import load_engine
 from pellucid.errors import InvalidRequestError, RequestFailedError, items_of, shown
 from pellucid.text.tokenizer import Tokenizer
 

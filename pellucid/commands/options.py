@@ -13,7 +13,7 @@ import typer
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.errors import InvalidRequestError
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.settings import ServerSettings
 
 _ENGINE_PANEL, _SAMPLING_PANEL, _SERVER_PANEL = "Engine", "Sampling", "Server"
 # Sampling fields that make sense as one word on a command line.

@@ -9,7 +9,7 @@ from typing import Any
 from pellucid.commands.load import packing_progress
 from pellucid.commands.options import engine_kwargs
 from pellucid.config import EngineConfig
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.settings import ServerSettings
 
 logger = logging.getLogger("pellucid.server")
 
@@ -23,9 +23,9 @@ def run_server(model: str, options: dict[str, Any]) -> int:
     settings = ServerSettings.from_options(options)
     config = EngineConfig.from_kwargs(model, engine_kwargs(options))
 
-    from pellucid.server.logs import set_up_logging
-    from pellucid.server.run import Server, bind, url_of
-    from pellucid.server.tracing import Tracing
+    from pellucid.server.http.logs import set_up_logging
+    from pellucid.server.http.run import Server, bind, url_of
+    from pellucid.server.http.tracing import Tracing
     from pellucid.service.async_engine import AsyncLLMEngine
 
     set_up_logging(settings)

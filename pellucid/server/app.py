@@ -13,19 +13,22 @@ from starlette.middleware.cors import CORSMiddleware
 
 import pellucid
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.server import embeddings, metrics
-from pellucid.server.access import Access
+from pellucid.server import embeddings
 from pellucid.server.answers import stream_events
 from pellucid.server.chat import ChatAnswer
 from pellucid.server.completions import CompletionAnswer
 from pellucid.server.context import ServerContext
-from pellucid.server.errors import HttpError, plain_error, sanitised
-from pellucid.server.gate import Gate
+from pellucid.server.http import metrics
+from pellucid.server.http.access import Access
+from pellucid.server.http.errors import HttpError, plain_error, sanitised
+from pellucid.server.http.gate import Gate
+from pellucid.server.http.openapi import json_body, publish
+from pellucid.server.http.page import Page
+from pellucid.server.http.settings import ServerSettings
+from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.job import Job
 from pellucid.server.live import live_view
 from pellucid.server.messages_api import MessagesEndpoints
-from pellucid.server.openapi import json_body, publish
-from pellucid.server.page import Page
 from pellucid.server.protocol_base import Strict
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
@@ -34,8 +37,6 @@ from pellucid.server.protocol_messages import CountTokensRequest, MessagesReques
 from pellucid.server.protocol_responses import ResponsesRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.responses_api import ResponsesEndpoints
-from pellucid.server.settings import ServerSettings
-from pellucid.server.sse import EventStream, JsonResponse
 from pellucid.server.turns import ToolUse, Turn, turn_of
 from pellucid.service.async_engine import AsyncLLMEngine
 

@@ -13,22 +13,22 @@ from starlette.requests import Request
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.errors import EngineDrainingError, InvalidRequestError
-from pellucid.server.access import given_key
 from pellucid.server.answers import Identity
-from pellucid.server.body import read_json
-from pellucid.server.errors import HttpError
 from pellucid.server.generation import Generation, Generator
+from pellucid.server.http.access import given_key
+from pellucid.server.http.body import read_json
+from pellucid.server.http.errors import HttpError
+from pellucid.server.http.metrics import Metrics
+from pellucid.server.http.settings import ServerSettings
+from pellucid.server.http.sse import JsonResponse, unless_gone
+from pellucid.server.http.tracing import Tracing
 from pellucid.server.job import Job
 from pellucid.server.logprobs import LogprobFormat
-from pellucid.server.metrics import Metrics
 from pellucid.server.preparing import Preparer
 from pellucid.server.prompts import Prompts
 from pellucid.server.protocol_base import RequestFields, Strict
 from pellucid.server.response_store import Owner, ResponseStore
-from pellucid.server.settings import ServerSettings
-from pellucid.server.sse import JsonResponse, unless_gone
 from pellucid.server.states import wanted_options
-from pellucid.server.tracing import Tracing
 from pellucid.service.async_engine import AsyncLLMEngine
 
 MAX_CHOICES = 1024  # of one HTTP request

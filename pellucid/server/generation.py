@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from pellucid.api.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
 from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
-from pellucid.server.errors import RequestTimeoutError
+from pellucid.server.http.errors import RequestTimeoutError
+from pellucid.server.http.logs import generation_fields, log_generation
+from pellucid.server.http.metrics import Metrics
 from pellucid.server.job import Job
-from pellucid.server.logs import generation_fields, log_generation
-from pellucid.server.metrics import Metrics
 from pellucid.server.protocol_structure import renamed
 from pellucid.service.async_engine import AsyncLLMEngine
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pellucid.server.answers import Identity
-from pellucid.server.errors import HttpError, anthropic_error
 from pellucid.server.generation import Delta, Usage
+from pellucid.server.http.errors import HttpError, anthropic_error
 from pellucid.server.parsing import OutputReader
 from pellucid.server.protocol_messages import MessagesRequest
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta

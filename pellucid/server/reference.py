@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pellucid.server.errors import TABLE as ERROR_TABLE
-from pellucid.server.metrics import METRICS
+from pellucid.server.http.errors import TABLE as ERROR_TABLE
+from pellucid.server.http.metrics import METRICS
+from pellucid.server.http.settings import ServerSettings
 from pellucid.server.protocol_base import StreamOptions
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
@@ -30,7 +31,6 @@ from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, R
 from pellucid.server.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.protocol_tools import FunctionDefinition
-from pellucid.server.settings import ServerSettings
 
 BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"
 _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (

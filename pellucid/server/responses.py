@@ -7,8 +7,8 @@ from typing import Any
 
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.server.answers import Identity
-from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Usage
+from pellucid.server.http.errors import HttpError
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.parsing import OutputReader
 from pellucid.server.protocol_responses import ResponsesRequest

@@ -15,8 +15,8 @@ from pellucid.api.request_options import RequestOptions
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import encode
 from pellucid.server.generation import Delta
+from pellucid.server.http.settings import ServerSettings
 from pellucid.server.protocol_base import RequestFields
-from pellucid.server.settings import ServerSettings
 
 F32 = npt.NDArray[np.float32]
 Format = Literal["float", "base64"]

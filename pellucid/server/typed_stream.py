@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from pellucid.api.outputs import CompletionOutput, RequestOutput
 from pellucid.server.answers import told
-from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Generation, Usage
+from pellucid.server.http.errors import HttpError
+from pellucid.server.http.sse import event
 from pellucid.server.parsing import PIECE
 from pellucid.server.prompts import Prompts
-from pellucid.server.sse import event
 
 Events = Iterable[dict[str, Any]]
 

@@ -21,7 +21,7 @@ from pellucid.commands import bench
 from pellucid.commands.jsonl import run_jsonl
 from pellucid.config import EngineConfig
 from pellucid.errors import ConfigError
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.settings import ServerSettings
 from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.trace.lines import Header, decode
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from utils.http_server import RunningServer, running_server
 
-from pellucid.server import page as page_module
-from pellucid.server.page import Page
+from pellucid.server.http import page as page_module
+from pellucid.server.http.page import Page
 
 _TIMEOUT = 120.0
 

@@ -21,8 +21,8 @@ from utils.http_server import RunningServer, running_server
 from utils.waiting import until
 
 from pellucid.errors import ConfigError
-from pellucid.server.logs import set_up_logging
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.logs import set_up_logging
+from pellucid.server.http.settings import ServerSettings
 
 _PATIENCE = 120.0
 _LONG = {"prompt": [5] * 8, "temperature": 0, "ignore_eos": True, "max_tokens": 7000}

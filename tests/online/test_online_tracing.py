@@ -15,8 +15,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from utils.http_server import running_server
 
 from pellucid.errors import ConfigError
-from pellucid.server.settings import ServerSettings
-from pellucid.server.tracing import Tracing
+from pellucid.server.http.settings import ServerSettings
+from pellucid.server.http.tracing import Tracing
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}

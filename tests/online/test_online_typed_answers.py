@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.server.answers import Identity
-from pellucid.server.errors import HttpError
 from pellucid.server.generation import Delta, Usage
+from pellucid.server.http.errors import HttpError
 from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.messages import MessageAnswer
 from pellucid.server.parsing import OutputStyle

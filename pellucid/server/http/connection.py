@@ -7,8 +7,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from pellucid.server.errors import HttpError
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.errors import HttpError
+from pellucid.server.http.settings import ServerSettings
 
 
 class _HeadersTooLongError(Exception):

@@ -7,8 +7,8 @@ import ipaddress
 import re
 from collections.abc import Iterable, Sequence
 
-from pellucid.server.errors import HttpError
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.errors import HttpError
+from pellucid.server.http.settings import ServerSettings
 
 OPEN_PATHS = frozenset({"/health"})
 ADMIN_PREFIX = "/debug"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pellucid.errors import ConfigError
-from pellucid.server.settings import ServerSettings
+from pellucid.server.http.settings import ServerSettings
 
 _PACKAGES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 _PROPAGATED = frozenset({b"traceparent", b"tracestate"})

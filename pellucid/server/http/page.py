@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 
-from pellucid.server.errors import plain_error
+from pellucid.server.http.errors import plain_error
 
 _FOLDER = Path(__file__).parent / "static"
 _INDEX = "index.html"

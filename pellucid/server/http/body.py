@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from pellucid.errors import InvalidRequestError
 from pellucid.json_text import check_values
-from pellucid.server.errors import HttpError
+from pellucid.server.http.errors import HttpError
 from pellucid.server.protocol_base import Strict, as_invalid_request
 
 MAX_JSON_DEPTH = 64

@@ -1,0 +1,1 @@
+"""HTTP itself: connections, limits, access, bodies, errors, server-sent events, metrics. It knows no model."""

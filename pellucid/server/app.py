@@ -14,10 +14,12 @@ from starlette.middleware.cors import CORSMiddleware
 import pellucid
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.server import embeddings
-from pellucid.server.answers import stream_events
 from pellucid.server.chat import ChatAnswer
 from pellucid.server.completions import CompletionAnswer
-from pellucid.server.context import ServerContext
+from pellucid.server.generate.answers import stream_events
+from pellucid.server.generate.context import ServerContext
+from pellucid.server.generate.job import Job
+from pellucid.server.generate.protocol import Strict
 from pellucid.server.http import metrics
 from pellucid.server.http.access import Access
 from pellucid.server.http.errors import HttpError, plain_error, sanitised
@@ -26,10 +28,8 @@ from pellucid.server.http.openapi import json_body, publish
 from pellucid.server.http.page import Page
 from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import EventStream, JsonResponse
-from pellucid.server.job import Job
 from pellucid.server.live import live_view
 from pellucid.server.messages_api import MessagesEndpoints
-from pellucid.server.protocol_base import Strict
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.server.protocol_completions import CompletionRequest, check_ids
 from pellucid.server.protocol_embeddings import EmbeddingRequest

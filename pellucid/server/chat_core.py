@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from starlette.requests import Request
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.context import ServerContext
-from pellucid.server.job import Job
+from pellucid.server.generate.context import ServerContext
+from pellucid.server.generate.job import Job
 from pellucid.server.preparing import Prepared
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.turns import turn_of

@@ -13,7 +13,7 @@ import msgspec
 
 import pellucid
 from pellucid.engine.metrics import EngineStats
-from pellucid.server.context import ServerContext
+from pellucid.server.generate.context import ServerContext
 from pellucid.trace.records import StepRecord
 
 FIRST_STEPS = 240  # that a reader gets who has none yet

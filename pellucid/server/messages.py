@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pellucid.server.answers import Identity
-from pellucid.server.generation import Delta, Usage
+from pellucid.server.generate.answers import Identity
+from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.http.errors import HttpError, anthropic_error
 from pellucid.server.parsing import OutputReader
 from pellucid.server.protocol_messages import MessagesRequest

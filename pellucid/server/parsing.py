@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pellucid.api.outputs import CompletionOutput
-from pellucid.server.generation import Delta
+from pellucid.server.generate.generation import Delta
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 from pellucid.text.reasoning_parser import ReasoningDialect
 from pellucid.text.tool_dialects import Tool, ToolDialect

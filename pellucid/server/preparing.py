@@ -10,10 +10,10 @@ from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.server.chat_text import ChatPrompt, ChatText
+from pellucid.server.generate.prompts import Prompts
+from pellucid.server.generate.protocol_structure import renamed
 from pellucid.server.http.settings import AUTO, OFF, ServerSettings
 from pellucid.server.parsing import OutputStyle
-from pellucid.server.prompts import Prompts
-from pellucid.server.protocol_structure import renamed
 from pellucid.server.turns import ToolUse, Turn
 from pellucid.structure.tool_grammar import calls_or_answer, forced_calls
 from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, stands_behind

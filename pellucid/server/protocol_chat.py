@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import Integer, Strict, sampling_field
-from pellucid.server.protocol_structure import StructureFields
+from pellucid.server.generate.protocol import Integer, Strict, sampling_field
+from pellucid.server.generate.protocol_structure import StructureFields
 from pellucid.server.protocol_tools import MAX_TOOLS, NamedTool, ToolCall, ToolDefinition
 
 MAX_MESSAGES = 4096

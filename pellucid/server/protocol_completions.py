@@ -9,8 +9,8 @@ from pydantic import Field, SkipValidation, model_validator
 
 from pellucid.api.sampling_params import MAX_TOKEN_COUNT, MAX_TOKEN_ID
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.server.protocol_base import Integer, sampling_field
-from pellucid.server.protocol_structure import StructureFields
+from pellucid.server.generate.protocol import Integer, sampling_field
+from pellucid.server.generate.protocol_structure import StructureFields
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

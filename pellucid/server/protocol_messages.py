@@ -9,7 +9,14 @@ from pydantic import Field, Tag, model_validator
 
 from pellucid.api.sampling_params import MAX_TOKEN_COUNT
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import MAX_NAME_CHARACTERS, NO_HIDDEN_STATES, RequestFields, Strict, by_kind, by_type
+from pellucid.server.generate.protocol import (
+    MAX_NAME_CHARACTERS,
+    NO_HIDDEN_STATES,
+    RequestFields,
+    Strict,
+    by_kind,
+    by_type,
+)
 from pellucid.server.protocol_chat import MAX_MESSAGES, MAX_PARTS
 from pellucid.server.protocol_tools import MAX_TOOLS
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, Tag, model_validator
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import (
+from pellucid.server.generate.protocol import (
     NO_HIDDEN_STATES,
     Integer,
     RequestFields,

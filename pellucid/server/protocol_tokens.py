@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, SkipValidation, model_validator
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import MAX_NAME_CHARACTERS, Strict
+from pellucid.server.generate.protocol import MAX_NAME_CHARACTERS, Strict
 from pellucid.server.protocol_chat import MAX_MESSAGES, Message
 from pellucid.server.protocol_tools import MAX_TOOLS, ToolDefinition
 

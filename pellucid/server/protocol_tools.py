@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pellucid.server.protocol_base import Strict
+from pellucid.server.generate.protocol import Strict
 from pellucid.text.json_mending import mended_object
 from pellucid.text.tool_dialects import MAX_TOOLS
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pellucid.server.generate.protocol import StreamOptions
+from pellucid.server.generate.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.http.errors import TABLE as ERROR_TABLE
 from pellucid.server.http.metrics import METRICS
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.protocol_base import StreamOptions
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
 from pellucid.server.protocol_embeddings import EmbeddingRequest
@@ -28,7 +29,6 @@ from pellucid.server.protocol_messages import (
     ToolChoice,
 )
 from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
-from pellucid.server.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.protocol_tools import FunctionDefinition
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pellucid.server.protocol_base import RequestFields, as_invalid_request
+from pellucid.server.generate.protocol import RequestFields, as_invalid_request
 from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_responses import (
     FunctionCallItem,

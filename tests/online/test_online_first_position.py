@@ -21,7 +21,7 @@ from pellucid.api.outputs import CompletionOutput, RequestOutput
 from pellucid.engine.metrics import EngineStats
 from pellucid.errors import RequestFailedError
 from pellucid.server import embeddings
-from pellucid.server.generation import Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.protocol_embeddings import EmbeddingRequest
 
 pytestmark = pytest.mark.timeout(180)

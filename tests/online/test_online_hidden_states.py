@@ -23,8 +23,8 @@ from utils.http_server import RunningServer, running_server
 from pellucid import LLM, SamplingParams
 from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.request_options import RequestOptions
-from pellucid.server import states
-from pellucid.server.states import encoded
+from pellucid.server.generate import states
+from pellucid.server.generate.states import encoded
 
 PROMPT = list(range(20, 60))
 WIDTH = 64

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pellucid.api.outputs import CompletionOutput, FinishReason, RequestOutput
-from pellucid.server.answers import Identity
 from pellucid.server.chat import ChatAnswer
-from pellucid.server.generation import Delta, Usage
-from pellucid.server.logprobs import LogprobFormat
+from pellucid.server.generate.answers import Identity
+from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.parsing import OutputStyle
 from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.text.reasoning_parser import REASONING_DIALECTS

@@ -15,10 +15,10 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.server.answers import Identity
-from pellucid.server.generation import Delta, Usage
+from pellucid.server.generate.answers import Identity
+from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
-from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.messages import MessageAnswer
 from pellucid.server.parsing import OutputStyle
 from pellucid.server.protocol_messages import MessagesRequest

@@ -13,8 +13,8 @@ from starlette.types import Receive
 
 from pellucid.errors import InvalidRequestError
 from pellucid.json_text import check_values
+from pellucid.server.generate.protocol import Strict, as_invalid_request
 from pellucid.server.http.errors import HttpError
-from pellucid.server.protocol_base import Strict, as_invalid_request
 
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 400  # of a number; none that fits a field has more

@@ -10,13 +10,13 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pellucid.server.generate.protocol import REQUEST_ID_PATTERN
 from pellucid.server.http.access import Access, values_of
 from pellucid.server.http.errors import HttpError, as_http_error, internal_error, is_anthropic
 from pellucid.server.http.logs import log_access
 from pellucid.server.http.metrics import Metrics
 from pellucid.server.http.sse import ClientLeftError
 from pellucid.server.http.tracing import Tracing
-from pellucid.server.protocol_base import REQUEST_ID_PATTERN
 
 logger = logging.getLogger("pellucid.server")
 CLIENT_LEFT = 499  # nginx's status for the log; nobody is there to read it

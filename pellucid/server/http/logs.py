@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from pellucid.api.outputs import RequestOutput
 from pellucid.json_text import dumps
+from pellucid.server.generate.job import Job
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.job import Job
 
 generation_logger = logging.getLogger("pellucid.requests")
 access_logger = logging.getLogger("pellucid.access")

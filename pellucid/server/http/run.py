@@ -14,7 +14,7 @@ import uvicorn
 
 from pellucid.errors import ConfigError, PellucidError
 from pellucid.server.app import create_app
-from pellucid.server.context import ServerContext
+from pellucid.server.generate.context import ServerContext
 from pellucid.server.http.connection import guarded_connection
 from pellucid.server.http.settings import ServerSettings
 from pellucid.service.async_engine import AsyncLLMEngine

@@ -13,8 +13,13 @@ from starlette.requests import Request
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.errors import EngineDrainingError, InvalidRequestError
-from pellucid.server.answers import Identity
-from pellucid.server.generation import Generation, Generator
+from pellucid.server.generate.answers import Identity
+from pellucid.server.generate.generation import Generation, Generator
+from pellucid.server.generate.job import Job
+from pellucid.server.generate.logprobs import LogprobFormat
+from pellucid.server.generate.prompts import Prompts
+from pellucid.server.generate.protocol import RequestFields, Strict
+from pellucid.server.generate.states import wanted_options
 from pellucid.server.http.access import given_key
 from pellucid.server.http.body import read_json
 from pellucid.server.http.errors import HttpError
@@ -22,13 +27,8 @@ from pellucid.server.http.metrics import Metrics
 from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import JsonResponse, unless_gone
 from pellucid.server.http.tracing import Tracing
-from pellucid.server.job import Job
-from pellucid.server.logprobs import LogprobFormat
 from pellucid.server.preparing import Preparer
-from pellucid.server.prompts import Prompts
-from pellucid.server.protocol_base import RequestFields, Strict
 from pellucid.server.response_store import Owner, ResponseStore
-from pellucid.server.states import wanted_options
 from pellucid.service.async_engine import AsyncLLMEngine
 
 MAX_CHOICES = 1024  # of one HTTP request

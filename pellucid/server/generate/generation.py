@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from pellucid.api.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
 from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
+from pellucid.server.generate.job import Job
+from pellucid.server.generate.protocol_structure import renamed
 from pellucid.server.http.errors import RequestTimeoutError
 from pellucid.server.http.logs import generation_fields, log_generation
 from pellucid.server.http.metrics import Metrics
-from pellucid.server.job import Job
-from pellucid.server.protocol_structure import renamed
 from pellucid.service.async_engine import AsyncLLMEngine
 
 # Deltas of several prompts that wait for a slow reader; the engine coalesces behind them.

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_base import RequestFields, Strict
+from pellucid.server.generate.protocol import RequestFields, Strict
 
 
 class JsonSchemaFormat(Strict):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pellucid.api.outputs import FinishReason
-from pellucid.server.generation import Delta, Generation, Usage
+from pellucid.server.generate.generation import Delta, Generation, Usage
+from pellucid.server.generate.prompts import Prompts
+from pellucid.server.generate.protocol import RequestFields
 from pellucid.server.http.errors import HttpError, as_http_error, internal_error
 from pellucid.server.http.sse import DONE, event
-from pellucid.server.prompts import Prompts
-from pellucid.server.protocol_base import RequestFields
 
 logger = logging.getLogger("pellucid.server")
 

@@ -14,9 +14,9 @@ from pellucid.api.outputs import CompletionOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import encode
-from pellucid.server.generation import Delta
+from pellucid.server.generate.generation import Delta
+from pellucid.server.generate.protocol import RequestFields
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.protocol_base import RequestFields
 
 F32 = npt.NDArray[np.float32]
 Format = Literal["float", "base64"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.protocol_chat import ChatCompletionRequest
+from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.protocol_messages import (
     Conversation,
     CountTokensRequest,

@@ -9,6 +9,8 @@ from pydantic import Field, Tag, model_validator
 
 from pellucid.api.sampling_params import MAX_TOKEN_COUNT
 from pellucid.errors import InvalidRequestError
+from pellucid.server.chat.protocol import MAX_MESSAGES, MAX_PARTS
+from pellucid.server.chat.tools import MAX_TOOLS
 from pellucid.server.generate.protocol import (
     MAX_NAME_CHARACTERS,
     NO_HIDDEN_STATES,
@@ -17,8 +19,6 @@ from pellucid.server.generate.protocol import (
     by_kind,
     by_type,
 )
-from pellucid.server.protocol_chat import MAX_MESSAGES, MAX_PARTS
-from pellucid.server.protocol_tools import MAX_TOOLS
 
 MAX_ID_CHARACTERS = 256
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, Tag, model_validator
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.chat.protocol import MAX_METADATA, MAX_PARTS
+from pellucid.server.chat.tools import MAX_TOOLS
 from pellucid.server.generate.protocol import (
     NO_HIDDEN_STATES,
     Integer,
@@ -18,8 +20,6 @@ from pellucid.server.generate.protocol import (
     by_type,
     sampling_field,
 )
-from pellucid.server.protocol_chat import MAX_METADATA, MAX_PARTS
-from pellucid.server.protocol_tools import MAX_TOOLS
 
 MAX_ITEMS = 4096
 MAX_ID_CHARACTERS = 256

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field, SkipValidation, model_validator
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.chat.protocol import MAX_MESSAGES, Message
+from pellucid.server.chat.tools import MAX_TOOLS, ToolDefinition
 from pellucid.server.generate.protocol import MAX_NAME_CHARACTERS, Strict
-from pellucid.server.protocol_chat import MAX_MESSAGES, Message
-from pellucid.server.protocol_tools import MAX_TOOLS, ToolDefinition
 
 
 class TokenizeRequest(Strict):

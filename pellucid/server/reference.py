@@ -11,12 +11,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pellucid.server.chat.protocol import ChatCompletionRequest, Message
+from pellucid.server.chat.tools import FunctionDefinition
 from pellucid.server.generate.protocol import StreamOptions
 from pellucid.server.generate.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.http.errors import TABLE as ERROR_TABLE
 from pellucid.server.http.metrics import METRICS
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_completions import CompletionRequest
 from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_messages import (
@@ -30,7 +31,6 @@ from pellucid.server.protocol_messages import (
 )
 from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
-from pellucid.server.protocol_tools import FunctionDefinition
 
 BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"
 _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (

@@ -10,8 +10,8 @@ from typing import Any
 
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import encode
+from pellucid.server.chat.protocol import Message
 from pellucid.server.http.errors import HttpError
-from pellucid.server.protocol_chat import Message
 
 # Whose a response is: the key that made it. Nobody else gets to see it.
 Owner = bytes

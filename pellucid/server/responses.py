@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pellucid.api.sampling_params import SamplingParams
+from pellucid.server.chat.parsing import OutputReader
 from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
-from pellucid.server.parsing import OutputReader
 from pellucid.server.protocol_responses import ResponsesRequest
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 

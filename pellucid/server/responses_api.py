@@ -12,12 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.chat_core import job_of, prepared, renaming, without_oldest_turns
+from pellucid.server.chat.core import job_of, prepared, renaming, without_oldest_turns
+from pellucid.server.chat.preparing import Prepared
+from pellucid.server.chat.protocol import Message
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.typed_stream import typed_events, whole_answer
 from pellucid.server.http.sse import EventStream, JsonResponse
-from pellucid.server.preparing import Prepared
-from pellucid.server.protocol_chat import Message
 from pellucid.server.protocol_responses import LOGPROBS, ResponsesRequest
 from pellucid.server.response_store import Owner, StoredResponse
 from pellucid.server.responses import PREFIX, ResponseAnswer

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.generate.protocol import RequestFields, as_invalid_request
-from pellucid.server.protocol_chat import ChatCompletionRequest, Message
 from pellucid.server.protocol_responses import (
     FunctionCallItem,
     FunctionCallOutputItem,

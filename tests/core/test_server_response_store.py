@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.chat.protocol import Message
 from pellucid.server.http.errors import HttpError
-from pellucid.server.protocol_chat import Message
 from pellucid.server.response_store import ResponseStore, StoredResponse
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from pellucid.api.outputs import CompletionOutput, FinishReason, RequestOutput
-from pellucid.server.chat import ChatAnswer
+from pellucid.server.chat.answer import ChatAnswer
+from pellucid.server.chat.parsing import OutputStyle
+from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.generate.logprobs import LogprobFormat
-from pellucid.server.parsing import OutputStyle
-from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.text.reasoning_parser import REASONING_DIALECTS
 from pellucid.text.tool_dialects import TOOL_DIALECTS, Tool
 

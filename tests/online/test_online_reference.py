@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pellucid.server.protocol_chat import ChatCompletionRequest
+from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.reference import updated
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "http_api.md"

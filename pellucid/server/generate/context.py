@@ -13,6 +13,7 @@ from starlette.requests import Request
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.errors import EngineDrainingError, InvalidRequestError
+from pellucid.server.chat.preparing import Preparer
 from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Generation, Generator
 from pellucid.server.generate.job import Job
@@ -27,7 +28,6 @@ from pellucid.server.http.metrics import Metrics
 from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import JsonResponse, unless_gone
 from pellucid.server.http.tracing import Tracing
-from pellucid.server.preparing import Preparer
 from pellucid.server.response_store import Owner, ResponseStore
 from pellucid.service.async_engine import AsyncLLMEngine
 

@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
 from pellucid.api.outputs import CompletionOutput, RequestOutput
+from pellucid.server.chat.parsing import PIECE
 from pellucid.server.generate.answers import told
 from pellucid.server.generate.generation import Delta, Generation, Usage
 from pellucid.server.generate.prompts import Prompts
 from pellucid.server.http.errors import HttpError
 from pellucid.server.http.sse import event
-from pellucid.server.parsing import PIECE
 
 Events = Iterable[dict[str, Any]]
 

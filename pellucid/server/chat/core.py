@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from starlette.requests import Request
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.chat.preparing import Prepared
+from pellucid.server.chat.protocol import ChatCompletionRequest, Message
+from pellucid.server.chat.turns import turn_of
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.job import Job
-from pellucid.server.preparing import Prepared
-from pellucid.server.protocol_chat import ChatCompletionRequest, Message
-from pellucid.server.turns import turn_of
 
 
 async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepared:

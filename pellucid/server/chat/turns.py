@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pellucid.api.structured_outputs import FIELD
-from pellucid.server.protocol_chat import ChatCompletionRequest, Message
-from pellucid.server.protocol_tools import NamedTool
+from pellucid.server.chat.protocol import ChatCompletionRequest, Message
+from pellucid.server.chat.tools import NamedTool
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pellucid.api.outputs import CompletionOutput, RequestOutput
+from pellucid.server.chat.parsing import Message, OutputReader, Part
+from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.generate.answers import Identity, finish_fields
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.generate.states import state_fields
-from pellucid.server.parsing import Message, OutputReader, Part
-from pellucid.server.protocol_chat import ChatCompletionRequest
 from pellucid.text.chat_prefill import content_text
 from pellucid.text.deltas import ContentDelta, ToolCallDelta
 

@@ -9,12 +9,12 @@ from typing import Any
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.server.chat_text import ChatPrompt, ChatText
+from pellucid.server.chat.parsing import OutputStyle
+from pellucid.server.chat.template import ChatPrompt, ChatText
+from pellucid.server.chat.turns import ToolUse, Turn
 from pellucid.server.generate.prompts import Prompts
 from pellucid.server.generate.protocol_structure import renamed
 from pellucid.server.http.settings import AUTO, OFF, ServerSettings
-from pellucid.server.parsing import OutputStyle
-from pellucid.server.turns import ToolUse, Turn
 from pellucid.structure.tool_grammar import calls_or_answer, forced_calls
 from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, stands_behind
 from pellucid.text.tokenizer import Tokenizer

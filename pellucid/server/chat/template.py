@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.server.protocol_chat import Message
-from pellucid.server.turns import Turn
+from pellucid.server.chat.protocol import Message
+from pellucid.server.chat.turns import Turn
 from pellucid.text.chat_prefill import Messages, Render, content_text, left_open, text_behind
 from pellucid.text.reasoning_parser import ReasoningDialect, opens_in_prompt
 from pellucid.text.tokenizer import Tokenizer

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.chat.tools import MAX_TOOLS, NamedTool, ToolCall, ToolDefinition
 from pellucid.server.generate.protocol import Integer, Strict, sampling_field
 from pellucid.server.generate.protocol_structure import StructureFields
-from pellucid.server.protocol_tools import MAX_TOOLS, NamedTool, ToolCall, ToolDefinition
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024

@@ -17,7 +17,8 @@ from pellucid.server import embeddings
 from pellucid.server.chat.answer import ChatAnswer
 from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.chat.turns import ToolUse, Turn, turn_of
-from pellucid.server.completions import CompletionAnswer
+from pellucid.server.completions.answer import CompletionAnswer
+from pellucid.server.completions.protocol import CompletionRequest, check_ids
 from pellucid.server.generate.answers import stream_events
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.job import Job
@@ -32,7 +33,6 @@ from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.live import live_view
 from pellucid.server.messages_api import MessagesEndpoints
-from pellucid.server.protocol_completions import CompletionRequest, check_ids
 from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
 from pellucid.server.protocol_responses import ResponsesRequest

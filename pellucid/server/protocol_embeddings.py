@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SkipValidation, model_validator
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.completions.protocol import MAX_PROMPTS, Prompts, as_prompts
 from pellucid.server.generate.protocol import MAX_NAME_CHARACTERS, REQUEST_ID_PATTERN, Strict, check_refused
-from pellucid.server.protocol_completions import MAX_PROMPTS, Prompts, as_prompts
 
 Pooling = Literal["mean", "last"]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pellucid.api.outputs import CompletionOutput, RequestOutput
+from pellucid.server.completions.protocol import CompletionRequest
 from pellucid.server.generate.answers import Identity, finish_fields
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.generate.states import state_fields
-from pellucid.server.protocol_completions import CompletionRequest
 
 KIND = "text_completion"
 

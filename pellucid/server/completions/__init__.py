@@ -1,0 +1,1 @@
+"""Completions of the OpenAI API."""

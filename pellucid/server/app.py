@@ -13,12 +13,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 import pellucid
 from pellucid.errors import InvalidRequestError, shown
-from pellucid.server import embeddings
 from pellucid.server.chat.answer import ChatAnswer
 from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.chat.turns import ToolUse, Turn, turn_of
 from pellucid.server.completions.answer import CompletionAnswer
 from pellucid.server.completions.protocol import CompletionRequest, check_ids
+from pellucid.server.embeddings import answer as embeddings
+from pellucid.server.embeddings.protocol import EmbeddingRequest
 from pellucid.server.generate.answers import stream_events
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.job import Job
@@ -33,7 +34,6 @@ from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.live import live_view
 from pellucid.server.messages_api import MessagesEndpoints
-from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
 from pellucid.server.protocol_responses import ResponsesRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest

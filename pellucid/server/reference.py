@@ -14,12 +14,12 @@ from pydantic.fields import FieldInfo
 from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.chat.tools import FunctionDefinition
 from pellucid.server.completions.protocol import CompletionRequest
+from pellucid.server.embeddings.protocol import EmbeddingRequest
 from pellucid.server.generate.protocol import StreamOptions
 from pellucid.server.generate.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.http.errors import TABLE as ERROR_TABLE
 from pellucid.server.http.metrics import METRICS
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.protocol_embeddings import EmbeddingRequest
 from pellucid.server.protocol_messages import (
     BLOCKS,
     CountTokensRequest,

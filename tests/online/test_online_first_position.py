@@ -20,9 +20,9 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid.api.outputs import CompletionOutput, RequestOutput
 from pellucid.engine.metrics import EngineStats
 from pellucid.errors import RequestFailedError
-from pellucid.server import embeddings
+from pellucid.server.embeddings import answer as embeddings
+from pellucid.server.embeddings.protocol import EmbeddingRequest
 from pellucid.server.generate.generation import Usage
-from pellucid.server.protocol_embeddings import EmbeddingRequest
 
 pytestmark = pytest.mark.timeout(180)
 PATIENCE = 60.0

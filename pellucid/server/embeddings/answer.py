@@ -13,9 +13,9 @@ from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.errors import InvalidRequestError, RequestFailedError
+from pellucid.server.embeddings.protocol import EmbeddingRequest
 from pellucid.server.generate.generation import Usage
 from pellucid.server.generate.states import to_base64
-from pellucid.server.protocol_embeddings import EmbeddingRequest
 
 F32 = npt.NDArray[np.float32]
 # The one token that ends a request behind its prompt; it is not looked at.

@@ -35,9 +35,9 @@ from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.live import live_view
 from pellucid.server.messages_api import MessagesEndpoints
 from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
-from pellucid.server.protocol_responses import ResponsesRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
-from pellucid.server.responses_api import ResponsesEndpoints
+from pellucid.server.responses.endpoints import ResponsesEndpoints
+from pellucid.server.responses.protocol import ResponsesRequest
 from pellucid.service.async_engine import AsyncLLMEngine
 
 MAX_STEPS = 4096

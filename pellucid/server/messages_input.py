@@ -19,7 +19,7 @@ from pellucid.server.protocol_messages import (
     ToolUseBlock,
     Turn,
 )
-from pellucid.server.responses_input import as_chat, shared_fields
+from pellucid.server.responses.input import as_chat, shared_fields
 
 # What chat calls a field that a message's request knows under another name.
 NAMES = {

@@ -29,8 +29,8 @@ from pellucid.server.protocol_messages import (
     Thinking,
     ToolChoice,
 )
-from pellucid.server.protocol_responses import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
+from pellucid.server.responses.protocol import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 
 BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"
 _BODIES: tuple[tuple[str, type[BaseModel]], ...] = (

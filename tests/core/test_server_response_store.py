@@ -7,7 +7,7 @@ import pytest
 from pellucid.errors import InvalidRequestError
 from pellucid.server.chat.protocol import Message
 from pellucid.server.http.errors import HttpError
-from pellucid.server.response_store import ResponseStore, StoredResponse
+from pellucid.server.responses.store import ResponseStore, StoredResponse
 
 
 def _entry(name: str, text: str = "") -> StoredResponse:

@@ -22,9 +22,9 @@ from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
 from pellucid.server.messages import MessageAnswer
 from pellucid.server.protocol_messages import MessagesRequest
-from pellucid.server.protocol_responses import ResponsesRequest
-from pellucid.server.responses import ResponseAnswer
-from pellucid.server.responses_input import answered
+from pellucid.server.responses.answer import ResponseAnswer
+from pellucid.server.responses.input import answered
+from pellucid.server.responses.protocol import ResponsesRequest
 from pellucid.text.reasoning_parser import REASONING_DIALECTS
 from pellucid.text.tool_dialects import TOOL_DIALECTS, Tool
 

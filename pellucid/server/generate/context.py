@@ -28,7 +28,7 @@ from pellucid.server.http.metrics import Metrics
 from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import JsonResponse, unless_gone
 from pellucid.server.http.tracing import Tracing
-from pellucid.server.response_store import Owner, ResponseStore
+from pellucid.server.responses.store import Owner, ResponseStore
 from pellucid.service.async_engine import AsyncLLMEngine
 
 MAX_CHOICES = 1024  # of one HTTP request

@@ -18,10 +18,10 @@ from pellucid.server.chat.protocol import Message
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.typed_stream import typed_events, whole_answer
 from pellucid.server.http.sse import EventStream, JsonResponse
-from pellucid.server.protocol_responses import LOGPROBS, ResponsesRequest
-from pellucid.server.response_store import Owner, StoredResponse
-from pellucid.server.responses import PREFIX, ResponseAnswer
-from pellucid.server.responses_input import NAMES, answered, messages_of, to_chat
+from pellucid.server.responses.answer import PREFIX, ResponseAnswer
+from pellucid.server.responses.input import NAMES, answered, messages_of, to_chat
+from pellucid.server.responses.protocol import LOGPROBS, ResponsesRequest
+from pellucid.server.responses.store import Owner, StoredResponse
 
 MAX_LISTED = 100
 

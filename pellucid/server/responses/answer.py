@@ -11,7 +11,7 @@ from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
-from pellucid.server.protocol_responses import ResponsesRequest
+from pellucid.server.responses.protocol import ResponsesRequest
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 
 PREFIX = "resp"

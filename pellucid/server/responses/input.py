@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.generate.protocol import RequestFields, as_invalid_request
-from pellucid.server.protocol_responses import (
+from pellucid.server.responses.protocol import (
     FunctionCallItem,
     FunctionCallOutputItem,
     FunctionTool,

@@ -13,6 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 import pellucid
 from pellucid.errors import InvalidRequestError, shown
+from pellucid.server.anthropic.endpoints import MessagesEndpoints
+from pellucid.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from pellucid.server.chat.answer import ChatAnswer
 from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.chat.turns import ToolUse, Turn, turn_of
@@ -33,8 +35,6 @@ from pellucid.server.http.page import Page
 from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.live import live_view
-from pellucid.server.messages_api import MessagesEndpoints
-from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.responses.endpoints import ResponsesEndpoints
 from pellucid.server.responses.protocol import ResponsesRequest

@@ -11,6 +11,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pellucid.server.anthropic.protocol import (
+    BLOCKS,
+    CountTokensRequest,
+    CustomTool,
+    MessagesRequest,
+    OutputConfig,
+    Thinking,
+    ToolChoice,
+)
 from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.chat.tools import FunctionDefinition
 from pellucid.server.completions.protocol import CompletionRequest
@@ -20,15 +29,6 @@ from pellucid.server.generate.protocol_structure import JsonSchemaFormat, Respon
 from pellucid.server.http.errors import TABLE as ERROR_TABLE
 from pellucid.server.http.metrics import METRICS
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.protocol_messages import (
-    BLOCKS,
-    CountTokensRequest,
-    CustomTool,
-    MessagesRequest,
-    OutputConfig,
-    Thinking,
-    ToolChoice,
-)
 from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.responses.protocol import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 

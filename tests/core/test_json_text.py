@@ -134,7 +134,7 @@ OWN = {
     "structure/tool_grammar.py": "grammars",
     "text/tool_prompt.py": "prompts",
     "text/tool_syntax.py": "texts within JSON",
-    "server/messages_input.py": "arguments on their way to the template",
+    "server/anthropic/input.py": "arguments on their way to the template",
     "bench/startup.py": "options for our own child",
     "bench/startup_child.py": "figures for our own parent",
     "commands/capture.py": "metadata that a second run compares",

@@ -15,13 +15,13 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from pellucid.api.sampling_params import SamplingParams
+from pellucid.server.anthropic.answer import MessageAnswer
+from pellucid.server.anthropic.protocol import MessagesRequest
 from pellucid.server.chat.parsing import OutputStyle
 from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
-from pellucid.server.messages import MessageAnswer
-from pellucid.server.protocol_messages import MessagesRequest
 from pellucid.server.responses.answer import ResponseAnswer
 from pellucid.server.responses.input import answered
 from pellucid.server.responses.protocol import ResponsesRequest

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pellucid.server.anthropic.protocol import MessagesRequest
 from pellucid.server.chat.parsing import OutputReader
 from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Delta, Usage
 from pellucid.server.http.errors import HttpError, anthropic_error
-from pellucid.server.protocol_messages import MessagesRequest
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 from pellucid.text.json_mending import ObjectMender, mended_object
 

@@ -6,14 +6,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pellucid.errors import InvalidRequestError
+from pellucid.server.anthropic.answer import PREFIX, MessageAnswer
+from pellucid.server.anthropic.input import NAMES, prompt_of, to_chat
+from pellucid.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from pellucid.server.chat.core import job_of, prepared, renaming
 from pellucid.server.chat.preparing import Prepared
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.typed_stream import typed_events, whole_answer
 from pellucid.server.http.sse import EventStream, JsonResponse
-from pellucid.server.messages import PREFIX, MessageAnswer
-from pellucid.server.messages_input import NAMES, prompt_of, to_chat
-from pellucid.server.protocol_messages import CountTokensRequest, MessagesRequest
 
 
 class MessagesEndpoints:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.chat.protocol import ChatCompletionRequest
-from pellucid.server.protocol_messages import (
+from pellucid.server.anthropic.protocol import (
     Conversation,
     CountTokensRequest,
     CustomTool,
@@ -19,6 +18,7 @@ from pellucid.server.protocol_messages import (
     ToolUseBlock,
     Turn,
 )
+from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.responses.input import as_chat, shared_fields
 
 # What chat calls a field that a message's request knows under another name.

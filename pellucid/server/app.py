@@ -20,6 +20,8 @@ from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.chat.turns import ToolUse, Turn, turn_of
 from pellucid.server.completions.answer import CompletionAnswer
 from pellucid.server.completions.protocol import CompletionRequest, check_ids
+from pellucid.server.debug.live import live_view
+from pellucid.server.debug.protocol import DetokenizeRequest, TokenizeRequest
 from pellucid.server.embeddings import answer as embeddings
 from pellucid.server.embeddings.protocol import EmbeddingRequest
 from pellucid.server.generate.answers import stream_events
@@ -34,8 +36,6 @@ from pellucid.server.http.openapi import json_body, publish
 from pellucid.server.http.page import Page
 from pellucid.server.http.settings import ServerSettings
 from pellucid.server.http.sse import EventStream, JsonResponse
-from pellucid.server.live import live_view
-from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.responses.endpoints import ResponsesEndpoints
 from pellucid.server.responses.protocol import ResponsesRequest
 from pellucid.service.async_engine import AsyncLLMEngine

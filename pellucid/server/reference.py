@@ -23,13 +23,13 @@ from pellucid.server.anthropic.protocol import (
 from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.chat.tools import FunctionDefinition
 from pellucid.server.completions.protocol import CompletionRequest
+from pellucid.server.debug.protocol import DetokenizeRequest, TokenizeRequest
 from pellucid.server.embeddings.protocol import EmbeddingRequest
 from pellucid.server.generate.protocol import StreamOptions
 from pellucid.server.generate.protocol_structure import JsonSchemaFormat, ResponseFormat
 from pellucid.server.http.errors import TABLE as ERROR_TABLE
 from pellucid.server.http.metrics import METRICS
 from pellucid.server.http.settings import ServerSettings
-from pellucid.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 from pellucid.server.responses.protocol import ITEMS, FunctionTool, Reasoning, ResponsesRequest, TextFormat
 
 BEGIN, END = "<!-- begin: made by scripts/http_api.py -->", "<!-- end -->"

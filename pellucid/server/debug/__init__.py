@@ -1,0 +1,1 @@
+"""Tokens, live state and traces, for those who look into a running server."""

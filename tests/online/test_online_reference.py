@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from http_api import DOCUMENT, updated
 
 from pellucid.server.chat.protocol import ChatCompletionRequest
-from pellucid.server.reference import updated
-
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "http_api.md"
 
 
 def test_given_document_when_made_anew_then_nothing_changes() -> None:

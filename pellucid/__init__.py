@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pellucid.version import VERSION
+
 if TYPE_CHECKING:
     from pellucid.api.outputs import RequestOutput as RequestOutput
     from pellucid.api.sampling_params import SamplingParams as SamplingParams
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from pellucid.llm import LLM as LLM
     from pellucid.models.registry import ModelRegistry as ModelRegistry
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # Imported when first asked for, so that `import pellucid` costs nothing.
 _LAZY = {

@@ -11,7 +11,6 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-import pellucid
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.bench.serve_options import API_KEY_HELP, api_key_of
 from pellucid.commands import bench, trace
@@ -23,6 +22,7 @@ from pellucid.commands.options import (
     with_options,
 )
 from pellucid.errors import DownloadError, InvalidRequestError, PellucidError
+from pellucid.version import VERSION
 
 app = typer.Typer(
     name="pellucid",
@@ -293,7 +293,7 @@ def _opened(file: str) -> BinaryIO:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"pellucid {pellucid.__version__}")
+        print(f"pellucid {VERSION}")
         raise typer.Exit()
 
 

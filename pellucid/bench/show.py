@@ -11,8 +11,8 @@ _SPREAD = ("mean", "median", "p90", "p99", "least", "most")
 
 def conditions(model: str, engine: dict[str, Any]) -> dict[str, Any]:
     """The machine, the version and the settings."""
-    import pellucid
     from pellucid.core import abi
+    from pellucid.version import VERSION
 
     cpu = abi.cpu_info()
     context = abi.Context(engine.get("num_threads", 0), engine.get("isa", "auto"))
@@ -22,7 +22,7 @@ def conditions(model: str, engine: dict[str, Any]) -> dict[str, Any]:
         context.close()
     return {
         "date": datetime.date.today().isoformat(),
-        "pellucid": pellucid.__version__,
+        "pellucid": VERSION,
         "processor": cpu.model_name,
         "cores": cpu.physical_cores,
         **chosen,

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-import pellucid
 from pellucid.api.hidden_states import CaptureParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.request_options import RequestOptions
@@ -26,6 +25,7 @@ from pellucid.errors import ConfigError, InvalidRequestError, StorageError
 from pellucid.files import PART_SUFFIX, LineFile, make_folder, remove_parts, write_whole
 from pellucid.json_text import dumps, well_formed
 from pellucid.llm import LLM
+from pellucid.version import VERSION
 from pellucid.weights.safetensors import open_safetensors, read_metadata, write_safetensors
 
 ERRORS = "errors.jsonl"
@@ -135,7 +135,7 @@ def capture_jsonl(
         raise InvalidRequestError("capture needs names, and an engine that hands out hidden states", "capture")
     resolved = wanted.resolve(limits)
     metadata = {
-        "pellucid": pellucid.__version__,
+        "pellucid": VERSION,
         "model": well_formed(llm.config.model),
         "fingerprint": llm.engine.executor.model.fingerprint,
         "activations": dumps(resolved),

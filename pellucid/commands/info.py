@@ -8,7 +8,6 @@ from typing import Any
 
 import psutil
 
-import pellucid
 from pellucid.commands.load import packing_progress
 from pellucid.commands.program import program_lines
 from pellucid.config import EngineConfig
@@ -26,6 +25,7 @@ from pellucid.program.file import ProgramFile
 from pellucid.program.runner import load_program
 from pellucid.program.scheme import DTYPE_NAMES
 from pellucid.program.variant import activation_widths
+from pellucid.version import VERSION
 from pellucid.weights.hub import cache_dir
 
 Row = tuple[str, str]
@@ -58,7 +58,7 @@ def machine_rows(config: EngineConfig) -> list[Row]:
     has_torch = importlib.util.find_spec("torch") is not None
     backends = "program (native core); eager: " + ("native, reference" if has_torch else "needs torch")
     return [
-        ("pellucid", f"{pellucid.__version__}, core ABI {abi.library().pld_abi_version()}"),
+        ("pellucid", f"{VERSION}, core ABI {abi.library().pld_abi_version()}"),
         ("processor", cpu.model_name or "unknown"),
         ("cores", f"{cpu.physical_cores} physical, {cpu.logical_cores} logical that this process may use"),
         ("instructions", ", ".join(name for name, has in features.items() if has) or "baseline"),

@@ -24,8 +24,8 @@ def run_server(model: str, options: dict[str, Any]) -> int:
     config = EngineConfig.from_kwargs(model, engine_kwargs(options))
 
     from pellucid.server.http.logs import set_up_logging
-    from pellucid.server.http.run import Server, bind, url_of
     from pellucid.server.http.tracing import Tracing
+    from pellucid.server.run import Server, bind, url_of
     from pellucid.service.async_engine import AsyncLLMEngine
 
     set_up_logging(settings)

@@ -247,10 +247,10 @@ def _result(report: ReplayReport) -> str:
     logits = f", {report.num_logits:,} checksums of logits" if report.compares_logits else "; logits were not traced"
     how = "step by step" if report.compares_plans else "request by request, for the settings change plans"
     if report.difference is not None:
-        import pellucid
+        from pellucid.version import VERSION
 
-        other = report.recorded_by != pellucid.__version__
-        version = f"; it was recorded by pellucid {report.recorded_by}, this is {pellucid.__version__}" if other else ""
+        other = report.recorded_by != VERSION
+        version = f"; it was recorded by pellucid {report.recorded_by}, this is {VERSION}" if other else ""
         return f"DIFFERENT at {report.difference}\nUp to there equal ({how}): {counts}{logits}{version}"
     end = f"\nThe trace is not complete: {report.cut_off}. Up to there all is equal." if report.cut_off else ""
     return f"EQUAL, {how}: {counts}{logits}{end}"

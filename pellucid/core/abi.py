@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import os
+import sys
 from collections.abc import Sequence
 from ctypes import (
     POINTER,
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import pellucid
 from pellucid.contract.batch import BatchInput
 from pellucid.core.structs import (
     MAX_IN,
@@ -92,7 +92,7 @@ def _candidates() -> list[Path]:
     if chosen:
         return [Path(chosen)]
     names = ("libpellucid.so", "libpellucid.dylib", "pellucid.dll")
-    return [Path(folder) / "_lib" / name for folder in pellucid.__path__ for name in names]
+    return [Path(folder) / "_lib" / name for folder in sys.modules["pellucid"].__path__ for name in names]
 
 
 @lru_cache(maxsize=1)

@@ -156,7 +156,7 @@ class EngineClient:
 
     def settle(self) -> None:
         """Takes the empty step with which a padded batch ends, when it has."""
-        if self.engine.scheduler.padded is not None:
+        if self.engine.scheduler.account.is_open:
             self._turns.do(self._settle)
 
     def _settle(self) -> None:

@@ -27,15 +27,17 @@ from pellucid.owners import Owner, SoleOwner, owned
 from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed
 from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import DraftConfig, SchedulerConfig
+from pellucid.scheduling.policies import POLICIES
 from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
-from pellucid.scheduling.scheduler import DraftConfig, RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.scheduling.scheduler import RequestScheduler, TokenEvent
 from pellucid.scheduling.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
 from pellucid.text.tokenizer import Tokenizer
-from pellucid.trace.records import StepRecord, Trace
+from pellucid.trace.records import Place, StepRecord, Trace
 
 if TYPE_CHECKING:
     from pellucid.program.verify import Verification
-    from pellucid.trace.lines import Line
+    from pellucid.trace.lines import Line, Resolved
     from pellucid.trace.recorder import Recorder
 
 _log = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class LLMEngine:
             self.max_model_len,
             self.eos_token_ids,
             _hidden_limits(config, executor),
-            pads_to=config.block_size if config.policy == "padded" else 1,
+            pads_to=config.block_size if POLICIES[config.policy].one_shape else 1,
         )
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
@@ -139,7 +141,7 @@ class LLMEngine:
         self._turn = 0
         self.owner: Owner = SoleOwner("this LLMEngine")
         self.sink: Callable[[StepOutputs], None] | None = None
-        self._recorder = _recorder(self, trace_sink, clock)
+        self._recorder = self._make_recorder(trace_sink, clock)
 
     # ---- commands -------------------------------------------------------------------------------------------------
 
@@ -192,7 +194,7 @@ class LLMEngine:
         self._choice_ids[request_id] = added
         self.output.add(state, added)
         if self._recorder is not None:
-            self._recorder.submitted(self, request_id, token_ids, params, seed, options, names)
+            self._recorder.submitted(self._place, request_id, token_ids, params, seed, options, names)
         return request_id
 
     @owned
@@ -205,7 +207,7 @@ class LLMEngine:
         ended = [TokenEvent(name, None, aborted) for name in choice_ids if self.scheduler.finish(name, aborted)]
         self._ended_outside += ended
         if ended and self._recorder is not None:
-            self._recorder.cancelled(self, request_id)
+            self._recorder.cancelled(self._place, request_id)
         return True
 
     @owned
@@ -213,7 +215,7 @@ class LLMEngine:
         """Forgets all cached blocks; False while requests hold blocks."""
         is_reset = self.block_manager.reset_prefix_cache()
         if is_reset and self._recorder is not None:
-            self._recorder.was_reset(self)
+            self._recorder.was_reset(self._place)
         return is_reset
 
     @owned
@@ -259,8 +261,7 @@ class LLMEngine:
     def has_unfinished(self) -> bool:
         """True while a step could bring something. A step in flight for requests that have all ended does not; the empty one
         with which a padded batch ends does: its record."""
-        padded = self.scheduler.padded
-        return self.scheduler.has_unfinished or bool(self._ended_outside) or not (padded is None or padded.is_empty)
+        return self.scheduler.has_unfinished or bool(self._ended_outside) or self.scheduler.account.is_open
 
     @property
     def turn(self) -> int:
@@ -270,9 +271,7 @@ class LLMEngine:
     @property
     def can_step(self) -> bool:
         """True while `step` has something to do: a request to serve, or a step in flight to book."""
-        padded = self.scheduler.padded
-        is_account_open = padded is not None and not padded.is_empty
-        return bool(self._in_flight) or self.scheduler.has_unfinished or is_account_open
+        return bool(self._in_flight) or self.scheduler.has_unfinished or self.scheduler.account.is_open
 
     @owned
     def close(self) -> None:
@@ -285,7 +284,31 @@ class LLMEngine:
                 self._worker.close()
             self.executor.close()
             if self._recorder is not None:
-                self._recorder.close(self)
+                self._recorder.close(self._place)
+
+    def _make_recorder(self, sink: Callable[[Line], None] | None, clock: Callable[[], float]) -> Recorder | None:
+        """What writes the trace, where there is one."""
+        if sink is None and self.config.trace_path is None:
+            return None
+        from pellucid.trace.recorder import Recorder, header_of  # not imported for nothing
+
+        return Recorder(self.config, lambda: header_of(self.config, self.executor.model, self._resolved()), sink, clock)
+
+    def _resolved(self) -> Resolved:
+        from pellucid.trace.lines import Resolved
+
+        context = getattr(self.executor, "context", None)
+        return Resolved(
+            max_model_len=self.max_model_len,
+            num_blocks=self.executor.kv_cache.num_blocks,
+            block_size=self.executor.kv_cache.block_size,
+            num_threads=0 if context is None else context.num_threads,
+            isa="auto" if context is None else context.isa,
+        )
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.turn, self.scheduler.next_step_id)
 
     def _refuse_when_dead(self) -> None:
         if self._closed:
@@ -354,11 +377,11 @@ class LLMEngine:
         outputs = self._process(events, began)
         if step.plan.entries:
             self._book_step(step.plan, events)
-        if step.plan.entries or self.scheduler.padded is not None:
+        if step.plan.entries or self.scheduler.account.counts_empty_steps:
             record = self._record(step, executed, events, self._clock() - began)
             self.trace.record(record)
             if self._recorder is not None:
-                self._recorder.stepped(self, record, step.plan, result, events)
+                self._recorder.stepped(self.turn, record, step.plan, result, events)
         self._is_idle = not self.scheduler.has_unfinished
         return outputs
 
@@ -484,19 +507,18 @@ class LLMEngine:
     ) -> StepRecord:
         plan, output = step.plan, executed.output
         finished = [event.request_id for event in events if event.finish_status is not None]
-        blocks, padded = self.block_manager, self.scheduler.padded
-        used = blocks.num_used_blocks if padded is None else padded.n_used_blocks
+        account = self.scheduler.account
         return StepRecord(
             step=plan.step_id,
             kind=plan.kind,
-            tkv=0 if padded is None else padded.tkv,
+            tkv=account.tkv,
             waiting=list(plan.waiting),
             running=[request_id for request_id in step.running if request_id not in finished],
             request_outputs=list(dict.fromkeys([event.request_id for event in events if event.token_id is not None])),
             finished_requests=finished,
-            n_reserved_blocks=used if padded is None else padded.n_reserved_blocks,
-            n_used_blocks=used,
-            n_free_blocks=blocks.num_free_blocks if padded is None else padded.n_free_blocks,
+            n_reserved_blocks=account.n_reserved_blocks,
+            n_used_blocks=account.n_used_blocks,
+            n_free_blocks=account.n_free_blocks,
             n_prefix_hits=sum([1 for entry in plan.entries if entry.num_cached_tokens]) if plan.new_requests else 0,
             tokens={entry.request_id: entry.num_tokens for entry in plan.entries},
             preempted=list(plan.preempted),
@@ -563,15 +585,6 @@ def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> 
         reason = str(error) if isinstance(error, NativeError) else f"the step failed: {type(error).__name__}: {error}"
         output, failed = ModelRunnerOutput({}, errors={entry.request_id: reason for entry in plan.entries}), True
     return _Executed(output, clock() - began, failed)
-
-
-def _recorder(engine: LLMEngine, sink: Callable[[Line], None] | None, clock: Callable[[], float]) -> Recorder | None:
-    """What writes the trace, where there is one."""
-    if sink is None and engine.config.trace_path is None:
-        return None
-    from pellucid.trace.recorder import Recorder  # not imported for nothing
-
-    return Recorder(engine, sink, clock)
 
 
 def _hidden_limits(config: EngineConfig, executor: Executor) -> HiddenStatesLimits | None:

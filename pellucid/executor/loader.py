@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pellucid import __version__
 from pellucid.config import EngineConfig
 from pellucid.core import abi
 from pellucid.errors import (
@@ -33,6 +32,7 @@ from pellucid.program.file import ProgramFile, open_program_file
 from pellucid.program.scheme import WeightScheme
 from pellucid.program.verify import verify_file
 from pellucid.text.tokenizer import Tokenizer
+from pellucid.version import VERSION
 from pellucid.weights.hub import cache_dir, remove_leftovers, resolve_model
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def fingerprint(path: Path, config: EngineConfig) -> str:
     tokenizer = [] if config.tokenizer is None else _stamps(model_files(Path(config.tokenizer)))
     parts = (
         FORMAT_VERSION,
-        __version__,
+        VERSION,
         str(path.resolve()),
         _stamps(model_files(path)),
         tokenizer,

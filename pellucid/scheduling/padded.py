@@ -11,8 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.account import BatchAccount
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import SchedulerConfig
+from pellucid.scheduling.passes import Step
 from pellucid.scheduling.request import EngineCoreRequest, Request
 from pellucid.scheduling.wait import WAIT_NO_BLOCKS, WAIT_TKV_LENGTH, WAIT_TKV_VOLUME
+
+
+def take(step: Step) -> None:
+    """One whole prompt, as soon as the static shapes let it in; else a decode of all that runs."""
+    step.admit_waiting(whole_prompts=True, one_prompt=True)
+    if step.is_empty:
+        step.continue_running(step.running)
+
+
+def account(config: SchedulerConfig, blocks: BlockManager) -> BatchAccount:
+    """An account for these limits.
+
+    Raises:
+        ConfigError: `max_batch_tkv_limit` is below 1.
+    """
+    return PaddedBatch(
+        blocks.block_size, blocks.num_blocks, config.max_num_seqs, config.max_model_len, config.max_batch_tkv_limit
+    )
 
 
 @dataclass
@@ -23,7 +45,7 @@ class _Sequence:
     n_used: int  # blocks of them that it holds now
 
 
-class PaddedBatch:
+class PaddedBatch(BatchAccount):
     """The batch as it stands behind the step that was planned last: what the next step is decided by.
 
     A request that has ended holds its blocks until the next step begins. `max_batch_tkv_limit` bounds sequences x length; None:
@@ -61,9 +83,13 @@ class PaddedBatch:
         return self.num_blocks - self.n_reserved_blocks
 
     @property
-    def is_empty(self) -> bool:
-        """False until the step after the last request ended."""
-        return not (self._sequences or self.tkv)
+    def is_open(self) -> bool:
+        """True until the step after the last request ended."""
+        return bool(self._sequences or self.tkv)
+
+    @property
+    def counts_empty_steps(self) -> bool:
+        return True
 
     def refuse_impossible(self, core: EngineCoreRequest) -> None:
         """Refuses what could not run even in a batch of its own.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from pellucid.contract.plan import WAIT_BEHIND_HEAD, NewRequest, PlanEntry, StepKind, StepPlan, WaitingReasons
 from pellucid.errors import InvariantError
+from pellucid.scheduling.account import BatchAccount
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import DraftConfig, SchedulerConfig
+from pellucid.scheduling.queues import Queues
 from pellucid.scheduling.request import Request, RequestStatus, queue_key
 from pellucid.scheduling.speculative import PromptLookup
 from pellucid.scheduling.wait import (
@@ -19,25 +22,27 @@ from pellucid.scheduling.wait import (
     WAIT_SHARED_PROMPT,
 )
 
-if TYPE_CHECKING:
-    from pellucid.scheduling.scheduler import RequestScheduler
-
 
 class Step:
-    """A plan in the making: the passes that policies are made of (`policies.StepPasses`)."""
+    """A plan in the making: the passes that policies are made of."""
 
-    def __init__(self, scheduler: RequestScheduler) -> None:
-        self._scheduler = scheduler
-        self._config = scheduler.config
-        self._blocks = scheduler.block_manager
-        self._budget_left = self._config.max_num_batched_tokens
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        queues: Queues,
+        blocks: BlockManager,
+        account: BatchAccount,
+        drafts: DraftConfig | None,
+    ) -> None:
+        """`drafts`: None when this plan holds none."""
+        self._config, self._queues, self._blocks, self._account, self._drafts = config, queues, blocks, account, drafts
+        self._budget_left = config.max_num_batched_tokens
         self._entries: dict[str, PlanEntry] = {}
         self.requests: dict[str, Request] = {}  # those of the entries
         self._prefills: set[str] = set()
         self._new_requests: list[NewRequest] = []
         self._preempted: list[str] = []
         self._head_reason = WAIT_BEHIND_HEAD
-        self._drafts = self._config.drafts if scheduler.drafts_now else None
 
     @property
     def is_empty(self) -> bool:
@@ -45,14 +50,14 @@ class Step:
 
     @property
     def running(self) -> list[Request]:
-        return list(self._scheduler.running)
+        return list(self._queues.running)
 
     def continue_running(self, requests: Iterable[Request]) -> None:
         """Take running requests in turn. One that lacks a block makes room by preempting, if need be itself."""
         for request in requests:
             num_tokens = self._chunk(request)
             is_taken = request.request_id in self._entries or request.status is not RequestStatus.RUNNING
-            if num_tokens <= 0 or is_taken or self._scheduler.is_at_its_end(request):
+            if num_tokens <= 0 or is_taken or self._is_at_its_end(request):
                 continue
             drafts = self._propose(request, num_tokens) if self._drafts else ()
             num_tokens += len(drafts)
@@ -62,8 +67,8 @@ class Step:
 
     def admit_waiting(self, whole_prompts: bool, one_prompt: bool = False) -> None:
         """Admit from the head of the queue; the first that cannot come in keeps those behind it waiting."""
-        while self._scheduler.num_waiting:
-            request = self._scheduler.head
+        while self._queues.num_waiting:
+            request = self._queues.head
             is_enough = one_prompt and bool(self._new_requests)
             reason = WAIT_ONE_PROMPT if is_enough else self._why_not(request, whole_prompts)
             if reason is not None:
@@ -80,7 +85,7 @@ class Step:
             new_requests=tuple(self._new_requests),
             preempted=tuple(self._preempted),
             finished=finished,
-            waiting=WaitingReasons(self._scheduler.waiting_ids, self._head_reason),
+            waiting=WaitingReasons(self._queues.waiting_ids, self._head_reason),
         )
 
     def _kind(self) -> StepKind:
@@ -89,6 +94,14 @@ class Step:
         if not self._prefills:
             return "decode"
         return "prefill" if len(self._prefills) == len(self._entries) else "mixed"
+
+    def _is_at_its_end(self, request: Request) -> bool:
+        """True when a plan in flight samples the last token that the request can have: nothing can be computed behind it."""
+        more = request.num_placeholders
+        if not more:
+            return False
+        fits = self._blocks.blocks_for(request.num_tokens + more) <= self._blocks.num_blocks
+        return not fits or self._config.is_at_full_length(request, more)
 
     def _chunk(self, request: Request) -> int:
         """How many of a request's pending tokens this step can take."""
@@ -99,7 +112,7 @@ class Step:
 
     def _propose(self, request: Request, num_tokens: int) -> Sequence[int]:
         """Drafts behind the newest token of a request, as far as they take nothing that another one could need now."""
-        config, num_running = self._drafts, self._scheduler.num_running
+        config, num_running = self._drafts, self._queues.num_running
         if config is None or num_tokens > 1 or request.is_prefill or request.num_placeholders:
             return ()
         spare_blocks = max(0, self._blocks.num_free_blocks - num_running)
@@ -142,8 +155,8 @@ class Step:
         if num_tokens <= len(request.block_table) * self._blocks.block_size:
             return ()
         while (new_block_ids := self._blocks.allocate(request, num_tokens)) is None:
-            victim = max(self._scheduler.running, key=queue_key)
-            if self._scheduler.num_running == 1:
+            victim = max(self._queues.running, key=queue_key)
+            if self._queues.num_running == 1:
                 raise InvariantError(f"{victim} runs alone and lacks blocks: {self._blocks.stats()}")
             self._preempt(victim)
             if victim is request:
@@ -156,7 +169,7 @@ class Step:
             del self.requests[victim.request_id]
             self._budget_left += entry.num_tokens
             self._prefills.discard(victim.request_id)
-        self._scheduler.preempt(victim)
+        self._queues.preempt(victim)
         self._preempted.append(victim.request_id)
         self._head_reason = WAIT_PREEMPTING.format(preempted=len(self._preempted))
 
@@ -165,7 +178,7 @@ class Step:
         config, blocks = self._config, self._blocks
         if self._preempted:
             return self._head_reason
-        if self._scheduler.num_running >= config.max_num_seqs:
+        if self._queues.num_running >= config.max_num_seqs:
             return WAIT_MAX_NUM_SEQS.format(limit=config.max_num_seqs)
         if self._budget_left == 0:
             return WAIT_BUDGET_SPENT.format(budget=config.max_num_batched_tokens)
@@ -179,14 +192,13 @@ class Step:
         needs = blocks.num_blocks_needed(request, request.num_tokens)
         if needs > blocks.num_free_blocks:
             return WAIT_NO_BLOCKS.format(needs=needs, free=blocks.num_free_blocks)
-        padded = self._scheduler.padded
-        return None if padded is None else padded.why_not(request, self._scheduler.running)
+        return self._account.why_not(request, self._queues.running)
 
     def _waits_for_first_choice(self, request: Request) -> bool:
         """True while a choice of the same request computes the prompt that this one can share afterwards."""
         if request.group_id is None:
             return False
-        choices = [other for other in self._scheduler.running if other.group_id == request.group_id]
+        choices = [other for other in self._queues.running if other.group_id == request.group_id]
         return bool(choices) and all(other.num_computed_tokens < other.num_prompt_tokens for other in choices)
 
     def _admit(self, request: Request) -> None:
@@ -212,6 +224,6 @@ class Step:
                 grammar=request.core.grammar,
             )
         )
-        self._scheduler.admit(request)
+        self._queues.admit(request)
         num_cached = request.num_computed_tokens if self._blocks.enable_prefix_caching else 0
         self._take(request, self._chunk(request), new_block_ids, num_cached_tokens=num_cached)

@@ -1,39 +1,25 @@
-"""Which requests a step takes. A policy orders the scheduler's passes; the passes themselves are the same for all."""
+"""Which requests a step takes. A policy orders the passes of a step; the passes themselves are the same for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-from pellucid.scheduling.request import Request
-
-
-class StepPasses(Protocol):
-    """The passes a step is made of."""
-
-    @property
-    def is_empty(self) -> bool:
-        """True while no request has been taken."""
-
-    @property
-    def running(self) -> list[Request]:
-        """Running requests, in order of admission."""
-
-    def continue_running(self, requests: Iterable[Request]) -> None:
-        """Take the pending tokens of running requests while the token budget lasts; preempt where blocks are short."""
-
-    def admit_waiting(self, whole_prompts: bool, one_prompt: bool = False) -> None:
-        """Admit from the head of the queue until one cannot come in, or one has."""
+from pellucid.errors import ConfigError
+from pellucid.scheduling import padded
+from pellucid.scheduling.account import BatchAccount
+from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import SchedulerConfig
+from pellucid.scheduling.passes import Step
 
 
-def mixed(step: StepPasses) -> None:
+def mixed(step: Step) -> None:
     """Running requests first, then waiting ones, prompts cut into chunks by what is left of the budget."""
     step.continue_running(step.running)
     step.admit_waiting(whole_prompts=False)
 
 
-def prefill_first(step: StepPasses) -> None:
+def prefill_first(step: Step) -> None:
     """Whole prompts, in order, as long as they fit; a decode of all that runs only where no prefill was possible.
 
     A resumed request (prompt + outputs) that is longer than a step may be is the one exception to whole prompts: it
@@ -45,25 +31,44 @@ def prefill_first(step: StepPasses) -> None:
         step.continue_running(step.running)
 
 
-def padded(step: StepPasses) -> None:
-    """One whole prompt, as soon as the static shapes let it in (`scheduling/padded.py`); else a decode of all that runs."""
-    step.admit_waiting(whole_prompts=True, one_prompt=True)
-    if step.is_empty:
-        step.continue_running(step.running)
+def _plain_account(config: SchedulerConfig, blocks: BlockManager) -> BatchAccount:
+    return BatchAccount(blocks)
 
 
 @dataclass(frozen=True)
 class Policy:
     """How a step is put together, and what holds for its requests."""
 
-    take: Callable[[StepPasses], None]
+    take: Callable[[Step], None]
+    account: Callable[[SchedulerConfig, BlockManager], BatchAccount] = _plain_account
     whole_prompts: bool = False  # a prompt is never cut, so it must fit a step
     newest_first: bool = False  # the order of those that run: by admission, or the other way round
-    pads: bool = False  # static shapes are accounted for
+    one_shape: bool = False  # shapes are static: one step at a time, without drafts; prompts take whole blocks
 
 
 POLICIES: dict[str, Policy] = {
     "mixed": Policy(mixed),
     "prefill_first": Policy(prefill_first, whole_prompts=True),
-    "padded": Policy(padded, whole_prompts=True, newest_first=True, pads=True),
+    "padded": Policy(padded.take, padded.account, whole_prompts=True, newest_first=True, one_shape=True),
 }
+
+
+def policy_of(config: SchedulerConfig) -> Policy:
+    """The policy that `config` names.
+
+    Raises:
+        ConfigError: it is not known, or cannot honour another setting.
+    """
+    policy = POLICIES.get(config.policy)
+    if policy is None:
+        raise ConfigError(f"policy {config.policy!r} is not known; policies: {', '.join(sorted(POLICIES))}")
+    if policy.whole_prompts and config.max_prefill_chunk is not None:
+        raise ConfigError(f"max_prefill_chunk {config.max_prefill_chunk}: {config.policy} computes whole prompts")
+    if policy.one_shape and (config.async_scheduling or config.drafts is not None):
+        raise ConfigError(f"{config.policy} plans step by step: neither ahead nor with drafts")
+    if policy.one_shape and config.max_num_seqs > config.max_num_batched_tokens:
+        raise ConfigError(
+            f"max_num_seqs is {config.max_num_seqs}; {config.policy} decodes all requests in one step, and "
+            f"max_num_batched_tokens is {config.max_num_batched_tokens}"
+        )
+    return policy

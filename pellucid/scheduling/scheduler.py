@@ -8,76 +8,20 @@ already known or, with `async_scheduling`, also the one that the plan in flight 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pellucid.api.outputs import TokenLogprobs
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, PlanEntry, StepPlan
-from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.errors import InvalidRequestError, InvariantError
 from pellucid.scheduling.block_manager import BlockManager
-from pellucid.scheduling.padded import PaddedBatch
+from pellucid.scheduling.config import SchedulerConfig
 from pellucid.scheduling.passes import Step
-from pellucid.scheduling.policies import POLICIES
-from pellucid.scheduling.request import EngineCoreRequest, Request, RequestStatus, queue_key
-from pellucid.scheduling.wait import WAIT_REASONS
-
-__all__ = ["WAIT_REASONS", "DraftConfig", "RequestScheduler", "SchedulerConfig", "TokenEvent"]
+from pellucid.scheduling.policies import policy_of
+from pellucid.scheduling.queues import Queues
+from pellucid.scheduling.request import EngineCoreRequest, Request, RequestStatus
 
 StopCheck = Callable[[str, int], "str | None"]
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """Prompt lookup: at most `num_tokens` drafts a request and step, found by tails of `shortest` to `longest` tokens, while
-    at most `max_num_seqs` requests run."""
-
-    num_tokens: int
-    shortest: int
-    longest: int
-    max_num_seqs: int
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of a step.
-
-    `max_num_seqs`: requests running at once. `max_num_batched_tokens`: tokens computed in one step. `max_model_len`:
-    prompt + outputs of one request. `max_prefill_chunk`: most tokens of one prompt in one step (policy `mixed` only;
-    None: the budget). `async_scheduling`: plans may count on tokens that plans in flight sample. `drafts`: None for none.
-    `max_batch_tkv_limit`: see `PaddedBatch`.
-
-    Raises:
-        ConfigError: a limit is below 1, or the policy is not known or cannot honour what stands beside it.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    policy: Literal["mixed", "prefill_first", "padded"] = "mixed"
-    max_prefill_chunk: int | None = None
-    async_scheduling: bool = False
-    drafts: DraftConfig | None = None
-    max_batch_tkv_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy {self.policy!r} is not known; policies: {', '.join(sorted(POLICIES))}")
-        policy = POLICIES[self.policy]
-        if policy.whole_prompts and self.max_prefill_chunk is not None:
-            raise ConfigError(f"max_prefill_chunk {self.max_prefill_chunk}: {self.policy} computes whole prompts")
-        if policy.pads and (self.async_scheduling or self.drafts is not None):
-            raise ConfigError(f"{self.policy} plans step by step: neither ahead nor with drafts")
-        if policy.pads and self.max_num_seqs > self.max_num_batched_tokens:
-            raise ConfigError(
-                f"max_num_seqs is {self.max_num_seqs}; {self.policy} decodes all requests in one step, and "
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}"
-            )
 
 
 class TokenEvent(NamedTuple):
@@ -92,7 +36,10 @@ class TokenEvent(NamedTuple):
 
 
 class RequestScheduler:
-    """Queues, admission, preemption and the bookkeeping of results.
+    """Admission, plans and the bookkeeping of results.
+
+    Raises:
+        ConfigError: the policy is not known, or cannot honour another setting.
 
     Order: lower `priority` first, then first come first served. Iteration yields running requests, then waiting ones
     in the order in which they will be admitted.
@@ -100,15 +47,12 @@ class RequestScheduler:
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
         self.config = config
-        self.policy = POLICIES[config.policy]
+        self.policy = policy_of(config)
         self.block_manager = block_manager
-        self.padded = self._padded_batch() if self.policy.pads else None
+        self.account = self.policy.account(config, block_manager)
+        self._queues = Queues(block_manager, self.policy.newest_first)
         self._requests: dict[str, Request] = {}  # all records, finished ones until they are forgotten
-        self._waiting: list[Request] = []  # sorted by queue_key
-        self._waiting_ids: tuple[str, ...] | None = ()  # of the same; None when they have changed
-        self._running: list[Request] = []  # in the policy's order
         self._finished: list[str] = []  # ended since the last plan
-        self._in_flight: dict[int, dict[str, Request]] = {}  # step id -> living requests of a plan not yet applied
         self._num_arrivals = 0
         self._next_step_id = 0
 
@@ -116,26 +60,26 @@ class RequestScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._queues.num_waiting
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return self._queues.num_running
 
     @property
     def has_unfinished(self) -> bool:
         """True while any request waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._queues.num_waiting or self._queues.num_running)
 
     @property
     def waiting(self) -> tuple[Request, ...]:
         """Waiting requests in queue order."""
-        return tuple(self._waiting)
+        return self._queues.waiting
 
     @property
     def running(self) -> tuple[Request, ...]:
         """Running requests in the policy's order."""
-        return tuple(self._running)
+        return self._queues.running
 
     @property
     def next_step_id(self) -> int:
@@ -145,24 +89,21 @@ class RequestScheduler:
     @property
     def head(self) -> Request:
         """The waiting request that comes in next. There must be one."""
-        return self._waiting[0]
+        return self._queues.head
 
     @property
     def waiting_ids(self) -> tuple[str, ...]:
         """Ids of the waiting requests in queue order."""
-        if self._waiting_ids is None:
-            self._waiting_ids = tuple([request.request_id for request in self._waiting])
-        return self._waiting_ids
+        return self._queues.waiting_ids
 
     @property
     def drafts_now(self) -> bool:
         """True when the next plan may hold drafts: they follow tokens that must be known."""
         drafts = self.config.drafts
-        return drafts is not None and len(self._running) <= drafts.max_num_seqs
+        return drafts is not None and self._queues.num_running <= drafts.max_num_seqs
 
     def __iter__(self) -> Iterator[Request]:
-        yield from self.running
-        yield from self.waiting
+        return iter(self._queues)
 
     def get(self, request_id: str) -> Request | None:
         """The record of a request, finished or not; None when unknown or forgotten."""
@@ -175,18 +116,8 @@ class RequestScheduler:
             InvariantError: see `BlockManager.check_invariants`; or a request stands in the wrong queue.
         """
         self.block_manager.check_invariants(self)
-        queued = {RequestStatus.WAITING, RequestStatus.PREEMPTED}
-        for request in self._running:
-            if request.status is not RequestStatus.RUNNING:
-                raise InvariantError(f"{request} stands among the running requests")
-        for request in self._waiting:
-            if request.status not in queued or request.next_start:
-                raise InvariantError(f"{request} stands among the waiting requests")
-        num_living = sum(1 for request in self._requests.values() if not request.is_finished)
-        if num_living != len({request.request_id for request in self}) or num_living != len(list(self)):
-            raise InvariantError(f"{num_living} requests live but the queues hold {[r.request_id for r in self]}")
-        if self.padded is not None:
-            self.padded.check_invariants(self._running)
+        self._queues.check_invariants(sum(1 for request in self._requests.values() if not request.is_finished))
+        self.account.check_invariants(self.running)
 
     # ---- commands --------------------------------------------------------------------------------------------------
 
@@ -200,8 +131,7 @@ class RequestScheduler:
         request = Request(core, sequence=self._num_arrivals)
         self._num_arrivals += 1
         self._requests[core.request_id] = request
-        insort(self._waiting, request, key=queue_key)
-        self._waiting_ids = None
+        self._queues.add(request)
         return request
 
     def cancel(self, request_id: str) -> bool:
@@ -249,20 +179,21 @@ class RequestScheduler:
         """The next step; of kind `none` when nothing can run. Executors drop `finished`, then take `new_requests`.
 
         Raises:
-            InvariantError: the policy pads, and a plan before was not applied.
+            InvariantError: the policy plans step by step, and a plan before was not applied.
         """
-        if self.padded is not None and self._in_flight:
-            raise InvariantError(f"{self.config.policy} plans step by step; in flight: {sorted(self._in_flight)}")
-        step = Step(self)
+        in_flight = self._queues.steps_in_flight
+        if self.policy.one_shape and in_flight:
+            raise InvariantError(f"{self.config.policy} plans step by step; in flight: {in_flight}")
+        drafts = self.config.drafts if self.drafts_now else None
+        step = Step(self.config, self._queues, self.block_manager, self.account, drafts)
         self.policy.take(step)
         plan = step.plan(self._next_step_id, tuple(self._finished))
-        if self.padded is not None:
-            admitted = self._requests[plan.new_requests[0].request_id] if plan.new_requests else None
-            self.padded.advance(admitted, decodes=plan.kind == "decode")
+        admitted = self._requests[plan.new_requests[0].request_id] if plan.new_requests else None
+        self.account.advance(admitted, decodes=plan.kind == "decode")
         self._next_step_id += 1
         self._finished.clear()
         if plan.entries:
-            self._in_flight[plan.step_id] = step.requests
+            self._queues.launch(plan.step_id, step.requests)
         return plan
 
     def apply(self, plan: StepPlan, output: ModelRunnerOutput, stop_check: StopCheck | None = None) -> list[TokenEvent]:
@@ -274,9 +205,7 @@ class RequestScheduler:
         Raises:
             InvariantError: the plan was applied before or is not from here.
         """
-        if plan.entries and plan.step_id not in self._in_flight:
-            raise InvariantError(f"step {plan.step_id} is not in flight; in flight: {sorted(self._in_flight)}")
-        requests = self._in_flight.pop(plan.step_id, {})
+        requests = self._queues.land(plan.step_id) if plan.entries else {}
         events: list[TokenEvent] = []
         for entry in plan.entries:
             request = requests.get(entry.request_id)
@@ -290,7 +219,7 @@ class RequestScheduler:
 
     def living(self, plan: StepPlan) -> Set[str]:
         """The requests of a plan in flight that have neither ended nor been preempted since."""
-        return self._in_flight.get(plan.step_id, {}).keys()
+        return self._queues.living(plan.step_id)
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
@@ -345,7 +274,7 @@ class RequestScheduler:
     ) -> TokenEvent:
         status, stop_reason = self._stop_of_token(request, token_id, stop_check)
         error = None
-        if status is None and self._is_at_full_length(request):
+        if status is None and self.config.is_at_full_length(request):
             status = RequestStatus.FINISHED_LENGTH
         if status is None:
             error = self._outgrown(request)
@@ -371,27 +300,12 @@ class RequestScheduler:
             return RequestStatus.FINISHED_STOPPED, stop_string
         return None, None
 
-    def is_at_its_end(self, request: Request) -> bool:
-        """True when a plan in flight samples the last token that the request can have: nothing can be computed behind it."""
-        more = request.num_placeholders
-        return more > 0 and (self._is_at_full_length(request, more) or self._is_too_large(request, more))
-
-    def _is_at_full_length(self, request: Request, more: int = 0) -> bool:
-        """True when no output can follow those that it has and `more`."""
-        full = len(request.output_token_ids) + more >= request.core.max_tokens
-        return full or len(request.token_ids) + more >= self.config.max_model_len
-
-    def _is_too_large(self, request: Request, more: int = 0) -> bool:
-        """True when the newest token, `more` behind those that are known, can never be computed: too few blocks exist."""
-        manager = self.block_manager
-        return len(request.token_ids) + more > manager.num_blocks * manager.block_size
-
     def _outgrown(self, request: Request) -> str | None:
         """Why the request can never run again, if so: its next step would need more blocks than exist."""
-        if not self._is_too_large(request):
-            return None
         manager = self.block_manager
         needs = manager.blocks_for(request.num_tokens)
+        if needs <= manager.num_blocks:
+            return None
         return (
             f"the request has grown to {request.num_tokens} tokens, which need {needs} blocks of {manager.block_size}; "
             f"{manager.num_blocks} exist"
@@ -405,52 +319,9 @@ class RequestScheduler:
         error: str | None = None,
     ) -> None:
         """The one way out: each request passes here exactly once."""
-        queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
-        request.transition(status)
-        _remove(queue, request, is_sorted=queue is self._waiting)
-        self._waiting_ids = None
-        self._release(request, discard=status is RequestStatus.FINISHED_ERROR)
+        self._queues.end(request, status)
         request.stop_reason, request.error = stop_reason, error
         self._finished.append(request.request_id)
-
-    def _release(self, request: Request, discard: bool = False) -> None:
-        """Take a request's blocks away and whatever plans in flight compute for it.
-
-        Those plans still write to the blocks. Whoever gets them next is in a later plan, and plans are executed in order.
-        """
-        self.block_manager.free(request, discard=discard)
-        request.num_scheduled_tokens = request.num_placeholders = 0
-        for requests in self._in_flight.values():
-            requests.pop(request.request_id, None)
-
-    # ---- queues ----------------------------------------------------------------------------------------------------
-
-    def preempt(self, request: Request) -> None:
-        """Blocks away, outputs kept, back to the front of its priority's queue. For `Step` alone."""
-        request.transition(RequestStatus.PREEMPTED)
-        _remove(self._running, request, is_sorted=False)
-        self._release(request)
-        request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        insort(self._waiting, request, key=queue_key)  # it came before all that were never admitted
-        self._waiting_ids = None
-
-    def admit(self, request: Request) -> None:
-        """From the head of the queue to those that run. For `Step` alone."""
-        request.transition(RequestStatus.RUNNING)
-        self._waiting.pop(0)
-        self._waiting_ids = None
-        self._running.insert(0 if self.policy.newest_first else len(self._running), request)
-
-    def _padded_batch(self) -> PaddedBatch:
-        limits, manager = self.config, self.block_manager
-        return PaddedBatch(
-            manager.block_size,
-            manager.num_blocks,
-            limits.max_num_seqs,
-            limits.max_model_len,
-            limits.max_batch_tkv_limit,
-        )
 
     def _refuse_impossible(self, core: EngineCoreRequest) -> None:
         num_prompt, limits, manager = len(core.prompt_token_ids), self.config, self.block_manager
@@ -472,18 +343,10 @@ class RequestScheduler:
                 f"{manager.num_blocks} exist",
                 param="prompt",
             )
-        if self.padded is not None:
-            self.padded.refuse_impossible(core)
+        self.account.refuse_impossible(core)
         if self.policy.whole_prompts and num_prompt > limits.max_num_batched_tokens:
             raise InvalidRequestError(
                 f"prompt has {num_prompt} tokens; policy {limits.policy} computes whole prompts and "
                 f"max_num_batched_tokens is {limits.max_num_batched_tokens}",
                 param="prompt",
             )
-
-
-def _remove(queue: list[Request], request: Request, is_sorted: bool) -> None:
-    index = bisect_left(queue, request.queue_key, key=queue_key) if is_sorted else queue.index(request)
-    if queue[index] is not request:
-        raise InvariantError(f"{request} is not in its queue")
-    del queue[index]

@@ -11,7 +11,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-import pellucid
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.server.anthropic.endpoints import MessagesEndpoints
 from pellucid.server.anthropic.protocol import CountTokensRequest, MessagesRequest
@@ -39,6 +38,7 @@ from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.responses.endpoints import ResponsesEndpoints
 from pellucid.server.responses.protocol import ResponsesRequest
 from pellucid.service.async_engine import AsyncLLMEngine
+from pellucid.version import VERSION
 
 MAX_STEPS = 4096
 ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
@@ -48,7 +48,7 @@ ANTHROPIC_HEADERS = ("x-api-key", "anthropic-version", "anthropic-beta", "anthro
 def create_app(engine: AsyncLLMEngine, settings: ServerSettings) -> FastAPI:
     """The application over a running engine. `app.state.context` is its `ServerContext`."""
     context = ServerContext(engine, settings)
-    app = FastAPI(title="Pellucid", version=pellucid.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Pellucid", version=VERSION, docs_url=None, redoc_url=None)
     app.state.context = context
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(RequestValidationError, _query_error)
@@ -262,7 +262,7 @@ class _Endpoints:
 
     async def version(self) -> Response:
         """Of Pellucid."""
-        return JsonResponse({"version": pellucid.__version__})
+        return JsonResponse({"version": VERSION})
 
     async def metrics(self) -> Response:
         """In Prometheus' text format."""

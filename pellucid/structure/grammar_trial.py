@@ -83,12 +83,10 @@ def _named_in(spec: StructuredOutputsParams, special: Mapping[str, int]) -> dict
 
 
 def _start() -> subprocess.Popen[str]:
-    import pellucid
-
     command = [sys.executable, "-m", __name__]
     return subprocess.Popen(
         command,
-        cwd=Path(pellucid.__file__).parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -8,12 +8,12 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pellucid
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import FIELD, CustomStructure
+from pellucid.config import EngineConfig
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.errors import InvalidRequestError
 from pellucid.scheduling.scheduler import TokenEvent
@@ -30,10 +30,8 @@ from pellucid.trace.lines import (
     SubmitLine,
     step_line,
 )
-from pellucid.trace.records import StepRecord
-
-if TYPE_CHECKING:
-    from pellucid.engine.engine import LLMEngine
+from pellucid.trace.records import Place, StepRecord
+from pellucid.version import VERSION
 
 # Bytes of each weight that its digest reads: at its beginning, in its middle and at its end.
 _SAMPLE_BYTES = 1024
@@ -46,13 +44,20 @@ class Recorder:
         ConfigError: the file cannot be opened.
     """
 
-    def __init__(self, engine: LLMEngine, sink: Callable[[Line], None] | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        header: Callable[[], Header],
+        sink: Callable[[Line], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """`header`: under which conditions the engine runs; asked for where a file is written."""
         self._clock, self._began = clock, clock()
         self._salt_key = secrets.token_bytes(16)  # kept nowhere: a trace names no salt
-        self._traces_logits = engine.config.trace_logits
+        self._traces_logits = config.trace_logits
         self._file: TraceFile | None = None
         if sink is None:
-            self._file = TraceFile(str(engine.config.trace_path), engine.config.trace_max_mb, header_of(engine))
+            self._file = TraceFile(str(config.trace_path), config.trace_max_mb, header())
             sink = self._file.write
         self._write = sink
 
@@ -70,7 +75,7 @@ class Recorder:
 
     def submitted(
         self,
-        engine: LLMEngine,
+        place: Place,
         request_id: str,
         token_ids: list[int],
         params: SamplingParams,
@@ -82,7 +87,7 @@ class Recorder:
         salt, steering = options.cache_salt, options.steering
         values = {**dataclasses.asdict(params), "seed": seed}
         line = SubmitLine(
-            **self._place(engine),
+            **self._located(place),
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=values,
@@ -94,17 +99,17 @@ class Recorder:
         )
         self._write(line)
 
-    def cancelled(self, engine: LLMEngine, request_id: str) -> None:
+    def cancelled(self, place: Place, request_id: str) -> None:
         """A request was ended."""
-        self._write(CancelLine(**self._place(engine), request_id=request_id))
+        self._write(CancelLine(**self._located(place), request_id=request_id))
 
-    def was_reset(self, engine: LLMEngine) -> None:
+    def was_reset(self, place: Place) -> None:
         """The prefix cache was emptied."""
-        self._write(ResetLine(**self._place(engine)))
+        self._write(ResetLine(**self._located(place)))
 
     def stepped(
         self,
-        engine: LLMEngine,
+        turn: int,
         record: StepRecord,
         plan: StepPlan,
         output: ModelRunnerOutput,
@@ -112,21 +117,21 @@ class Recorder:
     ) -> None:
         """A step was booked."""
         checksums = output.logits_checksums if self._traces_logits else None
-        self._write(step_line(record, plan.entries, list(events), checksums, engine.turn, self._at()))
+        self._write(step_line(record, plan.entries, list(events), checksums, turn, self._at()))
 
     @property
     def has_failed(self) -> bool:
         """True once the file could not be written any more."""
         return self._file is not None and self._file.has_failed
 
-    def close(self, engine: LLMEngine) -> None:
+    def close(self, place: Place) -> None:
         """The engine was closed."""
-        self._write(EndLine(**self._place(engine)))
+        self._write(EndLine(**self._located(place)))
         if self._file is not None:
             self._file.close()
 
-    def _place(self, engine: LLMEngine) -> dict[str, Any]:
-        return {"turn": engine.turn, "step": engine.scheduler.next_step_id, "at": self._at()}
+    def _located(self, place: Place) -> dict[str, Any]:
+        return {**place._asdict(), "at": self._at()}
 
     def _at(self) -> float:
         return round(self._clock() - self._began, 6)
@@ -135,25 +140,17 @@ class Recorder:
         return hashlib.blake2b(salt.encode(), key=self._salt_key, digest_size=16).hexdigest()
 
 
-def header_of(engine: LLMEngine) -> Header:
+def header_of(config: EngineConfig, model: Any, resolved: Resolved) -> Header:
     """Under which conditions an engine runs."""
-    executor, config = engine.executor, engine.config
-    context = getattr(executor, "context", None)
     return Header(
         format=FORMAT,
-        pellucid=pellucid.__version__,
+        pellucid=VERSION,
         run=secrets.token_hex(8),
         part=0,
         created=time.time(),
-        model=identity_of(executor.model, config.model),
+        model=identity_of(model, config.model),
         config=dataclasses.asdict(config),
-        resolved=Resolved(
-            max_model_len=engine.max_model_len,
-            num_blocks=executor.kv_cache.num_blocks,
-            block_size=executor.kv_cache.block_size,
-            num_threads=0 if context is None else context.num_threads,
-            isa="auto" if context is None else context.isa,
-        ),
+        resolved=resolved,
     )
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pellucid.contract.plan import StepKind
 from pellucid.errors import ConfigError
+
+
+class Place(NamedTuple):
+    """Where in a run something happens: after so many calls of `step` that had something to do, before the plan `step`."""
+
+    turn: int
+    step: int
 
 
 @dataclass(frozen=True)

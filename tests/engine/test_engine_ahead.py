@@ -6,8 +6,9 @@ from utils.scheduler_world import make_request
 
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput
 from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import DraftConfig, SchedulerConfig
 from pellucid.scheduling.request import RequestStatus
-from pellucid.scheduling.scheduler import DraftConfig, RequestScheduler, SchedulerConfig
+from pellucid.scheduling.scheduler import RequestScheduler
 
 EOS = 9
 

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from utils.scheduler_world import EOS, World, make_request
 
 from pellucid.errors import InvalidRequestError
+from pellucid.scheduling.config import DraftConfig, SchedulerConfig
 from pellucid.scheduling.request import EngineCoreRequest
-from pellucid.scheduling.scheduler import DraftConfig, SchedulerConfig
 
 MAX_MODEL_LEN = 14
 

@@ -21,9 +21,9 @@ from pellucid import LLM, SamplingParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.config import EngineConfig
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.config import DraftConfig, SchedulerConfig
 from pellucid.scheduling.padded import PaddedBatch
 from pellucid.scheduling.request import RequestStatus
-from pellucid.scheduling.scheduler import DraftConfig, SchedulerConfig
 from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.testing import check_step_table, load_step_table
 
@@ -96,8 +96,8 @@ def test_padded_when_the_volume_is_one_too_large_then_the_second_waits_and_says_
     reason = "max_batch_tkv_limit 257: the batch would come to 258 from tkv 128"
     assert row_of(a_world.step()) == ("decode", {"0": (64, 1)}, [], {"1": reason})
     assert row_of(a_world.step())[0] == "prefill"
-    assert a_world.scheduler.padded is not None
-    assert a_world.scheduler.padded.tkv == 128
+    assert a_world.scheduler.account is not None
+    assert a_world.scheduler.account.tkv == 128
     a_world.drain(5)
     a_world.check_end()
 
@@ -156,7 +156,7 @@ def test_padded_when_a_running_request_is_cancelled_then_its_blocks_count_until_
     a_world.add(make_request("b", prompt_of(20, 3), max_tokens=6))
     a_world.step()
     a_world.step()
-    padded = a_world.scheduler.padded
+    padded = a_world.scheduler.account
     assert padded is not None
     assert padded.n_reserved_blocks == 6
     a_world.cancel("a")
@@ -165,7 +165,7 @@ def test_padded_when_a_running_request_is_cancelled_then_its_blocks_count_until_
     assert padded.n_reserved_blocks == 3
     a_world.drain(10)
     a_world.check_end()
-    assert padded.is_empty
+    assert not padded.is_open
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ class PaddedWorld(World):
 
     @property
     def padded(self) -> PaddedBatch:
-        assert self.scheduler.padded is not None
-        return self.scheduler.padded
+        assert self.scheduler.account is not None
+        return self.scheduler.account
 
     def check(self) -> None:
         super().check()
@@ -413,7 +413,7 @@ def test_padded_world_when_requests_come_and_go_then_reservations_hold_and_nobod
     ended = not a_world.scheduler.has_unfinished
     a_world.check_end()  # with the empty step behind the last one
     assert ended
-    assert a_world.padded.is_empty
+    assert not a_world.padded.is_open
     assert (a_world.padded.tkv, a_world.padded.n_reserved_blocks, a_world.padded.n_used_blocks) == (0, 0, 0)
 
 

@@ -8,8 +8,9 @@ from utils.step_tables import assert_steps, prompt_of, row_of, world
 
 from pellucid.contract.plan import ModelRunnerOutput
 from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import SchedulerConfig
 from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
-from pellucid.scheduling.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.scheduling.scheduler import RequestScheduler, TokenEvent
 
 BEHIND = "head of the queue waits"
 SHARED = "waits for the shared prompt of its first choice"

@@ -10,8 +10,9 @@ from utils.step_tables import prompt_of, row_of, world
 
 from pellucid.contract.plan import ModelRunnerOutput
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.scheduling.config import SchedulerConfig
 from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
-from pellucid.scheduling.scheduler import WAIT_REASONS, SchedulerConfig
+from pellucid.scheduling.wait import WAIT_REASONS
 
 
 @pytest.mark.parametrize(

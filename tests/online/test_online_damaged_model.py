@@ -20,7 +20,7 @@ from utils.http_server import running_server
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.program.checksums import BLOCK_BYTES
-from pellucid.server.http.run import DEAD_SECONDS
+from pellucid.server.run import DEAD_SECONDS
 
 _PATIENCE = 120.0
 

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 
 from pellucid.config import EngineConfig
-from pellucid.server.http.run import Server, bind, url_of
 from pellucid.server.http.settings import ServerSettings
+from pellucid.server.run import Server, bind, url_of
 from pellucid.service.async_engine import AsyncLLMEngine
 
 _PATIENCE = 120.0  # the machine may stand still for a while

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.scheduling.block_manager import BlockManager
+from pellucid.scheduling.config import SchedulerConfig
 from pellucid.scheduling.request import EngineCoreRequest, Request, RequestStatus
-from pellucid.scheduling.scheduler import RequestScheduler, SchedulerConfig, TokenEvent
+from pellucid.scheduling.scheduler import RequestScheduler, TokenEvent
 
 EOS = 0
 VOCABULARY = 7

@@ -5,7 +5,7 @@ from __future__ import annotations
 from utils.scheduler_world import World
 
 from pellucid.contract.plan import StepPlan
-from pellucid.scheduling.scheduler import SchedulerConfig
+from pellucid.scheduling.config import SchedulerConfig
 
 # kind, {request: (start, tokens)}, preempted, {waiting request: reason}
 Row = tuple[str, dict[str, tuple[int, int]], list[str], dict[str, str]]

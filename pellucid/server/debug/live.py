@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-import pellucid
 from pellucid.engine.metrics import EngineStats
 from pellucid.server.generate.context import ServerContext
 from pellucid.trace.records import StepRecord
+from pellucid.version import VERSION
 
 FIRST_STEPS = 240  # that a reader gets who has none yet
 MAX_STEPS = 512
@@ -125,7 +125,7 @@ def _model(context: ServerContext) -> LiveModel:
     model = context.engine.model
     return LiveModel(
         name=context.names[0],
-        version=pellucid.__version__,
+        version=VERSION,
         created=model.created,
         max_model_len=model.max_model_len,
         max_num_seqs=model.max_num_seqs,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pellucid.config import EngineConfig
-from pellucid.server.http.run import Server, bind
 from pellucid.server.http.settings import ServerSettings
+from pellucid.server.run import Server, bind
 from pellucid.service.async_engine import AsyncLLMEngine
 
 _PATIENCE = 120.0

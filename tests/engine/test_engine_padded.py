@@ -23,6 +23,7 @@ from pellucid.config import EngineConfig
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
 from pellucid.scheduling.config import DraftConfig, SchedulerConfig
 from pellucid.scheduling.padded import PaddedBatch
+from pellucid.scheduling.policies import policy_of
 from pellucid.scheduling.request import RequestStatus
 from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.testing import check_step_table, load_step_table
@@ -96,7 +97,6 @@ def test_padded_when_the_volume_is_one_too_large_then_the_second_waits_and_says_
     reason = "max_batch_tkv_limit 257: the batch would come to 258 from tkv 128"
     assert row_of(a_world.step()) == ("decode", {"0": (64, 1)}, [], {"1": reason})
     assert row_of(a_world.step())[0] == "prefill"
-    assert a_world.scheduler.account is not None
     assert a_world.scheduler.account.tkv == 128
     a_world.drain(5)
     a_world.check_end()
@@ -255,7 +255,7 @@ def test_padded_scheduler_when_its_limits_contradict_it_then_it_is_refused(
 ) -> None:
     fields = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 16, "policy": "padded", **options}
     with pytest.raises(ConfigError, match=message):
-        SchedulerConfig(**fields)
+        policy_of(SchedulerConfig(**fields))
 
 
 def test_padded_when_a_plan_is_asked_for_before_the_last_was_applied_then_it_is_an_error() -> None:
@@ -335,7 +335,7 @@ class PaddedWorld(World):
 
     @property
     def padded(self) -> PaddedBatch:
-        assert self.scheduler.account is not None
+        assert isinstance(self.scheduler.account, PaddedBatch)
         return self.scheduler.account
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ from utils.step_tables import prompt_of, row_of, world
 from pellucid.contract.plan import ModelRunnerOutput
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
 from pellucid.scheduling.config import SchedulerConfig
+from pellucid.scheduling.policies import policy_of
 from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
 from pellucid.scheduling.wait import WAIT_REASONS
 
@@ -191,7 +192,7 @@ def test_preempted_request_when_admitted_again_then_the_executor_gets_all_of_it_
 def test_config_when_a_value_cannot_be_honoured_then_it_is_refused(options: dict[str, object], message: str) -> None:
     fields = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 16, **options}
     with pytest.raises(ConfigError, match=re.escape(message)):
-        SchedulerConfig(**fields)  # type: ignore[arg-type]
+        policy_of(SchedulerConfig(**fields))  # type: ignore[arg-type]
 
 
 def test_reasons_to_wait_when_listed_then_each_is_told_apart() -> None:

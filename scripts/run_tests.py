@@ -40,8 +40,25 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--layout", choices=["all", "slot", "block"], default="all")
     parser.add_argument("--device", choices=["all", "cpu", "cuda"], default="all")
     parser.add_argument("--slow", action="store_true", help="also the tests marked slow, which CI leaves out")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes that share the tests of a suite; default: 2 of 2 or more cores, 1 with -k",
+    )
     parser.add_argument("-k", dest="keyword", help="goes to pytest")
-    return parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if options.workers is None:
+        options.workers = 1 if options.keyword or not has_xdist() else min(2, os.cpu_count() or 1)
+    elif options.workers < 1:
+        parser.error(f"--workers is {options.workers}; it must be at least 1")
+    elif options.workers > 1 and not has_xdist():
+        parser.error(f"--workers is {options.workers}; more than 1 needs pytest-xdist, which is not installed")
+    return options, rest
+
+
+def has_xdist() -> bool:
+    """Whether pytest can share tests among processes."""
+    return importlib.util.find_spec("xdist") is not None
 
 
 def missing_packages() -> list[str]:
@@ -83,6 +100,7 @@ def run_suite(suite: str, options: argparse.Namespace, rest: list[str], environm
     keyword = ["-k", options.keyword] if options.keyword else []
     keyword += ["--kv-layout", options.layout] if options.layout != "all" else []
     keyword += ["--slow"] if options.slow else []
+    keyword += ["-n", str(options.workers), "--dist", "worksteal"] if options.workers > 1 else []
     command = [sys.executable, "-m", "pytest", *folders, *keyword, *rest]
     print(f"[run] {suite}: pytest {' '.join([*folders, *keyword, *rest])}", flush=True)
     return status_of(command, environment)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pellucid.weights.checkpoint import Checkpoint
 
 # Rooms whose code decides what a program is: a change there makes cached programs stale.
-_CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "quant", "text", "weights")
+_CODE_OF_A_PROGRAM = ("layers", "models", "ops", "program", "core", "text", "weights")
 _PACKING_ATTEMPTS = 3  # another process may remove a program before this one holds it
 _CORE_DTYPES = {"float32": abi.F32, "bfloat16": abi.BF16}
 

@@ -50,7 +50,9 @@ def run(tree: Path, *arguments: str) -> CompletedProcess[str]:
     ("arguments", "status", "expected"),
     [
         (("--suite", "stage0", "-k", "passes"), 0, "[run] stage0: pytest tests/core tests/ops -k passes"),
-        (("--suite", "stage0"), 1, "1 failed, 3 passed, 1 deselected"),
+        (("--suite", "stage0", "--workers", "1"), 1, "1 failed, 3 passed, 1 deselected"),
+        (("--suite", "stage0", "--workers", "2"), 1, "1 failed, 3 passed"),
+        (("--suite", "stage0", "--workers", "0"), 2, "--workers is 0; it must be at least 1"),
         (("--suite", "stage0", "-k", "slow"), 1, "[fail] stage0"),
         (("--suite", "stage0", "-k", "slow", "--slow"), 0, "1 passed"),
         (("--suite", "stage1", "-k", "no_test_has_this_name"), 1, "[fail] stage1"),

@@ -16,7 +16,7 @@ from utils.http_server import RunningServer, running_server
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.api.structured_outputs import StructuredOutputsParams
-from pellucid.server.chat.answer import preparing
+from pellucid.server.chat import preparing
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 TEMPLATE = (

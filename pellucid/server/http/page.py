@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 
 from pellucid.server.http.errors import plain_error
 
-_FOLDER = Path(__file__).parent / "static"
+_FOLDER = Path(__file__).resolve().parent.parent / "static"
 _INDEX = "index.html"
 _MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",

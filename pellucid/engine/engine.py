@@ -50,6 +50,11 @@ class StepOutputs:
     chunks: list[StreamChunk] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
 
+    def without(self, request_id: str) -> StepOutputs:
+        """The same but for what is news of one request."""
+        chunks = [chunk for chunk in self.chunks if chunk.request_id != request_id]
+        return StepOutputs(chunks, [output for output in self.finished if output.request_id != request_id])
+
 
 @dataclass(frozen=True)
 class _Executed:

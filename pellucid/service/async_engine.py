@@ -78,7 +78,9 @@ class AsyncLLMEngine:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")
         self._compile_places = Semaphore(MAX_COMPILING)
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-        self._book = RequestBook(max_state_bytes, lambda request_id: transport.send(Cancel(0, request_id)))
+        self._book = RequestBook(
+            max_state_bytes, lambda request_id: transport.send(Cancel(0, request_id, is_abandoned=True))
+        )
 
     @classmethod
     def start(

@@ -94,10 +94,11 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """End a request -> `Done(is known)`, after the news of its end."""
+    """End a request -> `Done(is known)`, after the news of its end; with `is_abandoned` there are none, for nobody reads them."""
 
     call: int
     request_id: str
+    is_abandoned: bool = False
 
 
 class AbortAll(msgspec.Struct, frozen=True, tag=True):

@@ -188,7 +188,10 @@ class EngineOwner:
     def _cancel(self, engine: LLMEngine, command: Cancel) -> Iterable[Event]:
         dropped = self._dropped(command.request_id)
         is_known = engine.cancel(command.request_id) or bool(dropped)
-        return [*dropped, *self._news(engine, engine.take_ended()), Done(command.call, int(is_known))]
+        ended = engine.take_ended()
+        if command.is_abandoned:  # an answer may be large, and is not made for nobody
+            ended = ended.without(command.request_id)
+        return [*dropped, *self._news(engine, ended), Done(command.call, int(is_known))]
 
     def _abort_all(self, engine: LLMEngine, command: AbortAll) -> Iterable[Event]:
         ids = list(engine.output.requests)

@@ -6,12 +6,12 @@ Imports inside functions and under TYPE_CHECKING count.
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from utils.children import finished
 
 PACKAGE = Path(__file__).resolve().parents[2] / "pellucid"
 # From the top down. On one line a room may import those to its right.
@@ -143,8 +143,8 @@ def test_given_the_serving_path_when_imported_then_neither_torch_nor_transformer
     code = (
         "import sys, pellucid.server.app, pellucid.engine.factory; print({'torch', 'transformers'} & set(sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert told.strip() == "set()"
+    done = finished([sys.executable, "-c", code])
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
 
 
 def test_given_a_circle_or_a_way_up_when_looked_for_then_it_is_found() -> None:

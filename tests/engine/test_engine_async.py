@@ -36,6 +36,8 @@ from pellucid.api.sampling_params import SamplingParams
 from pellucid.errors import InvalidRequestError, QueueFullError
 from pellucid.service import request_book
 from pellucid.service.async_engine import AsyncLLMEngine
+from pellucid.service.messages import Event, News
+from pellucid.service.request_book import RequestBook
 
 pytestmark = pytest.mark.asyncio
 
@@ -256,6 +258,32 @@ async def test_iterator_when_closed_then_its_request_is_cancelled_and_forgotten(
     await check_rest(engine)
     assert (await engine.stats()).finished["abort"] == before + 1
     assert len((await joined(engine.stream("hello", SHORT, request_id="left")))[0][1]) == 5, "the id is free at once"
+
+
+@pytest.mark.parametrize("way", ["stream", "generate"])
+async def test_caller_when_it_leaves_then_no_answer_is_made_for_nobody(
+    engine: AsyncLLMEngine, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole answer may be large, and an engine process would encode all of it while its neighbours wait."""
+    events: list[Event] = []
+    take = RequestBook._take
+    monkeypatch.setattr(
+        RequestBook, "_take", lambda book, event, wakes: (events.append(event), take(book, event, wakes))[1]
+    )
+    asked = (
+        engine.generate("hello world", ENDLESS, request_id="gone")
+        if way == "generate"
+        else joined(engine.stream("hello world", ENDLESS, request_id="gone"))
+    )
+    task = asyncio.create_task(asked)
+    await until(lambda: _runs(engine))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await check_rest(engine)
+    assert len((await engine.generate("hello", SHORT, request_id="stays"))["token_ids"]) == 5
+    ended = [output.request_id for event in events if isinstance(event, News) for output in event.finished]
+    assert ended == ["stays"]
 
 
 @pytest.mark.parametrize("way", ["stream", "generate"])

@@ -76,7 +76,7 @@ def test_openapi_when_the_page_is_served_then_it_names_the_api_alone(keyed: Runn
 
 def test_package_when_built_then_every_file_of_the_page_is_in_its_folder() -> None:
     """The wheel takes `pellucid/` as it stands; a name that another tool ignores would be lost."""
-    folder = Path(page_module.__file__).parent / "static"
+    folder = Path(page_module.__file__).parent.parent / "static"
     assert {path.name for path in folder.iterdir()} == {Path(path).name or "index.html" for path in Page().paths}
     referred = [name for name in Page().paths if name != "/"]
     text = "".join(path.read_text() for path in folder.iterdir())

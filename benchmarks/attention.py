@@ -31,13 +31,9 @@ MAX_BYTES = 6 << 30
 
 def _op(layer: int, shape: tuple[int, int, int], window: int = 0) -> abi.AnyArray:
     heads, kv_heads, width = shape
-    op = np.zeros(1, abi.OP_DTYPE)
-    row = op[0]
-    row["kind"], row["in"][:3], row["out"], row["weight"] = OP_KINDS["attention"], [0, 1, 2], [0, -1], -1
-    row["in_width"][:3] = [heads * width, kv_heads * width, kv_heads * width]
-    row["out_width"] = [heads * width, 0]
-    row["i"][:5], row["f"][0] = [layer, heads, kv_heads, width, window], width**-0.5
-    return op
+    widths = [heads * width, kv_heads * width, kv_heads * width]
+    ints = (layer, heads, kv_heads, width, window)
+    return abi.op_table(OP_KINDS["attention"], widths, widths[:1], (), ints, (width**-0.5,))
 
 
 class Bench:
@@ -81,7 +77,10 @@ class Bench:
         out = np.empty_like(arrays[0])
         struct, op = abi.batch_struct(batch), _op(layer, self.shape, window)
         call = structs.OpCallStruct(
-            struct_size=ctypes.sizeof(structs.OpCallStruct), op=op.ctypes.data, rows=len(positions)
+            struct_size=ctypes.sizeof(structs.OpCallStruct),
+            op=op.ctypes.data,
+            op_size=op.itemsize,
+            rows=len(positions),
         )
         for i, array in enumerate(arrays):
             call.in_[i], call.in_stride[i] = array.ctypes.data, array.shape[1]
@@ -154,10 +153,7 @@ def linear_gflops(threads: int, rows: int) -> float:
     weight = abi.Weight(packed, size, size, abi.BF16, abi.PANELS)
     x = np.random.default_rng(1).standard_normal((rows, size), np.float32)
     out = np.empty((rows, size), np.float32)
-    op = np.zeros(1, abi.OP_DTYPE)
-    row = op[0]
-    row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS["linear"], -1, [0, -1], [0, -1]
-    row["in"][0], row["in_width"][0], row["out_width"][0] = 0, size, size
+    op = abi.op_table(OP_KINDS["linear"], [size], [size], [weight])
 
     def go() -> None:
         abi.run_op(context, op, rows, [(x.ctypes.data, size)], [(out.ctypes.data, size)], [weight])

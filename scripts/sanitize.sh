@@ -26,7 +26,7 @@ preload="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so.6)
 # A check that cannot fail is none: a caller that lies about its memory must be caught.
 lie='
 import numpy as np
-from pellucid.ops import abi
+from pellucid.core import abi
 source, target, context = np.zeros(64, np.uint8), np.zeros(4096, np.uint8), abi.Context(num_threads=1)
 status = abi.library().pld_convert(context.handle, source.ctypes.data, 4096, 0, 16, 64, target.ctypes.data, 4096, 0)
 raise SystemExit(3 if status else 0)'

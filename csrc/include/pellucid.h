@@ -1,8 +1,15 @@
 /* Pellucid: the C ABI of the native core. C99, no torch, no globals, nothing throws across it.
  *
- * Manners. Handles are opaque. Every params struct begins with its own size, so that a caller built against an older
- * header keeps working. Lengths stand beside pointers. Functions return a pld_status; what a status other than PLD_OK
- * means for the state is said at each function, and its text is pld_last_error() on the calling thread.
+ * Manners. Handles are opaque. Lengths stand beside pointers. Functions return a pld_status; what a status other than
+ * PLD_OK means for the state is said at each function, and its text is pld_last_error() on the calling thread.
+ *
+ * Versions. Callers built against an older header keep working. Structs grow at their end; every params struct begins
+ * with its own size, and for arrays of structs the caller says the size of an element (0: that of its first version).
+ * Fields that a caller does not have yet keep their defaults. Fields that this library does not have yet must be zero,
+ * which means their defaults, or the call is refused; in structs that are filled for the caller they become zero.
+ * pld_*_params_init fill in the defaults for `size` bytes, sizeof the caller's struct: PLD_INVALID_ARGUMENT below the
+ * first version's and above 4096. Older headers had functions that gave params by value: they are still exported.
+ *
  * Shape letters: T tokens (rows) of a step, R requests, L rows that need logits, D model width, H heads, G kv heads,
  * E head width, F ffn width, V vocabulary, B blocks, S block size, N rows and K columns of a weight.
  */
@@ -81,11 +88,11 @@ typedef struct pld_context_params {
   int32_t num_threads; /* 0: physical cores */
   pld_isa isa;         /* PLD_ISA_AUTO: the best that the machine has */
   int32_t spin_us;     /* how long an idle worker spins before it sleeps; < 0: default */
-  /* Absent in the first version of this struct. Not 0: programs fill memory with NaN as soon as nobody may read it any
-   * more, which changes no result unless a program is wrong. Slow: for tests. */
+  /* Padding in the first version of this struct. 1: programs fill memory with NaN as soon as nobody may read it any
+   * more, which changes no result unless a program is wrong. Slow: for tests. Anything else: they do not. */
   int32_t poison;
 } pld_context_params;
-PLD_API pld_context_params pld_context_default_params(void);
+PLD_API pld_status pld_context_params_init(pld_context_params *params, size_t size);
 PLD_API pld_status pld_context_create(const pld_context_params *params, pld_context **out);
 PLD_API void pld_context_destroy(pld_context *context); /* null is ignored */
 PLD_API int32_t pld_context_num_threads(const pld_context *context);
@@ -164,7 +171,7 @@ typedef struct pld_kv_params {
   pld_dtype dtype;      /* PLD_F32, PLD_BF16, or PLD_I8: int8 with a float32 scale for each position and head */
   pld_kv_layout layout; /* absent in the first version of this struct: PLD_KV_BLOCK */
 } pld_kv_params;
-PLD_API pld_kv_params pld_kv_default_params(void);
+PLD_API pld_status pld_kv_params_init(pld_kv_params *params, size_t size);
 /* Memory is reserved at once and touched on first use. */
 PLD_API pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out);
 PLD_API void pld_kv_destroy(pld_kv *kv);
@@ -249,6 +256,18 @@ typedef struct pld_sample_result {
 
 /* One token for each of `n_rows` rows of logits [V], `stride` floats apart. A row's result depends on that row alone.
  * On any status but PLD_OK nothing was written; a row that contradicts itself is named (PLD_ITEM_SAMPLE_ROW). */
+typedef struct pld_sample_call {
+  size_t struct_size;
+  const float *logits; /* [n_rows, V] */
+  int64_t stride;      /* in floats */
+  int32_t vocab_size;  /* V */
+  int32_t n_rows;
+  const pld_sample_row *const *rows; /* [n_rows] */
+  pld_sample_result *results;        /* [n_rows] */
+  size_t result_size;                /* sizeof(pld_sample_result) */
+} pld_sample_call;
+PLD_API pld_status pld_sample_run(pld_context *context, const pld_sample_call *call);
+/* The same, with results of the first version. */
 PLD_API pld_status pld_sample(pld_context *context, const float *logits, int64_t stride, int32_t vocab_size,
                               const pld_sample_row *const *rows, int32_t n_rows, pld_sample_result *results);
 
@@ -304,9 +323,9 @@ enum { PLD_IDS_OF_THE_OP = 0, PLD_IDS_TOKENS = 1, PLD_IDS_POSITIONS = 2 };
 typedef int32_t pld_act;
 enum { PLD_ACT_NONE = 0, PLD_ACT_SILU = 1, PLD_ACT_GELU = 2, PLD_ACT_GELU_TANH = 3, PLD_ACT_RELU = 4 };
 
-#define PLD_MAX_IN 3
+#define PLD_MAX_IN 6
 #define PLD_MAX_OUT 2
-#define PLD_MAX_WEIGHTS 2
+#define PLD_MAX_WEIGHTS 6
 
 typedef struct pld_op {
   pld_op_kind kind;
@@ -335,14 +354,16 @@ typedef struct pld_buffer {
 typedef struct pld_op_call {
   size_t struct_size;
   const pld_op *op; /* `in`, `out`, `weight` only say present (>= 0) or absent (-1); columns are 0 */
+  size_t op_size;   /* sizeof(pld_op) */
   int64_t rows;
   const float *in[PLD_MAX_IN];
   int64_t in_stride[PLD_MAX_IN];
   float *out[PLD_MAX_OUT];
   int64_t out_stride[PLD_MAX_OUT];
-  pld_weight weight[PLD_MAX_WEIGHTS];
-  const pld_batch *batch; /* embedding, rope_table, attention, gather_rows; else null */
-  pld_kv *kv;             /* attention; else null */
+  const pld_weight *weights; /* [PLD_MAX_WEIGHTS], of which those that are absent are not read */
+  size_t weight_size;        /* sizeof(pld_weight) */
+  const pld_batch *batch;    /* embedding, rope_table, attention, gather_rows; else null */
+  pld_kv *kv;                /* attention; else null */
 } pld_op_call;
 PLD_API pld_status pld_op_run(pld_context *context, const pld_op_call *call);
 
@@ -368,6 +389,10 @@ typedef struct pld_program_desc {
   /* Buffers [T, any] that no op writes, but the caller before each run. */
   int32_t n_inputs;
   const int32_t *inputs;
+  /* Bytes of an element: sizeof(pld_op) and so on. 0: those of the first versions. */
+  size_t op_size;
+  size_t buffer_size;
+  size_t weight_size;
 } pld_program_desc;
 /* Checks every index, width and shape; copies the descriptor's arrays, not the weights. The context must outlive the
  * program. */
@@ -409,7 +434,7 @@ typedef struct pld_model_info {
   int32_t n_end_tokens;
   int32_t end_tokens[16];
 } pld_model_info;
-PLD_API pld_model_params pld_model_default_params(void);
+PLD_API pld_status pld_model_params_init(pld_model_params *params, size_t size);
 /* Checks the file as it checks a program; PLD_INVALID_ARGUMENT says what is wrong with it. The context must outlive the
  * model. */
 PLD_API pld_status pld_model_open(pld_context *context, const char *path, const pld_model_params *params,
@@ -426,7 +451,7 @@ typedef struct pld_verify_params {
   int32_t idle; /* not 0: on a thread that runs only while nobody else wants to (Linux); the caller sleeps meanwhile */
   int32_t reserved;
 } pld_verify_params;
-PLD_API pld_verify_params pld_verify_default_params(void);
+PLD_API pld_status pld_verify_params_init(pld_verify_params *params, size_t size);
 /* Reads the whole file behind an open descriptor, which others may have mapped: the pages are the same. PLD_OK: all is
  * as it was written. PLD_ABORTED: it was stopped. PLD_INVALID_ARGUMENT: the file has no checksums, or `*bad_block` is
  * the number of the first block that is damaged or cannot be read (else -1); the checksums count as the block behind

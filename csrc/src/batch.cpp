@@ -2,6 +2,7 @@
 
 #include "error.hpp"
 #include "kv.hpp"
+#include "sized.hpp"
 
 namespace pld {
 
@@ -86,16 +87,23 @@ static pld_status check_sequence(const pld_batch &b, const pld_kv &kv, CellMarks
   return PLD_OK;
 }
 
-pld_status check_batch(const pld_batch *batch, const pld_kv &kv, const BatchLimits &limits, CellMarks &marks) {
-  if (kv.layout != PLD_KV_BLOCK)
-    return fail(PLD_NOT_SUPPORTED, "the cache's layout is SLOT: its cells are the core's; pld_decode writes them");
-  if (check_size(batch, "batch") != PLD_OK) return PLD_INVALID_BATCH;
-  if (pld_status status = check_shape(*batch, limits)) return status;
-  if (pld_status status = check_rows(*batch, limits)) return status;
+pld_status read_batch(const pld_batch *given, pld_batch *batch) {
+  return read_sized(given, batch) == PLD_OK ? PLD_OK : PLD_INVALID_BATCH;
+}
+
+pld_status check_block_layout(const pld_kv &kv) {
+  if (kv.layout == PLD_KV_BLOCK) return PLD_OK;
+  return fail(PLD_NOT_SUPPORTED, "the cache's layout is SLOT: its cells are the core's; pld_decode writes them");
+}
+
+pld_status check_batch(const pld_batch &batch, const pld_kv &kv, const BatchLimits &limits, CellMarks &marks) {
+  if (pld_status status = check_block_layout(kv)) return status;
+  if (pld_status status = check_shape(batch, limits)) return status;
+  if (pld_status status = check_rows(batch, limits)) return status;
   marks.reserve(kv.n_cells);
   marks.begin();
-  for (int32_t r = 0; r < batch->n_seqs; ++r)
-    if (pld_status status = check_sequence(*batch, kv, marks, r)) return status;
+  for (int32_t r = 0; r < batch.n_seqs; ++r)
+    if (pld_status status = check_sequence(batch, kv, marks, r)) return status;
   return PLD_OK;
 }
 

@@ -38,8 +38,12 @@ struct BatchLimits {
   int64_t n_positions = 0;  // rows of the smallest table that positions are looked up in; 0: there is none
 };
 
+// PLD_NOT_SUPPORTED: the caller has no say in the cells of this cache.
+pld_status check_block_layout(const pld_kv &kv);
+// A copy of a caller's batch of any version, or PLD_INVALID_BATCH.
+pld_status read_batch(const pld_batch *given, pld_batch *batch);
 // Checks every field against the others and against the cache. PLD_INVALID_BATCH names field, index, value and limit,
 // and blames the token, sequence or logit row that is wrong by itself.
-pld_status check_batch(const pld_batch *batch, const pld_kv &kv, const BatchLimits &limits, CellMarks &marks);
+pld_status check_batch(const pld_batch &batch, const pld_kv &kv, const BatchLimits &limits, CellMarks &marks);
 
 }  // namespace pld

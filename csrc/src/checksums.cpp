@@ -17,6 +17,7 @@
 
 #include "error.hpp"
 #include "pellucid.h"
+#include "sized.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/stat.h>
@@ -233,13 +234,19 @@ class IdleVerification {
 
 }  // namespace pld
 
-extern "C" pld_verify_params pld_verify_default_params(void) { return {sizeof(pld_verify_params), 0, nullptr, 0, 0}; }
+static constexpr pld_verify_params kDefaultParams = {sizeof(pld_verify_params), 0, nullptr, 0, 0};
 
-extern "C" pld_status pld_model_verify(int32_t file, const pld_verify_params *params, int64_t *bad_block) {
+extern "C" pld_status pld_verify_params_init(pld_verify_params *params, size_t size) {
+  return pld::guard([&] { return pld::init_sized(kDefaultParams, params, size); });
+}
+
+extern "C" pld_status pld_model_verify(int32_t file, const pld_verify_params *given, int64_t *bad_block) {
   return pld::guard([&]() -> pld_status {
     if (bad_block == nullptr) return pld::fail(PLD_INVALID_ARGUMENT, "bad_block is null");
     *bad_block = -1;
-    if (pld_status status = pld::check_size(params, "verify_params")) return status;
+    pld_verify_params copy = kDefaultParams;
+    if (pld_status status = pld::read_sized(given, &copy)) return status;
+    const pld_verify_params *params = &copy;
     if (params->bytes_per_second < 0)
       return pld::fail(PLD_INVALID_ARGUMENT, "bytes_per_second is %lld; it must be at least 0",
                        static_cast<long long>(params->bytes_per_second));

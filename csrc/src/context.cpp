@@ -1,19 +1,20 @@
 #include "context.hpp"
 
 #include <algorithm>
-#include <cstddef>
 #include <new>
 #include <system_error>
 #include <utility>
 
 #include "cpu.hpp"
 #include "error.hpp"
+#include "sized.hpp"
 
 namespace pld {
 
 static constexpr int kMaxThreads = 256;
 static constexpr int kDefaultSpinUs = 1000;  // longer than the host takes between two steps
 static constexpr int kMaxSpinUs = 1000000;
+static constexpr pld_context_params kDefaultParams = {sizeof(pld_context_params), 0, PLD_ISA_AUTO, -1, 0};
 
 void Scratch::reserve(size_t bytes) {
   if (bytes <= capacity_) return;
@@ -79,9 +80,8 @@ void run_op(pld_context &context, OpArgs &args) {
 static pld_status create_context(const pld_context_params *given, pld_context **out) {
   if (out == nullptr) return fail(PLD_INVALID_ARGUMENT, "out is null");
   *out = nullptr;
-  pld_context_params copy = {};
-  if (pld_status status = read_params(given, offsetof(pld_context_params, poison), "context_params", &copy))
-    return status;
+  pld_context_params copy = kDefaultParams;
+  if (pld_status status = read_sized(given, &copy)) return status;
   const pld_context_params *params = &copy;
   if (params->num_threads < 0 || params->num_threads > kMaxThreads)
     return fail(PLD_INVALID_ARGUMENT, "num_threads is %d; it must be in [0, %d]", params->num_threads, kMaxThreads);
@@ -95,7 +95,7 @@ static pld_status create_context(const pld_context_params *given, pld_context **
   int n_threads = params->num_threads > 0 ? params->num_threads : std::min(cpu.physical_cores, kMaxThreads);
   pld_isa isa = params->isa == PLD_ISA_AUTO ? cpu.best_isa : params->isa;
   try {
-    *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa, params->poison != 0);
+    *out = new pld_context(n_threads, params->spin_us < 0 ? kDefaultSpinUs : params->spin_us, isa, params->poison == 1);
   } catch (const std::system_error &error) {
     return fail(PLD_OUT_OF_MEMORY, "%d threads cannot be started: %s", n_threads, error.what());
   }
@@ -114,8 +114,8 @@ pld_context::pld_context(int n_threads, int spin_us, pld_isa isa_, bool poison_)
   for (pld::Scratch &scratch : thread_scratch) scratch.reserve(pld::kThreadScratchBytes);
 }
 
-extern "C" pld_context_params pld_context_default_params(void) {
-  return {sizeof(pld_context_params), 0, PLD_ISA_AUTO, -1, 0};
+extern "C" pld_status pld_context_params_init(pld_context_params *params, size_t size) {
+  return pld::guard([&] { return pld::init_sized(pld::kDefaultParams, params, size); });
 }
 extern "C" pld_status pld_context_create(const pld_context_params *params, pld_context **out) {
   return pld::guard([&] { return pld::create_context(params, out); });

@@ -9,6 +9,7 @@
 
 #include "cpu.hpp"
 #include "error.hpp"
+#include "sized.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -94,9 +95,5 @@ pld_cpu_info detect_cpu() {
 }  // namespace pld
 
 extern "C" pld_status pld_cpu_info_get(pld_cpu_info *info) {
-  return pld::guard([&] {
-    if (pld_status status = pld::check_size(info, "cpu_info")) return status;
-    *info = pld::detect_cpu();
-    return pld_status{PLD_OK};
-  });
+  return pld::guard([&] { return pld::write_sized(pld::detect_cpu(), info); });
 }

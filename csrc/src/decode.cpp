@@ -7,6 +7,7 @@
 #include "kv.hpp"
 #include "program.hpp"
 #include "sequences.hpp"
+#include "sized.hpp"
 
 namespace pld {
 namespace {
@@ -296,7 +297,7 @@ pld_status fill_blocks(const pld_program &p, const pld_kv &kv, const Work &work,
     begin = row;
   }
   flat.finish(work.asked.block_table_width, flat.tables.data());
-  const pld_status status = check_batch(&flat.batch, kv, batch_limits(p), marks);
+  const pld_status status = check_batch(flat.batch, kv, batch_limits(p), marks);
   return status == PLD_OK ? status : blame_token(work, flat, status);
 }
 
@@ -388,16 +389,22 @@ pld_status decode_block(pld_program &p, pld_kv &kv, const Work &work) {
   return PLD_OK;
 }
 
-pld_status decode(pld_program *p, pld_kv *kv, const pld_decode_batch *batch) {
+bool has_metadata(const pld_decode_batch &b) {
+  return b.slot_mapping != nullptr || b.block_tables != nullptr || b.context_lens != nullptr;
+}
+
+pld_status decode(pld_program *p, pld_kv *kv, const pld_decode_batch *given) {
   if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
   std::lock_guard<std::mutex> lock(p->context->mutex);
   std::lock_guard<std::mutex> sequences_lock(kv->sequences->mutex);
   if (pld_status status = check_layers(*p, *kv)) return status;
-  if (check_size(batch, "decode_batch") != PLD_OK) return PLD_INVALID_BATCH;
+  pld_decode_batch batch = {};
+  if (read_sized(given, &batch) != PLD_OK) return PLD_INVALID_BATCH;
+  decide_layout(*kv, has_metadata(batch) ? PLD_KV_BLOCK : PLD_KV_SLOT);
   if (kv->layout == PLD_KV_BLOCK)
-    if (pld_status status = check_metadata(*batch)) return status;
-  if (pld_status status = check_tokens(*p, *batch)) return status;
-  Work work{*batch, {}, {}, {}, {}, {}, {}};
+    if (pld_status status = check_metadata(batch)) return status;
+  if (pld_status status = check_tokens(*p, batch)) return status;
+  Work work{batch, {}, {}, {}, {}, {}, {}};
   if (pld_status status = place_tokens(*kv, work)) return status;
   order_tokens(work);
   if (pld_status status = choose_logits(*p, work)) return status;

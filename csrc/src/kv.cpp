@@ -10,6 +10,7 @@
 #include "dequantize.hpp"
 #include "error.hpp"
 #include "sequences.hpp"
+#include "sized.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int32_t kMaxHeadDim = 2048;  // bounds what attention keeps in its thread scratch
 constexpr int64_t kGroup = 16;         // positions of a K group
+constexpr pld_kv_params kDefaultParams = {sizeof(pld_kv_params), 1, 1, 64, 16, 1, PLD_BF16, PLD_KV_BLOCK};
 
 bool multiply(int64_t a, int64_t b, int64_t *product) { return !__builtin_mul_overflow(a, b, product); }
 int64_t value_bytes(pld_dtype dtype) { return dtype == PLD_F32 ? 4 : dtype == PLD_BF16 ? 2 : 1; }
@@ -34,8 +36,8 @@ struct Field {
 
 // Everything but the memory. The three sizes fit int64, and so does their sum.
 pld_status plan_kv(const pld_kv_params *given, pld_kv *kv, int64_t *total_bytes) {
-  pld_kv_params copy = pld_kv_default_params();
-  if (pld_status status = read_params(given, offsetof(pld_kv_params, layout), "kv_params", &copy)) return status;
+  pld_kv_params copy = kDefaultParams;
+  if (pld_status status = read_sized(given, &copy)) return status;
   const pld_kv_params *params = &copy;
   const Field fields[] = {{"n_layers", params->n_layers, INT32_MAX},
                           {"n_kv_heads", params->n_kv_heads, INT32_MAX},
@@ -56,6 +58,7 @@ pld_status plan_kv(const pld_kv_params *given, pld_kv *kv, int64_t *total_bytes)
     return fail(PLD_INVALID_ARGUMENT, "kv block_size is %d; with the SLOT layout it must be 1", params->block_size);
   *kv = {};
   kv->layout = params->layout;
+  kv->is_undecided = params->struct_size == Sized<pld_kv_params>::kOldest && params->block_size == 1;
   kv->n_layers = params->n_layers;
   kv->n_kv_heads = params->n_kv_heads;
   kv->head_dim = params->head_dim;
@@ -271,8 +274,8 @@ void store_keys(pld_kv &kv, int32_t layer, int64_t cell, const float *keys) {
 
 }  // namespace pld
 
-extern "C" pld_kv_params pld_kv_default_params(void) {
-  return {sizeof(pld_kv_params), 1, 1, 64, 16, 1, PLD_BF16, PLD_KV_BLOCK};
+extern "C" pld_status pld_kv_params_init(pld_kv_params *params, size_t size) {
+  return pld::guard([&] { return pld::init_sized(pld::kDefaultParams, params, size); });
 }
 
 extern "C" pld_status pld_kv_create(const pld_kv_params *params, pld_kv **out) {

@@ -36,10 +36,20 @@ struct pld_kv {
   int64_t layer_bytes;
   std::byte *data;  // 64-byte aligned, zero, touched on first use
   pld_kv_layout layout;
+  // Of block size 1, from params of the first version: they come by value from pld_kv_default_params, and a caller
+  // built against the header after that may have set a layout that cannot be read. The first use says which it is.
+  bool is_undecided;
   pld::Sequences *sequences;  // owned: who holds what
 };
 
 namespace pld {
+
+// The first use of a cache whose layout is undecided.
+inline void decide_layout(pld_kv &kv, pld_kv_layout layout) {
+  if (kv.is_undecided) kv.layout = layout;
+  kv.is_undecided = false;
+}
+inline bool may_be_slot(const pld_kv &kv) { return kv.layout == PLD_KV_SLOT || kv.is_undecided; }
 
 // All layers of one cell to another; and one layer's keys [G, E] of a cell, rounded as the cache rounds them.
 void copy_cell(pld_kv &kv, int64_t from, int64_t to);

@@ -1,4 +1,4 @@
-// A compiled model, mapped: magic `PLDPROG3`; u64 length of a header for Python; the index; sections; checksums. See
+// A compiled model, mapped: magic `PLDPROG4`; u64 length of a header for Python; the index; sections; checksums. See
 // pellucid/program/file.py. Everything that a hostile file could say is checked before it is believed.
 #include <cstring>
 #include <memory>
@@ -8,6 +8,7 @@
 #include "error.hpp"
 #include "op.hpp"
 #include "pellucid.h"
+#include "sized.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
@@ -95,7 +96,7 @@ namespace {
 pld_status check_preamble(const Mapping &file, const char *path, Preamble *preamble) {
   if (file.size() < sizeof *preamble) return fail(PLD_INVALID_ARGUMENT, "%s: too short for a model", path);
   std::memcpy(preamble, file.data(), sizeof *preamble);
-  if (std::memcmp(preamble->magic, "PLDPROG3", 8) != 0)
+  if (std::memcmp(preamble->magic, "PLDPROG4", 8) != 0)
     return fail(PLD_INVALID_ARGUMENT, "%s: no compiled model of this version", path);
   const int64_t content = content_bytes(static_cast<int64_t>(file.size()));
   if (content < static_cast<int64_t>(sizeof *preamble))
@@ -151,11 +152,14 @@ std::vector<Row> rows_of(const pld_model &model, const Section &section) {
   return rows;
 }
 
-pld_status open_model(pld_context *context, const char *path, const pld_model_params *params, pld_model **out) {
+constexpr pld_model_params kDefaultParams = {sizeof(pld_model_params), 512, 32};
+
+pld_status open_model(pld_context *context, const char *path, const pld_model_params *given, pld_model **out) {
   if (context == nullptr || path == nullptr || out == nullptr)
     return fail(PLD_INVALID_ARGUMENT, "context, path or out is null");
   *out = nullptr;
-  if (pld_status status = check_size(params, "model_params")) return status;
+  pld_model_params params = kDefaultParams;
+  if (pld_status status = read_sized(given, &params)) return status;
   auto model = std::make_unique<pld_model>();
   if (pld_status status = model->file.open(path)) return status;
   Preamble preamble;
@@ -178,9 +182,12 @@ pld_status open_model(pld_context *context, const char *path, const pld_model_pa
   desc.weights = weights.data();
   desc.hidden = model->plan.hidden;
   desc.logits = model->plan.logits;
-  desc.max_tokens = params->max_tokens;
-  desc.max_logit_rows = params->max_logit_rows;
+  desc.max_tokens = params.max_tokens;
+  desc.max_logit_rows = params.max_logit_rows;
   desc.vocab_size = model->plan.vocab_size;
+  desc.op_size = sizeof(pld_op);
+  desc.buffer_size = sizeof(pld_buffer);
+  desc.weight_size = sizeof(pld_weight);
   if (pld_status status = pld_program_create(context, &desc, &model->program)) return status;
   *out = model.release();
   return PLD_OK;
@@ -189,7 +196,9 @@ pld_status open_model(pld_context *context, const char *path, const pld_model_pa
 }  // namespace
 }  // namespace pld
 
-extern "C" pld_model_params pld_model_default_params(void) { return {sizeof(pld_model_params), 512, 32}; }
+extern "C" pld_status pld_model_params_init(pld_model_params *params, size_t size) {
+  return pld::guard([&] { return pld::init_sized(pld::kDefaultParams, params, size); });
+}
 
 extern "C" pld_status pld_model_open(pld_context *context, const char *path, const pld_model_params *params,
                                      pld_model **out) {
@@ -201,16 +210,16 @@ extern "C" pld_program *pld_model_program(pld_model *model) { return model == nu
 extern "C" pld_status pld_model_info_get(const pld_model *model, pld_model_info *info) {
   return pld::guard([&] {
     if (model == nullptr) return pld::fail(PLD_INVALID_ARGUMENT, "model is null");
-    if (pld_status status = pld::check_size(info, "model_info")) return status;
     const pld::Plan &p = model->plan;
-    info->vocab_size = p.vocab_size;
-    info->n_layers = p.n_layers;
-    info->n_kv_heads = p.n_kv_heads;
-    info->head_dim = p.head_dim;
-    info->max_positions = p.max_positions;
-    info->kv_dtype = p.kv_dtype;
-    info->n_end_tokens = p.n_end_tokens;
-    std::memcpy(info->end_tokens, p.end_tokens, sizeof p.end_tokens);
-    return static_cast<pld_status>(PLD_OK);
+    pld_model_info now = {};
+    now.vocab_size = p.vocab_size;
+    now.n_layers = p.n_layers;
+    now.n_kv_heads = p.n_kv_heads;
+    now.head_dim = p.head_dim;
+    now.max_positions = p.max_positions;
+    now.kv_dtype = p.kv_dtype;
+    now.n_end_tokens = p.n_end_tokens;
+    std::memcpy(now.end_tokens, p.end_tokens, sizeof p.end_tokens);
+    return pld::write_sized(now, info);
   });
 }

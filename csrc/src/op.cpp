@@ -7,7 +7,9 @@
 #include "context.hpp"
 #include "error.hpp"
 #include "kv.hpp"
+#include "sized.hpp"
 #include "strips.hpp"
+#include "v1.hpp"
 
 namespace pld {
 
@@ -209,11 +211,12 @@ pld_status check_weight(const pld_weight &w, int index) {
 
 // ---- single calls ------------------------------------------------------------------------------------------------
 
-static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) {
-  const pld_op &op = *call.op;
+static pld_status check_surroundings(const OpCall &given, pld_batch *read, CellMarks &marks) {
+  const pld_op_call &call = given.call;
+  const pld_op &op = given.op[0];
   if (!needs_batch(op.kind)) return PLD_OK;
-  if (pld_status status = check_size(call.batch, "batch")) return status;
-  const pld_batch &batch = *call.batch;
+  if (pld_status status = read_sized(call.batch, read)) return status;
+  const pld_batch &batch = *read;
   if (op.kind == PLD_OP_ATTENTION) {
     if (call.kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "attention: kv is null");
     const pld_kv &kv = *call.kv;
@@ -222,7 +225,7 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
                   op.i[0], op.i[2], op.i[3], kv.n_layers, kv.n_kv_heads, kv.head_dim);
     if (batch.n_tokens != call.rows)
       return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
-    return check_batch(&batch, kv, {call.rows, call.rows, 0}, marks);
+    return check_batch(batch, kv, {call.rows, call.rows, 0}, marks);
   }
   if (op.kind == PLD_OP_GATHER_ROWS) {
     if (batch.n_logit_rows != call.rows || batch.logit_rows == nullptr)
@@ -238,21 +241,21 @@ static pld_status check_surroundings(const pld_op_call &call, CellMarks &marks) 
   if (batch.n_tokens != call.rows || ids == nullptr)
     return fail(PLD_INVALID_BATCH, "n_tokens is %d; rows is %lld", batch.n_tokens, (long long)call.rows);
   for (int32_t t = 0; op.kind == PLD_OP_EMBEDDING && t < batch.n_tokens; ++t)
-    if (ids[t] < 0 || ids[t] >= call.weight[0].rows)
+    if (ids[t] < 0 || ids[t] >= given.weight[0].rows)
       return blame(PLD_ITEM_TOKEN, t,
                    fail(PLD_INVALID_BATCH, "%s[%d] is %d; it must be in [0, %lld)",
-                        reads_positions(op) ? "positions" : "token_ids", t, ids[t], (long long)call.weight[0].rows));
+                        reads_positions(op) ? "positions" : "token_ids", t, ids[t], (long long)given.weight[0].rows));
   return PLD_OK;
 }
 
-static pld_status check_call(const pld_op_call *call, const pld_weight **weight) {
-  if (pld_status status = check_size(call, "op_call")) return status;
-  if (call->op == nullptr) return fail(PLD_INVALID_ARGUMENT, "op is null");
+static pld_status check_call(const OpCall &given, const pld_weight **weight) {
+  const pld_op_call *call = &given.call;
+  if (given.op.empty()) return fail(PLD_INVALID_ARGUMENT, "op is null");
   if (call->rows < 1 || call->rows > INT32_MAX)
     return fail(PLD_INVALID_ARGUMENT, "rows is %lld; it must be in [1, 2^31)", (long long)call->rows);
-  const pld_op &op = *call->op;
+  const pld_op &op = given.op[0];
   for (int i = 0; i < PLD_MAX_WEIGHTS; ++i) {
-    weight[i] = op.weight[i] >= 0 ? &call->weight[i] : nullptr;
+    weight[i] = op.weight[i] >= 0 ? &given.weight[i] : nullptr;
     if (weight[i] != nullptr)
       if (pld_status status = check_weight(*weight[i], i)) return status;
   }
@@ -266,26 +269,31 @@ static pld_status check_call(const pld_op_call *call, const pld_weight **weight)
   return PLD_OK;
 }
 
-static pld_status run_call(pld_context *context, const pld_op_call *call) {
+static pld_status run_call(pld_context *context, const pld_op_call *caller) {
   if (context == nullptr) return fail(PLD_INVALID_ARGUMENT, "context is null");
+  OpCall given;
+  if (pld_status status = read_op_call(caller, &given)) return status;
   const pld_weight *weight[PLD_MAX_WEIGHTS];
-  if (pld_status status = check_call(call, weight)) return status;
+  if (pld_status status = check_call(given, weight)) return status;
+  pld_batch batch = {};
   CellMarks marks;
-  if (pld_status status = check_surroundings(*call, marks)) return status;
+  if (pld_status status = check_surroundings(given, &batch, marks)) return status;
+  const pld_op_call *call = &given.call;
+  const pld_op *op = given.op.data();
   OpArgs args = {};
-  args.op = call->op;
+  args.op = op;
   args.rows = call->rows;
-  args.batch = call->batch;
+  args.batch = &batch;
   args.kv = call->kv;
   for (int i = 0; i < PLD_MAX_IN; ++i) {
-    args.in[i] = call->op->in[i] >= 0 ? call->in[i] : nullptr;
+    args.in[i] = op->in[i] >= 0 ? call->in[i] : nullptr;
     args.in_stride[i] = call->in_stride[i];
-    args.in_width[i] = call->op->in_width[i];
+    args.in_width[i] = op->in_width[i];
   }
   for (int i = 0; i < PLD_MAX_OUT; ++i) {
-    args.out[i] = call->op->out[i] >= 0 ? call->out[i] : nullptr;
+    args.out[i] = op->out[i] >= 0 ? call->out[i] : nullptr;
     args.out_stride[i] = call->out_stride[i];
-    args.out_width[i] = call->op->out_width[i];
+    args.out_width[i] = op->out_width[i];
   }
   for (int i = 0; i < PLD_MAX_WEIGHTS; ++i) args.weight[i] = weight[i];
   std::lock_guard<std::mutex> lock(context->mutex);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "batch.hpp"
@@ -11,7 +12,9 @@
 #include "op.hpp"
 #include "program.hpp"
 #include "scratch.hpp"
+#include "sized.hpp"
 #include "stages.hpp"
+#include "v1.hpp"
 
 namespace pld {
 namespace {
@@ -30,7 +33,8 @@ pld_status check_named(const pld_program_desc &d, const char *name, int32_t coun
   return PLD_OK;
 }
 
-pld_status check_desc(const pld_program_desc *d) {
+// Whether there are tables, of sizes that may be read.
+pld_status check_tables(const pld_program_desc *d) {
   if (!d->ops || !d->buffers || (d->n_weights > 0 && !d->weights))
     return fail(PLD_INVALID_ARGUMENT, "program_desc: a table is null");
   if (d->n_ops < 1 || d->n_ops > kMaxOps || d->n_forward_ops < 1 || d->n_forward_ops > d->n_ops)
@@ -39,6 +43,32 @@ pld_status check_desc(const pld_program_desc *d) {
   if (d->n_buffers < 1 || d->n_buffers > 2 * kMaxOps || d->n_weights < 0 || d->n_weights > kMaxOps)
     return fail(PLD_INVALID_ARGUMENT, "n_buffers is %d and n_weights %d; the limit is %d", d->n_buffers, d->n_weights,
                 kMaxOps);
+  return PLD_OK;
+}
+
+// The caller's tables, in today's layout.
+struct Tables {
+  std::vector<pld_op> ops;
+  std::vector<pld_buffer> buffers;
+  std::vector<pld_weight> weights;
+};
+
+pld_status read_tables(pld_program_desc *d, Tables *tables) {
+  size_t buffer_size = 0, weight_size = 0;
+  if (pld_status status = read_ops(d->ops, d->op_size, d->n_ops, "ops", &tables->ops)) return status;
+  if (pld_status status = read_stride<pld_buffer>(d->buffer_size, "buffer_size", &buffer_size)) return status;
+  if (pld_status status = read_stride<pld_weight>(d->weight_size, "weight_size", &weight_size)) return status;
+  if (pld_status status = read_elements(d->buffers, buffer_size, d->n_buffers, "buffers", &tables->buffers))
+    return status;
+  if (pld_status status = read_elements(d->weights, weight_size, d->n_weights, "weights", &tables->weights))
+    return status;
+  d->ops = tables->ops.data();
+  d->buffers = tables->buffers.data();
+  d->weights = tables->weights.data();
+  return PLD_OK;
+}
+
+pld_status check_desc(const pld_program_desc *d) {
   if (d->max_tokens < 1 || d->max_tokens > (1 << 20) || d->max_logit_rows < 1 || d->max_logit_rows > (1 << 20))
     return fail(PLD_INVALID_ARGUMENT, "max_tokens is %d and max_logit_rows %d; they must be in [1, %d]", d->max_tokens,
                 d->max_logit_rows, 1 << 20);
@@ -285,15 +315,18 @@ pld_status create_program(pld_context *context, const pld_program_desc *given, p
   if (out == nullptr || context == nullptr) return fail(PLD_INVALID_ARGUMENT, "context or out is null");
   *out = nullptr;
   pld_program_desc copy = {};
-  if (pld_status status = read_params(given, offsetof(pld_program_desc, n_kept), "program_desc", &copy)) return status;
+  if (pld_status status = read_sized(given, &copy)) return status;
+  Tables tables;
+  if (pld_status status = check_tables(&copy)) return status;
+  if (pld_status status = read_tables(&copy, &tables)) return status;
   const pld_program_desc *desc = &copy;
   if (pld_status status = check_desc(desc)) return status;
   if (pld_status status = check_program(*desc)) return status;
   auto program = std::make_unique<pld_program>();
   program->context = context;
-  program->ops.assign(desc->ops, desc->ops + desc->n_ops);
-  program->buffers.assign(desc->buffers, desc->buffers + desc->n_buffers);
-  program->weights.assign(desc->weights, desc->weights + desc->n_weights);
+  program->ops = std::move(tables.ops);
+  program->buffers = std::move(tables.buffers);
+  program->weights = std::move(tables.weights);
   program->n_forward_ops = desc->n_forward_ops;
   program->hidden = desc->hidden;
   program->logits = desc->logits;
@@ -380,16 +413,20 @@ const float *buffer_data(const pld_program *p, int32_t buffer) {
 
 namespace {
 
-pld_status run_program(pld_program *p, pld_kv *kv, const pld_batch *batch) {
+pld_status run_program(pld_program *p, pld_kv *kv, const pld_batch *given) {
   if (p == nullptr || kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "program or kv is null");
   std::lock_guard<std::mutex> lock(p->context->mutex);
   if (pld_status status = check_layers(*p, *kv)) return status;
+  if (pld_status status = check_block_layout(*kv)) return status;
+  pld_batch batch = {};
+  if (pld_status status = read_batch(given, &batch)) return status;
   if (pld_status status = check_batch(batch, *kv, batch_limits(*p), p->marks)) return status;
+  decide_layout(*kv, PLD_KV_BLOCK);
   p->hidden_index.clear();
   p->logit_index.clear();
-  bind_batch(*p, *batch, kv);
-  run_parts(*p, 0, batch->n_logit_rows > 0 ? 1 : 0);
-  p->rows_left = batch->n_tokens;
+  bind_batch(*p, batch, kv);
+  run_parts(*p, 0, batch.n_logit_rows > 0 ? 1 : 0);
+  p->rows_left = batch.n_tokens;
   return PLD_OK;
 }
 

@@ -13,6 +13,7 @@
 
 #include "context.hpp"
 #include "error.hpp"
+#include "sized.hpp"
 
 namespace pld {
 namespace {
@@ -255,32 +256,45 @@ pld_status check_numbers(const pld_sample_row &row, int32_t index) {
   return PLD_OK;
 }
 
-pld_status check_row(const pld_sample_row *row, int32_t index) {
-  if (row == nullptr) return fail(PLD_INVALID_ARGUMENT, "rows[%d] is null", index);
-  if (pld_status status = check_size(row, "sample_row")) return status;
+pld_status read_row(const pld_sample_row *given, int32_t index, pld_sample_row *row) {
+  if (given == nullptr) return fail(PLD_INVALID_ARGUMENT, "rows[%d] is null", index);
+  if (pld_status status = read_sized(given, row)) return status;
   if (pld_status status = check_lists(*row, index)) return status;
   return check_numbers(*row, index);
 }
 
-pld_status sample(pld_context *context, const float *logits, int64_t stride, int32_t vocab_size,
-                  const pld_sample_row *const *rows, int32_t n_rows, pld_sample_result *results) {
-  if (context == nullptr || logits == nullptr || rows == nullptr || results == nullptr)
+pld_status sample(pld_context *context, const pld_sample_call *given) {
+  pld_sample_call call = {};
+  size_t result_size = 0;
+  if (pld_status status = read_sized(given, &call)) return status;
+  if (pld_status status = read_stride<pld_sample_result>(call.result_size, "result_size", &result_size)) return status;
+  if (context == nullptr || call.logits == nullptr || call.rows == nullptr || call.results == nullptr)
     return fail(PLD_INVALID_ARGUMENT, "context, logits, rows or results is null");
-  if (vocab_size < 1 || stride < vocab_size || n_rows < 1)
-    return fail(PLD_INVALID_ARGUMENT, "vocab_size is %d, stride %lld and n_rows %d", vocab_size,
-                static_cast<long long>(stride), n_rows);
-  for (int32_t i = 0; i < n_rows; ++i)
-    if (pld_status status = check_row(rows[i], i)) return blame(PLD_ITEM_SAMPLE_ROW, i, status);
+  if (call.vocab_size < 1 || call.stride < call.vocab_size || call.n_rows < 1)
+    return fail(PLD_INVALID_ARGUMENT, "vocab_size is %d, stride %lld and n_rows %d", call.vocab_size,
+                static_cast<long long>(call.stride), call.n_rows);
+  std::vector<pld_sample_row> rows(static_cast<size_t>(call.n_rows));
+  for (int32_t i = 0; i < call.n_rows; ++i)
+    if (pld_status status = read_row(call.rows[i], i, &rows[static_cast<size_t>(i)]))
+      return blame(PLD_ITEM_SAMPLE_ROW, i, status);
+  auto *results = reinterpret_cast<char *>(call.results);
   std::lock_guard<std::mutex> lock(context->mutex);
-  parallel_for(*context, n_rows,
-               [&](int64_t i) { results[i] = sample_row(context->table, logits + i * stride, vocab_size, *rows[i]); });
+  parallel_for(*context, call.n_rows, [&](int64_t i) {
+    const auto at = static_cast<size_t>(i);
+    write_fields(sample_row(context->table, call.logits + i * call.stride, call.vocab_size, rows[at]),
+                 results + at * result_size, result_size);
+  });
   return PLD_OK;
 }
 
 }  // namespace
 }  // namespace pld
 
+extern "C" pld_status pld_sample_run(pld_context *context, const pld_sample_call *call) {
+  return pld::guard([&] { return pld::sample(context, call); });
+}
 extern "C" pld_status pld_sample(pld_context *context, const float *logits, int64_t stride, int32_t vocab_size,
                                  const pld_sample_row *const *rows, int32_t n_rows, pld_sample_result *results) {
-  return pld::guard([&] { return pld::sample(context, logits, stride, vocab_size, rows, n_rows, results); });
+  const pld_sample_call call = {sizeof call, logits, stride, vocab_size, n_rows, rows, results, 0};
+  return pld_sample_run(context, &call);
 }

@@ -17,7 +17,7 @@ struct Range {
 
 pld_status check_slot(const pld_kv *kv) {
   if (kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "kv is null");
-  if (kv->layout != PLD_KV_SLOT)
+  if (!may_be_slot(*kv))
     return fail(PLD_NOT_SUPPORTED,
                 "sequence operations need a cache of layout SLOT; with BLOCK the caller has the tables");
   return PLD_OK;
@@ -220,7 +220,7 @@ extern "C" pld_status pld_request_free(pld_kv *kv, int32_t seq) {
   return pld::guard([&] { return pld::free_request(kv, seq); });
 }
 extern "C" int64_t pld_kv_free_cells(const pld_kv *kv) {
-  if (kv == nullptr || kv->layout != PLD_KV_SLOT) return -1;
+  if (kv == nullptr || !pld::may_be_slot(*kv)) return -1;
   std::lock_guard<std::mutex> lock(kv->sequences->mutex);
   return kv->sequences->cells.n_free();
 }

@@ -52,7 +52,7 @@ struct SlotSequence {
 };
 
 struct Sequences {
-  explicit Sequences(const pld_kv &kv) : cells(kv.layout == PLD_KV_SLOT ? kv.n_cells : 0) {}
+  explicit Sequences(const pld_kv &kv) : cells(may_be_slot(kv) ? kv.n_cells : 0) {}
 
   // Held by whoever reads or changes what follows; taken after a context's.
   std::mutex mutex;

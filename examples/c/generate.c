@@ -54,10 +54,12 @@ int main(int argc, char **argv) {
   const int32_t wanted = atoi(argv[2]), n_prompt = argc - 4;
   const int is_slot = strcmp(argv[3], "slot") == 0;
 
-  pld_context_params context_params = pld_context_default_params();
+  pld_context_params context_params;
+  pld_context_params_init(&context_params, sizeof context_params);
   pld_context *context;
   if (pld_context_create(&context_params, &context) != PLD_OK) return complain("context");
-  pld_model_params model_params = pld_model_default_params();
+  pld_model_params model_params;
+  pld_model_params_init(&model_params, sizeof model_params);
   if (n_prompt > model_params.max_tokens) model_params.max_tokens = n_prompt;
   pld_model *model;
   if (pld_model_open(context, argv[1], &model_params, &model) != PLD_OK) return complain("model");
@@ -65,7 +67,8 @@ int main(int argc, char **argv) {
   info.struct_size = sizeof info;
   if (pld_model_info_get(model, &info) != PLD_OK) return complain("info");
 
-  pld_kv_params kv_params = pld_kv_default_params();
+  pld_kv_params kv_params;
+  pld_kv_params_init(&kv_params, sizeof kv_params);
   kv_params.n_layers = info.n_layers;
   kv_params.n_kv_heads = info.n_kv_heads;
   kv_params.head_dim = info.head_dim;

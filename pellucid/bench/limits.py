@@ -74,9 +74,7 @@ def linear_seconds(context: abi.Context, dtype: int, rows: int, out: int, width:
     data[:] = 1
     weight = abi.Weight(data, out, width, dtype, abi.PANELS)
     x, y = np.ones((rows, width), np.float32), np.zeros((rows, out), np.float32)
-    op = np.zeros(1, abi.OP_DTYPE)
-    op["kind"], op["in"], op["out"], op["weight"] = OP_KINDS["linear"], [0, -1, -1], [0, -1], [0, -1]
-    op["in_width"], op["out_width"] = [width, 0, 0], [out, 0]
+    op = abi.op_table(OP_KINDS["linear"], [width], [out], [weight])
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from ctypes import (
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,14 @@ from pellucid.core.structs import (
     NUM_FLOATS,
     SIGNATURES,
     BatchStruct,
+    ContextParamsStruct,
     CpuInfoStruct,
+    KVParamsStruct,
+    ModelParamsStruct,
     OpCallStruct,
     ProgramDescStruct,
+    SampleCallStruct,
+    VerifyParamsStruct,
     WeightStruct,
 )
 from pellucid.errors import ConfigError, ErrorItem, NativeError
@@ -136,6 +141,22 @@ def _address(array: AnyArray) -> int:
     return int(array.ctypes.data)
 
 
+_Params = TypeVar("_Params", ContextParamsStruct, KVParamsStruct, ModelParamsStruct, VerifyParamsStruct)
+_PARAMS_INIT: dict[type[ctypes.Structure], str] = {
+    ContextParamsStruct: "pld_context_params_init",
+    KVParamsStruct: "pld_kv_params_init",
+    ModelParamsStruct: "pld_model_params_init",
+    VerifyParamsStruct: "pld_verify_params_init",
+}
+
+
+def default_params(struct: type[_Params]) -> _Params:
+    """A params struct with the core's defaults."""
+    params = struct()
+    check(getattr(library(), _PARAMS_INIT[struct])(byref(params), ctypes.sizeof(struct)))
+    return params
+
+
 @dataclass(frozen=True)
 class CpuInfo:
     """What the machine has, as the core sees it."""
@@ -205,7 +226,7 @@ class Context(_Handle):
         super().__init__(None)
         if isa not in ISA_CODES:
             raise ConfigError(f"isa is {isa!r}; it must be one of: {', '.join(ISA_CODES)}")
-        params = library().pld_context_default_params()
+        params = default_params(ContextParamsStruct)
         params.num_threads, params.isa, params.spin_us = num_threads, ISA_CODES[isa], spin_us
         params.poison = int(poison)
         handle = c_void_p()
@@ -327,7 +348,7 @@ class KVCache(_Handle):
         layout: int = KV_BLOCK,
     ) -> None:
         super().__init__(None)
-        params = library().pld_kv_default_params()
+        params = default_params(KVParamsStruct)
         params.n_layers, params.n_kv_heads, params.head_dim = n_layers, n_kv_heads, head_dim
         params.block_size, params.n_blocks, params.dtype, params.layout = block_size, n_blocks, dtype, layout
         self.n_kv_heads, self.head_dim, self.block_size, self.n_blocks = n_kv_heads, head_dim, block_size, n_blocks
@@ -417,6 +438,9 @@ class Program(_Handle):
             _address(kept_ids),
             len(input_ids),
             _address(input_ids),
+            OP_DTYPE.itemsize,
+            BUFFER_DTYPE.itemsize,
+            ctypes.sizeof(WeightStruct),
         )
         handle = c_void_p()
         check(library().pld_program_create(context.handle, byref(desc), byref(handle)))
@@ -468,6 +492,29 @@ def _view(address: int | None, rows: int, width: int) -> F32Array:
     return np.ctypeslib.as_array(ctypes.cast(address, POINTER(c_float)), shape=(rows, width))
 
 
+def op_table(
+    kind: int,
+    in_widths: Sequence[int | None],
+    out_widths: Sequence[int],
+    weights: Sequence[object | None] = (),
+    ints: Sequence[int] = (),
+    floats: Sequence[float] = (),
+) -> AnyArray:
+    """One op [1] for `run_op`: operands are said to be present (their number) or, where None, absent (-1)."""
+    table = np.zeros(1, OP_DTYPE)
+    row = table[0]
+    row["kind"], row["in"], row["out"], row["weight"] = kind, -1, -1, -1
+    for i, width in enumerate(in_widths):
+        if width is not None:
+            row["in"][i], row["in_width"][i] = i, width
+    for i, width in enumerate(out_widths):
+        row["out"][i], row["out_width"][i] = i, width
+    for i, weight in enumerate(weights):
+        row["weight"][i] = -1 if weight is None else i
+    row["i"][: len(ints)], row["f"][: len(floats)] = ints, floats
+    return table
+
+
 def run_op(
     context: Context,
     op: AnyArray,
@@ -479,7 +526,15 @@ def run_op(
     kv: KVCache | None = None,
 ) -> None:
     """One op on the caller's memory. `inputs` and `outputs` are (address, row stride in floats)."""
-    call = OpCallStruct(struct_size=ctypes.sizeof(OpCallStruct), op=_address(op), rows=rows)
+    table = (WeightStruct * MAX_WEIGHTS)()
+    call = OpCallStruct(
+        struct_size=ctypes.sizeof(OpCallStruct),
+        op=_address(op),
+        op_size=OP_DTYPE.itemsize,
+        rows=rows,
+        weights=ctypes.addressof(table),
+        weight_size=ctypes.sizeof(WeightStruct),
+    )
     for i, operand in enumerate(inputs):
         if operand is not None:
             call.in_[i], call.in_stride[i] = operand
@@ -487,7 +542,7 @@ def run_op(
         call.out[i], call.out_stride[i] = operand
     for i, weight in enumerate(weights):
         if weight is not None:
-            call.weight[i] = weight.struct()
+            table[i] = weight.struct()
     if batch is not None:
         call.batch = ctypes.addressof(batch)
     if kv is not None:
@@ -501,7 +556,7 @@ def verify_file(descriptor: int, bytes_per_second: int, stop: ctypes.c_int32, *,
     Raises:
         NativeError: the file has no checksums, or the system failed.
     """
-    params, bad = library().pld_verify_default_params(), ctypes.c_int64()
+    params, bad = default_params(VerifyParamsStruct), ctypes.c_int64()
     params.bytes_per_second, params.stop, params.idle = bytes_per_second, ctypes.addressof(stop), idle
     status = library().pld_model_verify(descriptor, byref(params), byref(bad))
     if bad.value < 0 and status != ABORTED:
@@ -512,14 +567,14 @@ def verify_file(descriptor: int, bytes_per_second: int, stop: ctypes.c_int32, *,
 def sample(context: Context, logits: F32Array, rows: Sequence[int], results: AnyArray) -> None:
     """One token for each row of `logits` [L, V]; `rows` are addresses of SampleRowStruct. Writes `results` [L]."""
     addresses = (c_void_p * len(rows))(*rows)
-    check(
-        library().pld_sample(
-            context.handle,
-            _address(logits),
-            logits.strides[0] // 4 if len(rows) > 1 else logits.shape[1],
-            logits.shape[1],
-            addresses,
-            len(rows),
-            _address(results),
-        )
+    call = SampleCallStruct(
+        ctypes.sizeof(SampleCallStruct),
+        _address(logits),
+        logits.strides[0] // 4 if len(rows) > 1 else logits.shape[1],
+        logits.shape[1],
+        len(rows),
+        ctypes.addressof(addresses),
+        _address(results),
+        results.itemsize,
     )
+    check(library().pld_sample_run(context.handle, byref(call)))

@@ -18,7 +18,7 @@ from ctypes import (
 )
 from typing import Any
 
-MAX_IN, MAX_OUT, MAX_WEIGHTS = 3, 2, 2
+MAX_IN, MAX_OUT, MAX_WEIGHTS = 6, 2, 6
 NUM_FLOATS = 4  # of a pld_op
 
 
@@ -102,12 +102,14 @@ class OpCallStruct(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("op", c_void_p),
+        ("op_size", c_size_t),
         ("rows", c_int64),
         ("in_", c_void_p * MAX_IN),
         ("in_stride", c_int64 * MAX_IN),
         ("out", c_void_p * MAX_OUT),
         ("out_stride", c_int64 * MAX_OUT),
-        ("weight", WeightStruct * MAX_WEIGHTS),
+        ("weights", c_void_p),
+        ("weight_size", c_size_t),
         ("batch", c_void_p),
         ("kv", c_void_p),
     ]
@@ -135,6 +137,9 @@ class ProgramDescStruct(Structure):
         ("kept", c_void_p),
         ("n_inputs", c_int32),
         ("inputs", c_void_p),
+        ("op_size", c_size_t),
+        ("buffer_size", c_size_t),
+        ("weight_size", c_size_t),
     ]
 
 
@@ -170,6 +175,21 @@ class SampleRowStruct(Structure):
         ("seed", c_uint64),
         ("position", c_uint64),
         ("wants_log_sum_exp", c_int64),
+    ]
+
+
+class SampleCallStruct(Structure):
+    """pld_sample_call."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("logits", c_void_p),
+        ("stride", c_int64),
+        ("vocab_size", c_int32),
+        ("n_rows", c_int32),
+        ("rows", c_void_p),
+        ("results", c_void_p),
+        ("result_size", c_size_t),
     ]
 
 
@@ -230,7 +250,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_last_error_item": (c_int32, [POINTER(c_int64)]),
     "pld_abi_version": (c_int32, []),
     "pld_cpu_info_get": (c_int32, [POINTER(CpuInfoStruct)]),
-    "pld_context_default_params": (ContextParamsStruct, []),
+    "pld_context_params_init": (c_int32, [POINTER(ContextParamsStruct), c_size_t]),
     "pld_context_create": (c_int32, [POINTER(ContextParamsStruct), POINTER(c_void_p)]),
     "pld_context_destroy": (None, [c_void_p]),
     "pld_context_num_threads": (c_int32, [c_void_p]),
@@ -245,18 +265,19 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [c_void_p, c_void_p, c_int64, c_int32, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32],
     ),
-    "pld_kv_default_params": (KVParamsStruct, []),
+    "pld_kv_params_init": (c_int32, [POINTER(KVParamsStruct), c_size_t]),
     "pld_kv_create": (c_int32, [POINTER(KVParamsStruct), POINTER(c_void_p)]),
     "pld_kv_destroy": (None, [c_void_p]),
     "pld_kv_bytes": (c_int64, [POINTER(KVParamsStruct)]),
     "pld_kv_read": (c_int32, [c_void_p, c_int32, c_int64, c_void_p, c_void_p]),
+    "pld_sample_run": (c_int32, [c_void_p, POINTER(SampleCallStruct)]),
     "pld_sample": (c_int32, [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]),
-    "pld_model_default_params": (ModelParamsStruct, []),
+    "pld_model_params_init": (c_int32, [POINTER(ModelParamsStruct), c_size_t]),
     "pld_model_open": (c_int32, [c_void_p, c_char_p, POINTER(ModelParamsStruct), POINTER(c_void_p)]),
     "pld_model_close": (None, [c_void_p]),
     "pld_model_info_get": (c_int32, [c_void_p, POINTER(ModelInfoStruct)]),
     "pld_model_program": (c_void_p, [c_void_p]),
-    "pld_verify_default_params": (VerifyParamsStruct, []),
+    "pld_verify_params_init": (c_int32, [POINTER(VerifyParamsStruct), c_size_t]),
     "pld_model_verify": (c_int32, [c_int32, POINTER(VerifyParamsStruct), POINTER(c_int64)]),
     "pld_decode": (c_int32, [c_void_p, c_void_p, POINTER(DecodeBatchStruct)]),
     "pld_logits_of": (c_void_p, [c_void_p, c_int32]),

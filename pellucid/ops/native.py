@@ -21,21 +21,10 @@ _BATCH_OPS = ("attention", "gather_rows")
 
 def op_struct(spec: OpSpec) -> abi.AnyArray:
     """A call as pld_op, with operands said to be present (their number) or absent (-1)."""
-    table = np.zeros(1, abi.OP_DTYPE)
-    row = table[0]
-    row["kind"] = OP_KINDS[spec.kind]
-    row["in"], row["out"], row["weight"] = -1, -1, -1
-    if spec.kind not in ID_OPS:
-        for i, value in enumerate(spec.inputs):
-            if value is not None:
-                row["in"][i], row["in_width"][i] = i, int(value.shape[1])
-    for i, width in enumerate(spec.out_widths):
-        row["out"][i], row["out_width"][i] = i, width
-    for i, weight in enumerate(spec.weights):
-        row["weight"][i] = -1 if weight is None else i
-    row["i"][: len(spec.ints)] = spec.ints
-    row["f"] = core_floats(spec.kind, spec.floats)
-    return table
+    inputs = () if spec.kind in ID_OPS else spec.inputs
+    in_widths = [None if value is None else int(value.shape[1]) for value in inputs]
+    floats = core_floats(spec.kind, spec.floats)
+    return abi.op_table(OP_KINDS[spec.kind], in_widths, spec.out_widths, spec.weights, spec.ints, floats)
 
 
 def run_on_arrays(context: abi.Context, spec: OpSpec) -> tuple[abi.F32Array, ...]:

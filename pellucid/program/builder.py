@@ -19,7 +19,7 @@ from pellucid.program.scheme import WeightScheme
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
 from pellucid.weights.tensor import TensorView, from_float32
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MAX_END_TOKENS = 16
 # What the core reads of a model: see csrc/src/model_file.cpp.
 _PLAN_FIELDS = (

@@ -1,6 +1,6 @@
 """The packed program on disk: one file that is mapped at the next start.
 
-Layout, little endian: magic `PLDPROG3`; u64 length of the header; the index that the core reads (offset and length in the file of plan,
+Layout, little endian: magic `PLDPROG4`; u64 length of the header; the index that the core reads (offset and length in the file of plan,
 ops, buffers, weights, data, as u64); header as JSON (what it is, and where its sections lie); sections, each 64-byte aligned: plan, ops,
 buffers, weights (as the C structs), texts (JSON documents such as the tokenizer), data (packed weights); checksums of all that
 (`program/checksums.py`).
@@ -22,7 +22,7 @@ from pellucid.errors import DamagedFileError, WeightFormatError
 from pellucid.files import hold, identity, make_folder, storage_errors, whole_file
 from pellucid.program.checksums import BLOCK_BYTES, Bytes, Checksums, content_bytes, first_bad_block, table_bytes
 
-MAGIC = b"PLDPROG3"
+MAGIC = b"PLDPROG4"
 _OLD_MAGIC = b"PLDPROG"  # of any version
 INDEXED = ("plan", "ops", "buffers", "weights", "data")
 _START = len(MAGIC) + 8 + 16 * len(INDEXED)  # of the JSON header

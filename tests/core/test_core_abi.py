@@ -153,7 +153,11 @@ def test_too_many_tokens_when_run_then_refused_with_the_limit(context: abi.Conte
 
 def _set(table: str, index: int, field: str, value: Any) -> Callable[[Any, Any], None]:
     def change(ops: Any, buffers: Any) -> None:
-        (ops if table == "ops" else buffers)[index][field] = value
+        row = (ops if table == "ops" else buffers)[index]
+        if isinstance(value, list):
+            row[field][: len(value)] = value
+        else:
+            row[field] = value
 
     return change
 
@@ -275,6 +279,7 @@ STRUCTS = {
     "pld_op_call": structs.OpCallStruct,
     "pld_program_desc": structs.ProgramDescStruct,
     "pld_sample_row": structs.SampleRowStruct,
+    "pld_sample_call": structs.SampleCallStruct,
     "pld_model_params": structs.ModelParamsStruct,
     "pld_model_info": structs.ModelInfoStruct,
     "pld_verify_params": structs.VerifyParamsStruct,

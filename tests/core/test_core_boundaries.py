@@ -57,10 +57,7 @@ def weight_of(name: str, rows: int, cols: int) -> abi.Weight:
 
 def linear(ctx: abi.Context, x_MK: Array, weight: abi.Weight) -> Array:
     out = np.full((len(x_MK), weight.rows), np.nan, np.float32)
-    op = np.zeros(1, abi.OP_DTYPE)
-    row = op[0]
-    row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS["linear"], [0, -1, -1], [0, -1], [0, -1]
-    row["in_width"], row["out_width"] = [weight.cols, 0, 0], [weight.rows, 0]
+    op = abi.op_table(OP_KINDS["linear"], [weight.cols], [weight.rows], [weight])
     abi.run_op(ctx, op, len(x_MK), [(x_MK.ctypes.data, x_MK.shape[1])], [(out.ctypes.data, weight.rows)], [weight])
     return out
 
@@ -101,11 +98,7 @@ def test_experts_when_they_get_rows_about_their_blocks_then_as_row_by_row(isa: s
         out = np.full((end - begin, d), np.nan, np.float32)
         router = np.zeros((end - begin, experts), np.float32)
         router[np.arange(end - begin), (np.arange(begin, end) >= to_first).astype(int)] = 5.0
-        op = np.zeros(1, abi.OP_DTYPE)
-        row = op[0]
-        row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS["moe"], [0, 1, -1], [0, -1], [0, 1]
-        row["in_width"], row["out_width"] = [d, experts, 0], [d, 0]
-        row["i"][:4] = [experts, 1, 1, 1]
+        op = abi.op_table(OP_KINDS["moe"], [d, experts], [d], weights, (experts, 1, 1, 1))
         inputs = [(x[begin:].ctypes.data, d), (router.ctypes.data, experts)]
         abi.run_op(ctx, op, end - begin, inputs, [(out.ctypes.data, d)], weights)
         return out

@@ -71,7 +71,7 @@ def test_cells_that_are_held_when_written_again_by_a_step_that_is_stopped_then_t
 )
 def test_path_of_any_bytes_when_refused_then_the_text_is_utf8(name: bytes, expected: str) -> None:
     lib, context = abi.library(), abi.Context(1)
-    params, out = lib.pld_model_default_params(), ctypes.c_void_p()
+    params, out = abi.default_params(structs.ModelParamsStruct), ctypes.c_void_p()
     assert lib.pld_model_open(context.handle, name, ctypes.byref(params), ctypes.byref(out)) < 0
     assert lib.pld_last_error().decode() == expected
 
@@ -100,7 +100,7 @@ def is_sanitized() -> bool:
 @pytest.mark.skipif(is_sanitized(), reason="a sanitizer maps more than a limit leaves")
 def test_context_when_its_threads_cannot_be_started_then_out_of_memory_and_the_others_end() -> None:
     printed = run_with_little_memory("""
-params, out = lib.pld_context_default_params(), ctypes.c_void_p(1)
+params, out = abi.default_params(structs.ContextParamsStruct), ctypes.c_void_p(1)
 params.num_threads = 256
 print(len(os.listdir("/proc/self/task")))
 limit(100 * 2**20)
@@ -168,9 +168,7 @@ def test_value_of_any_size_when_rounded_to_a_quantised_type_then_the_other_rows_
     found = []
     for weight in (good, bad):
         out = np.zeros((rows, cols), np.float32)
-        op = np.zeros(1, abi.OP_DTYPE)
-        op["kind"], op["in"], op["out"], op["weight"] = 1, -1, [0, -1], [0, -1]
-        op["out_width"] = [cols, 0]
+        op = abi.op_table(1, [], [cols], [weight])
         ids = np.arange(rows, dtype=np.int32)
         batch = structs.BatchStruct(ctypes.sizeof(structs.BatchStruct), rows, token_ids=ids.ctypes.data)
         abi.run_op(context, op, rows, [], [(out.ctypes.data, cols)], [weight], batch)
@@ -182,8 +180,7 @@ def test_value_of_any_size_when_rounded_to_a_quantised_type_then_the_other_rows_
 def test_table_in_rows_when_its_values_are_not_aligned_then_refused(dtype: int, shift: int) -> None:
     context, data, out = abi.Context(1), abi.aligned_bytes(256), np.zeros((1, 4), np.float32)
     weight = abi.Weight(data[shift:], 8, 4, dtype, abi.ROW_MAJOR)
-    op = np.zeros(1, abi.OP_DTYPE)
-    op["kind"], op["in"], op["out"], op["weight"], op["out_width"] = 1, -1, [0, -1], [0, -1], [4, 0]
+    op = abi.op_table(1, [], [4], [weight])
     ids = np.zeros(1, np.int32)
     batch = structs.BatchStruct(ctypes.sizeof(structs.BatchStruct), 1, token_ids=ids.ctypes.data)
     with pytest.raises(NativeError, match="weight 0 is not aligned to its values"):

@@ -63,11 +63,8 @@ def _inputs(layer: Layer, rows: int, seed: int = 1) -> tuple[Array, Array]:
 
 def _run(isa: str, layer: Layer, weights: Weights, x: Array, router: Array, num_threads: int = 2) -> Array:
     out = np.full_like(x, np.nan)
-    op = np.zeros(1, abi.OP_DTYPE)
-    row = op[0]
-    row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS["moe"], [0, 1, -1], [0, -1], [0, 1]
-    row["in_width"], row["out_width"] = [layer.d, layer.experts, 0], [layer.d, 0]
-    row["i"][:4] = [layer.experts, layer.top_k, ACTIVATIONS[layer.act], int(layer.renormalise)]
+    ints = (layer.experts, layer.top_k, ACTIVATIONS[layer.act], int(layer.renormalise))
+    op = abi.op_table(OP_KINDS["moe"], [layer.d, layer.experts], [layer.d], weights.packed, ints)
     x, router = np.ascontiguousarray(x), np.ascontiguousarray(router)
     inputs = [(int(a.ctypes.data), a.shape[1]) for a in (x, router)]
     abi.run_op(context(isa, num_threads), op, len(x), inputs, [(int(out.ctypes.data), layer.d)], weights.packed)

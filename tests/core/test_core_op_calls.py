@@ -44,24 +44,23 @@ class Call:
         batch: BatchInput | None = None,
         with_kv: bool = False,
     ) -> None:
-        self.op = np.zeros(1, abi.OP_DTYPE)
-        row = self.op[0]
-        row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS[kind], -1, -1, -1
+        self.op = abi.op_table(OP_KINDS[kind], in_widths, out_widths, weights, ints, floats)
         self.inputs = [np.zeros((ROWS, width), np.float32) for width in in_widths]
         self.outputs = [np.full((ROWS, width), CANARY, np.float32) for width in out_widths]
+        self.table = (structs.WeightStruct * structs.MAX_WEIGHTS)(*[weight.struct() for weight in weights])
         self.struct = structs.OpCallStruct(
-            struct_size=ctypes.sizeof(structs.OpCallStruct), op=self.op.ctypes.data, rows=ROWS
+            struct_size=ctypes.sizeof(structs.OpCallStruct),
+            op=self.op.ctypes.data,
+            op_size=self.op.itemsize,
+            rows=ROWS,
+            weights=ctypes.addressof(self.table),
+            weight_size=ctypes.sizeof(structs.WeightStruct),
         )
         for i, array in enumerate(self.inputs):
-            row["in"][i], row["in_width"][i] = i, array.shape[1]
             self.struct.in_[i], self.struct.in_stride[i] = array.ctypes.data, array.shape[1]
         for i, array in enumerate(self.outputs):
-            row["out"][i], row["out_width"][i] = i, array.shape[1]
             self.struct.out[i], self.struct.out_stride[i] = array.ctypes.data, array.shape[1]
         self.weights = weights
-        for i, weight in enumerate(weights):
-            row["weight"][i], self.struct.weight[i] = i, weight.struct()
-        row["i"][: len(ints)], row["f"][: len(floats)] = ints, floats
         self.batch = batch
         if batch is not None:
             self.batch_struct = abi.batch_struct(batch)
@@ -188,11 +187,16 @@ SPOILED: tuple[tuple[str, str, Any, str], ...] = (
 def spoil(call: Call, path: str, value: Any) -> None:
     where, *fields = path.split(".")
     if where == "op":
-        call.op[0][fields[0]] = value
+        fill = -1 if fields[0] in ("in", "out", "weight") else 0
+        call.op[0][fields[0]] = fill
+        if isinstance(value, list):
+            call.op[0][fields[0]][: len(value)] = value
+        else:
+            call.op[0][fields[0]] = value
         return
     target: Any = call.batch_struct if where == "batch" else call.struct
     if where == "weight":
-        setattr(call.struct.weight[int(fields[0])], fields[1], value)
+        setattr(call.table[int(fields[0])], fields[1], value)
     elif len(fields) == 2:
         getattr(target, fields[0])[int(fields[1])] = value
     else:

@@ -17,15 +17,11 @@ ROWS = (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 17, 33, 64, 193, 400)
 
 
 def _linear(context: abi.Context, x: np.ndarray, weight: abi.Weight, bias: np.ndarray | None = None) -> np.ndarray:
-    op = np.zeros(1, abi.OP_DTYPE)[0]
-    op["kind"] = 2
-    op["in"], op["out"], op["weight"] = [0, -1, -1], [0, -1], [0, -1 if bias is None else 1]
-    op["in_width"], op["out_width"] = [weight.cols, 0, 0], [weight.rows, 0]
     out = np.full((len(x), weight.rows), np.nan, np.float32)
     weights = (
         [weight] if bias is None else [weight, abi.Weight(bias.view(np.uint8), 1, weight.rows, abi.F32, abi.ROW_MAJOR)]
     )
-    table = np.array([op], abi.OP_DTYPE)
+    table = abi.op_table(2, [weight.cols], [weight.rows], weights)
     abi.run_op(context, table, len(x), [(x.ctypes.data, x.shape[1])], [(out.ctypes.data, weight.rows)], weights)
     return out
 
@@ -80,9 +76,7 @@ def embedding_rows(context: abi.Context, weight: abi.Weight) -> np.ndarray:
         slot_mapping_T=np.zeros(count, np.int64),
         logit_rows=empty,
     )
-    op = np.zeros(1, abi.OP_DTYPE)
-    op["kind"], op["in"], op["out"], op["weight"] = 1, -1, [0, -1], [0, -1]
-    op["out_width"] = [weight.cols, 0]
+    op = abi.op_table(1, [], [weight.cols], [weight])
     out = np.full((count, weight.cols), np.nan, np.float32)
     abi.run_op(context, op, count, [], [(out.ctypes.data, weight.cols)], [weight], abi.batch_struct(batch))
     return out

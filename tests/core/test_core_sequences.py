@@ -163,7 +163,7 @@ def test_sequences_that_take_turns_when_decoded_then_cells_of_each_lie_together(
 
 def test_shift_when_the_cache_is_of_another_shape_then_refused(compiled: Path) -> None:
     model = CoreModel(compiled, layout="slot")
-    params = abi.library().pld_kv_default_params()
+    params = abi.default_params(structs.KVParamsStruct)
     params.n_layers, params.n_kv_heads, params.head_dim = 1, 1, 2
     params.block_size, params.n_blocks, params.layout = 1, 8, abi.KV_SLOT
     other = ctypes.c_void_p()
@@ -275,7 +275,7 @@ def test_block_metadata_when_tokens_of_a_sequence_contradict_each_other_then_inv
 
 
 def test_params_of_an_older_header_when_a_cache_is_made_then_it_is_a_block_cache() -> None:
-    params, kv = abi.library().pld_kv_default_params(), ctypes.c_void_p()
+    params, kv = abi.default_params(structs.KVParamsStruct), ctypes.c_void_p()
     params.struct_size, params.layout = structs.KVParamsStruct.layout.offset, 77  # what lies behind is not read
     assert abi.library().pld_kv_create(ctypes.byref(params), ctypes.byref(kv)) == OK
     assert abi.library().pld_kv_free_cells(kv) == -1

@@ -113,9 +113,7 @@ def test_embedding_when_gathered_from_packed_panels_then_the_rows_exactly(native
     packed = native._panels(weight)
     ids = torch.tensor([0, 63, 64, 130, 5], dtype=torch.int32)
     batch = single_sequence_batch(ids.tolist(), 16)
-    op = np.zeros(1, abi.OP_DTYPE)
-    op["kind"], op["in"], op["out"], op["weight"] = OP_KINDS["embedding"], -1, [0, -1], [0, -1]
-    op["out_width"] = [37, 0]
+    op = abi.op_table(OP_KINDS["embedding"], [], [37], [packed])
     out = np.empty((5, 37), np.float32)
     abi.run_op(native.context, op, 5, (), [(out.ctypes.data, 37)], [packed], abi.batch_struct(batch))
     assert torch.equal(torch.from_numpy(out), weight[ids.long()].float())

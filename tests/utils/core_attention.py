@@ -162,13 +162,9 @@ class World:
             slot_mapping_T=np.concatenate([self.cells(seq, a, b) for seq, _, a, b in work]),
         )
         out = np.full_like(q, np.nan)
-        op = np.zeros(1, abi.OP_DTYPE)
-        row = op[0]
-        row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS["attention"], [0, 1, 2], [0, -1], -1
-        row["in_width"], row["out_width"] = [q.shape[1], k.shape[1], v.shape[1]], [q.shape[1], 0]
-        s = self.shape
-        row["i"][:5] = [layer, s.num_heads, s.num_kv_heads, s.head_dim, s.window]
-        row["f"][:2] = [s.scale, s.softcap]
+        s, widths = self.shape, [x.shape[1] for x in (q, k, v)]
+        ints = (layer, s.num_heads, s.num_kv_heads, s.head_dim, s.window)
+        op = abi.op_table(OP_KINDS["attention"], widths, [q.shape[1]], (), ints, (s.scale, s.softcap))
         inputs = [(int(x.ctypes.data), x.shape[1]) for x in (q, k, v)]
         outputs = [(int(out.ctypes.data), out.shape[1])]
         abi.run_op(ctx, op, len(q), inputs, outputs, (), abi.batch_struct(batch), self.kv)

@@ -28,7 +28,7 @@ class CoreModel:
     ) -> None:
         lib = abi.library()
         self.context = abi.Context(threads)
-        params = lib.pld_model_default_params()
+        params = abi.default_params(structs.ModelParamsStruct)
         params.max_tokens, params.max_logit_rows = 64, 64
         handle = ctypes.c_void_p()
         abi.check(
@@ -37,7 +37,7 @@ class CoreModel:
         self._model, self.program = handle, lib.pld_model_program(handle)
         self.info = structs.ModelInfoStruct(struct_size=ctypes.sizeof(structs.ModelInfoStruct))
         abi.check(lib.pld_model_info_get(handle, ctypes.byref(self.info)))
-        kv = lib.pld_kv_default_params()
+        kv = abi.default_params(structs.KVParamsStruct)
         kv.n_layers, kv.n_kv_heads, kv.head_dim = self.info.n_layers, self.info.n_kv_heads, self.info.head_dim
         kv.dtype, kv.layout = self.info.kv_dtype if dtype is None else dtype, 1 if layout == "slot" else 0
         kv.block_size = 1 if layout == "slot" else block_size

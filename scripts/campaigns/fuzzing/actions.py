@@ -10,13 +10,19 @@ from pathlib import Path
 
 from fuzzing import batches
 from fuzzing.core import ABORTED, INVALID_ARGUMENT, INVALID_BATCH, INVALID_SEQ, NOT_SUPPORTED, OK, OUT_OF_MEMORY
-from fuzzing.draws import EDGES_32, INT32_MAX, INT32_MIN, Draw, ints
+from fuzzing.draws import EDGES_32, INT32_MAX, INT32_MIN, MAX_STRUCT_SIZE, Draw, ints, tail, with_tail
 from fuzzing.programs import Recipe, damaged, describe_program
 from fuzzing.world import SEQS, Cache, Program, World
 from pellucid.core import abi, structs
 
 _FLAGS = (ctypes.c_int32 * 3)(0, 1, -1)
 _KV_SIZE = sizeof(structs.KVParamsStruct)
+_INITS: dict[str, type[ctypes.Structure]] = {
+    "pld_context_params_init": structs.ContextParamsStruct,
+    "pld_kv_params_init": structs.KVParamsStruct,
+    "pld_model_params_init": structs.ModelParamsStruct,
+    "pld_verify_params_init": structs.VerifyParamsStruct,
+}
 _MAX_ARENA = 2**24  # a program with more is not run
 _OLDEST_KV = structs.KVParamsStruct.layout.offset
 
@@ -306,14 +312,33 @@ def look(world: World) -> None:
         core.expect(core.get("pld_context_isa", None), 0, "instruction set of null")
         for name in ("pld_context_destroy", "pld_model_close", "pld_kv_destroy", "pld_program_destroy"):
             core.get(name, None)
+        _init_params(world)
     elif kind == 4:
         core.expect(core.get("pld_abi_version"), abi.ABI_VERSION, "ABI version")
-        info = structs.CpuInfoStruct(struct_size=draw.one((sizeof(structs.CpuInfoStruct), 0, 8, 2**63)))
-        is_good = info.struct_size >= sizeof(info)
+        size = sizeof(structs.CpuInfoStruct)
+        info = structs.CpuInfoStruct(struct_size=draw.one((size, size + 24, 0, 8, 4097, 2**63)))
+        is_good = size <= info.struct_size <= MAX_STRUCT_SIZE
+        info = with_tail(info, bytes(24))
         status = core.call("pld_cpu_info_get", byref(info) if draw.chance(0.9) else None)
         core.expect(status in (OK, INVALID_ARGUMENT) and (is_good or status != OK), True, "status of pld_cpu_info_get")
     elif program.model is not None:
         _model_info(world, program)
+
+
+def _init_params(world: World) -> None:
+    """pld_*_params_init of any size: what is made is taken, and nothing is written behind it."""
+    draw, core = world.draw, world.core
+    name, struct = draw.one(sorted(_INITS.items()))
+    size = draw.one((0, 8, 4096, 4097, 2**63)) if draw.chance(0.3) else sizeof(struct) + draw.below(40)
+    params = with_tail(struct(), bytes([7] * MAX_STRUCT_SIZE))
+    status = core.call(name, byref(params), size)
+    is_good = sizeof(struct) <= size <= MAX_STRUCT_SIZE
+    core.expect(status, OK if is_good else INVALID_ARGUMENT, f"status of {name} for {size} bytes")
+    if is_good:
+        core.expect(params.struct_size, size, "the size of initialised params")
+        seen = ctypes.string_at(ctypes.addressof(params), sizeof(struct) + MAX_STRUCT_SIZE)
+        core.expect(any(seen[sizeof(struct) : size]), False, "whether unknown fields were filled")
+        core.expect(set(seen[max(size, sizeof(struct)) :]) <= {7}, True, "whether the memory behind them is untouched")
 
 
 def _read_cell(world: World, cache: Cache) -> None:
@@ -333,8 +358,9 @@ def _read_cell(world: World, cache: Cache) -> None:
 def _model_info(world: World, program: Program) -> None:
     draw, core = world.draw, world.core
     size = sizeof(structs.ModelInfoStruct)
-    info = structs.ModelInfoStruct(struct_size=draw.one((size, size, 0, size - 1, size + 1, 2**63)))
-    is_good = info.struct_size >= size
+    info = structs.ModelInfoStruct(struct_size=draw.one((size, size, 0, size - 1, size + 24, 4097, 2**63)))
+    is_good = size <= info.struct_size <= MAX_STRUCT_SIZE
+    info = with_tail(info, bytes([7] * 24))
     core.expect(
         core.call("pld_model_info_get", program.model, byref(info)), OK if is_good else INVALID_ARGUMENT, "info"
     )
@@ -367,8 +393,14 @@ def make_cache(world: World) -> None:
         setattr(params, name, draw.hostile(getattr(params, name)))
         expected = None
     if draw.chance(0.2):
-        params.struct_size = draw.one((0, 8, _OLDEST_KV - 1, _OLDEST_KV, _KV_SIZE - 1, _KV_SIZE + 8, 2**63))
+        params.struct_size = draw.one((0, 8, _OLDEST_KV - 1, _OLDEST_KV, _KV_SIZE - 1, 4097, 2**63))
         expected = None
+        if params.struct_size == _OLDEST_KV and params.block_size == 1:
+            return  # its layout is decided by its first use
+    elif draw.chance(0.2):
+        fields = tail(draw)
+        params.struct_size += len(fields)
+        params, expected = with_tail(params, fields), INVALID_ARGUMENT if any(fields) else expected
     nbytes = core.get("pld_kv_bytes", byref(params))
     if 2**24 < nbytes < 2**45:
         return  # the machine might have that much
@@ -417,11 +449,15 @@ def make_program(world: World, recipe: Recipe) -> None:
 def make_context(world: World) -> None:
     """pld_context_create with damaged parameters."""
     draw, core = world.draw, world.core
-    params = core.get("pld_context_default_params")
+    params = abi.default_params(structs.ContextParamsStruct)
     params.num_threads = 1
     name = draw.one(("num_threads", "isa", "spin_us", "struct_size"))
     if name == "struct_size":
-        params.struct_size = draw.one((0, 4, sizeof(params) - 1, sizeof(params) + 1, 2**63))
+        params.struct_size = draw.one((0, 4, sizeof(params) - 1, 4097, 2**63))
+        if draw.chance(0.5):
+            fields = tail(draw)
+            params.struct_size = sizeof(params) + len(fields)
+            params = with_tail(params, fields)
     else:
         setattr(params, name, draw.hostile(getattr(params, name)))
     if 3 < params.num_threads <= 256:
@@ -446,7 +482,7 @@ def open_file(world: World, files: list[tuple[bytes, Recipe]], folder: Path) -> 
             world.destroy_program(world.live_programs[0])
         return
     size = sizeof(structs.ModelParamsStruct)
-    params = core.get("pld_model_default_params")
+    params = abi.default_params(structs.ModelParamsStruct)
     params.max_tokens, params.max_logit_rows = rows
     kind = draw.below(4)
     if kind == 0:
@@ -468,7 +504,7 @@ def open_file(world: World, files: list[tuple[bytes, Recipe]], folder: Path) -> 
 def verify_file(world: World, files: list[tuple[bytes, Recipe]], folder: Path) -> None:
     """pld_model_verify of a good model, of what has no checksums, of what is no file, and stopped."""
     draw, core = world.draw, world.core
-    params, bad_block, stop = core.get("pld_verify_default_params"), ctypes.c_int64(-2), ctypes.c_int32(1)
+    params, bad_block, stop = abi.default_params(structs.VerifyParamsStruct), ctypes.c_int64(-2), ctypes.c_int32(1)
     kind = draw.below(6)
     path = bytes(folder) + b"/text" if kind == 1 else draw.one(files)[0]
     if kind == 2:

@@ -10,7 +10,7 @@ from typing import Any
 from utils.sequence_model import MAX_POSITION
 
 from fuzzing.core import ABORTED, INVALID_ARGUMENT, INVALID_BATCH, NOT_SUPPORTED, OK
-from fuzzing.draws import Draw, chars, ints, longs
+from fuzzing.draws import MAX_STRUCT_SIZE, Draw, chars, ints, longs, tail, with_tail
 from fuzzing.world import SEQS, Cache, Program
 from pellucid.core import structs
 
@@ -31,6 +31,7 @@ class DecodeDraw:
     n_tokens: int = 0
     width: int = 0
     struct_size: int = _SIZE
+    tail: bytes = b""  # fields that the core does not know
     abort: str = "never"  # never, no, yes; way: set by the step itself
 
     def struct(self, abort_at: int | None) -> tuple[structs.DecodeBatchStruct, list[Any]]:
@@ -51,7 +52,7 @@ class DecodeDraw:
                 memory.append(make(values))
                 setattr(struct, name, addressof(memory[-1]))
         struct.abort = abort_at
-        return struct, memory
+        return with_tail(struct, self.tail), memory
 
 
 @dataclass
@@ -70,6 +71,7 @@ class RunDraw:
     n_logit_rows: int = 0
     width: int = 0
     struct_size: int = _RUN_SIZE
+    tail: bytes = b""
     memory: list[Any] = field(default_factory=list, repr=False)
 
     def struct(self) -> structs.BatchStruct:
@@ -92,7 +94,7 @@ class RunDraw:
             self.memory.append(make(values))
             pointers.append(addressof(self.memory[-1]))
         counts = (self.n_tokens, self.n_seqs, self.n_logit_rows, self.width)
-        return structs.BatchStruct(self.struct_size, *counts, *pointers)
+        return with_tail(structs.BatchStruct(self.struct_size, *counts, *pointers), self.tail)
 
 
 # ---- good ones -----------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def damage_decode(draw: Draw, batch: DecodeDraw) -> None:
     elif kind == 8:
         batch.n_tokens = draw.one((0, -1, -(2**31), 2**31 - 1, batch.n_tokens - 1))
     else:
-        batch.struct_size = draw.one((0, 1, _SIZE - 8, _SIZE - 1, _SIZE + 1, _SIZE + 4096, 2**64 - 1))
+        _damage_size(draw, batch, _SIZE)
 
 
 def damage_run(draw: Draw, batch: RunDraw) -> None:
@@ -258,7 +260,14 @@ def damage_run(draw: Draw, batch: RunDraw) -> None:
         if draw.chance(0.3):
             setattr(batch, name, 2**31 - 1)
     else:
-        batch.struct_size = draw.one((0, 8, _RUN_SIZE - 8, _RUN_SIZE + 8, _RUN_SIZE + 4096, 2**64 - 1))
+        _damage_size(draw, batch, _RUN_SIZE)
+
+
+def _damage_size(draw: Draw, batch: DecodeDraw | RunDraw, size: int) -> None:
+    batch.struct_size = draw.one((0, 1, 8, size - 8, size - 1, 4097, size + 4096, 2**64 - 1))
+    if draw.chance(0.5):
+        batch.tail = tail(draw)
+        batch.struct_size = size + len(batch.tail)
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------------
@@ -270,10 +279,14 @@ def _wanted(batch: DecodeDraw) -> list[bool]:
     return [value != 0 for value in batch.logits[: batch.n_tokens]]
 
 
+def _is_good_size(batch: DecodeDraw | RunDraw, size: int) -> bool:
+    return size <= batch.struct_size <= MAX_STRUCT_SIZE and not any(batch.tail)
+
+
 def _is_sane(batch: DecodeDraw, program: Program) -> bool:
     """By itself, on either layout."""
     n = batch.n_tokens
-    if batch.struct_size < _SIZE or not 1 <= n <= program.max_tokens or batch.tokens is None or batch.seq_ids is None:
+    if not 1 <= n <= program.max_tokens or batch.tokens is None or batch.seq_ids is None:
         return False
     if any(not 0 <= token < program.vocab_size for token in batch.tokens[:n]) or min(batch.seq_ids[:n]) < 0:
         return False
@@ -322,7 +335,7 @@ def expected_decode(batch: DecodeDraw, program: Program, cache: Cache) -> int | 
     told of what was accepted by the caller."""
     if not cache.fits(program.recipe):
         return INVALID_ARGUMENT
-    if batch.struct_size < _SIZE or not _is_sane(batch, program):
+    if not _is_good_size(batch, _SIZE) or not _is_sane(batch, program):
         return INVALID_BATCH
     if cache.model is None and not _is_good_block(batch, cache):
         return INVALID_BATCH
@@ -349,7 +362,7 @@ def is_good_run(batch: RunDraw, cache: Cache, limits: tuple[int, int, int]) -> b
     """`limits`: tokens, logit rows, vocabulary (0: ids are not looked at)."""
     n, r, n_logits, width = batch.n_tokens, batch.n_seqs, batch.n_logit_rows, batch.width
     arrays = (batch.token_ids, batch.positions, batch.query_start, batch.seq_lens, batch.tables, batch.slot_mapping)
-    if batch.struct_size < _RUN_SIZE or not 1 <= n <= limits[0] or not 1 <= r <= n:
+    if not _is_good_size(batch, _RUN_SIZE) or not 1 <= n <= limits[0] or not 1 <= r <= n:
         return False
     if not 0 <= n_logits <= limits[1] or width < 1 or None in arrays or (n_logits > 0 and batch.logit_rows is None):
         return False

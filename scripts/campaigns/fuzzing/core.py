@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fuzzing.frame import FindingError, Tally
-from pellucid.core import abi
+from pellucid.core import abi, structs
 
 OK, NO_SPACE, ABORTED = 0, 1, 2
 INVALID_BATCH, INVALID_ARGUMENT, OUT_OF_MEMORY, NOT_SUPPORTED = -1, -2, -3, -4
@@ -29,6 +29,11 @@ STATUSES: dict[str, frozenset[int]] = {
     "pld_kv_create": _PLAIN | {OUT_OF_MEMORY},
     "pld_kv_read": _PLAIN,
     "pld_sample": _PLAIN,
+    "pld_sample_run": _PLAIN,
+    "pld_context_params_init": _PLAIN,
+    "pld_kv_params_init": _PLAIN,
+    "pld_model_params_init": _PLAIN,
+    "pld_verify_params_init": _PLAIN,
     "pld_op_run": _PLAIN | {INVALID_BATCH, NOT_SUPPORTED, OUT_OF_MEMORY},
     "pld_program_create": _PLAIN | {OUT_OF_MEMORY},
     "pld_program_run": _PLAIN | {INVALID_BATCH, NOT_SUPPORTED},
@@ -204,7 +209,7 @@ def _plant(functions: dict[str, Callable[..., Any]], plant: str) -> None:
 
 def _succeed(real: dict[str, Callable[..., Any]]) -> int:
     """Ok, and no text of a failure before."""
-    real["pld_kv_bytes"](ctypes.byref(real["pld_kv_default_params"]()))
+    real["pld_kv_bytes"](ctypes.byref(abi.default_params(structs.KVParamsStruct)))
     return OK
 
 

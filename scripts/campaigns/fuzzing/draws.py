@@ -11,7 +11,9 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+S = TypeVar("S", bound=ctypes.Structure)
 
+MAX_STRUCT_SIZE = 4096  # of the core
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EDGES_32 = (INT32_MIN, INT32_MIN + 1, -65536, -129, -17, -2, -1, 0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65)
@@ -140,3 +142,18 @@ def fenced(nbytes: int) -> np.ndarray:
     weakref.finalize(block, _LIBC.free, address)
     ctypes.memset(address, 0, nbytes)
     return np.frombuffer(block, np.uint8)
+
+
+def tail(draw: Draw) -> bytes:
+    """Fields of a newer header: all zero, which means nothing, or one byte set, which is refused."""
+    fields = bytearray(draw.one((1, 8, 16, 64, 1024)))
+    if draw.chance(0.5):
+        fields[draw.below(len(fields))] = draw.between(1, 255)
+    return bytes(fields)
+
+
+def with_tail(struct: S, fields: bytes) -> S:
+    """The same struct in memory that ends with its caller's further fields."""
+    memory = fenced(ctypes.sizeof(struct) + len(fields))
+    memory[:] = np.frombuffer(bytes(struct) + fields, np.uint8)
+    return type(struct).from_buffer(memory)

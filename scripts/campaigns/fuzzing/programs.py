@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fuzzing.draws import Draw, fenced
+from fuzzing.draws import Draw, fenced, tail, with_tail
 from pellucid.core import abi, structs
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording
@@ -358,6 +358,9 @@ def describe_program(recipe: Recipe, max_tokens: int, max_logit_rows: int) -> De
         kept.ctypes.data,
         len(recipe.inputs),
         inputs.ctypes.data,
+        recipe.ops.itemsize,
+        recipe.buffers.itemsize,
+        ctypes.sizeof(structs.WeightStruct),
     )
     return Descriptor(recipe, struct, [table, kept, inputs])
 
@@ -423,8 +426,14 @@ def _damage_struct(draw: Draw, desc: Descriptor) -> None:
         setattr(struct, draw.one(("ops", "buffers", "weights", "kept", "inputs")), None)
     else:
         size = ctypes.sizeof(struct)
-        oldest = structs.ProgramDescStruct.n_kept.offset
-        struct.struct_size = draw.one((0, 8, oldest - 1, oldest, oldest + 4, size - 1, size + 64, 2**63))
+        oldest = structs.ProgramDescStruct.n_kept.offset  # of the first version, whose ops have another layout
+        struct.struct_size = draw.one((0, 8, oldest - 1, 4097, 2**63))
+        if draw.chance(0.3):
+            setattr(struct, draw.one(("op_size", "buffer_size", "weight_size")), draw.one((1, 8, 15, 4097, 2**63)))
+        elif draw.chance(0.6):
+            fields = tail(draw)
+            struct.struct_size = size + len(fields)
+            desc.struct = with_tail(struct, fields)
 
 
 def _damage_weight(draw: Draw, desc: Descriptor) -> None:

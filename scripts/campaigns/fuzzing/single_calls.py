@@ -16,7 +16,7 @@ import numpy as np
 
 from fuzzing.batches import RunDraw, damage_run, is_good_run
 from fuzzing.core import OK
-from fuzzing.draws import INT64_MAX, INT64_MIN, Draw, fenced, ints
+from fuzzing.draws import INT64_MAX, INT64_MIN, Draw, fenced, ints, tail, with_tail
 from fuzzing.programs import damage_op, packed_matrix, packing_context, spoil_weight
 from fuzzing.world import Cache, World
 from pellucid.core import abi, structs
@@ -47,6 +47,7 @@ class _Call:
     batch: RunDraw | None = None
     cache: Cache | None = None
     memory: list[Any] = field(default_factory=list)
+    table: Any = None  # the weights as pld_weight, those that are absent zero
 
 
 def _vector(draw: Draw, width: int) -> abi.Weight:
@@ -171,26 +172,29 @@ def _run_again(cache: int, isa: int, struct: structs.OpCallStruct, memory: objec
 
 
 def _struct_of(draw: Draw, call: _Call) -> tuple[structs.OpCallStruct, np.ndarray, list[np.ndarray]]:
-    op = np.zeros(1, abi.OP_DTYPE)
-    row = op[0]
-    row["kind"], row["in"], row["out"], row["weight"] = OP_KINDS[call.kind], -1, -1, -1
-    struct = structs.OpCallStruct(struct_size=_CALL_SIZE, op=op.ctypes.data, rows=call.rows)
+    op = abi.op_table(OP_KINDS[call.kind], call.in_widths, call.out_widths, call.weights, call.ints, call.floats)
+    table = (structs.WeightStruct * structs.MAX_WEIGHTS)(*[weight.struct() for weight in call.weights])
+    call.memory.append(table)
+    call.table = table
+    struct = structs.OpCallStruct(
+        struct_size=_CALL_SIZE,
+        op=op.ctypes.data,
+        op_size=op.itemsize,
+        rows=call.rows,
+        weights=ctypes.addressof(table),
+        weight_size=sizeof(structs.WeightStruct),
+    )
     is_wild = draw.chance(0.2)
     for i, width in enumerate(call.in_widths):
         stride = width + draw.one((0, 0, 1, 5))
         array = draw.floats((call.rows - 1) * stride + width, wild=is_wild)
         call.memory.append(array)
-        row["in"][i], row["in_width"][i] = i, width
         struct.in_[i], struct.in_stride[i] = array.ctypes.data, stride
     outputs = []
     for i, width in enumerate(call.out_widths):
         stride = width + draw.one((0, 0, 1, 5))
         outputs.append(np.full((call.rows, stride), _CANARY, np.float32))
-        row["out"][i], row["out_width"][i] = i, width
         struct.out[i], struct.out_stride[i] = outputs[-1].ctypes.data, stride
-    for i, weight in enumerate(call.weights):
-        row["weight"][i], struct.weight[i] = i, weight.struct()
-    row["i"][: len(call.ints)], row["f"][: len(call.floats)] = call.ints, call.floats
     if call.batch is not None:
         struct.batch = 1
     if call.cache is not None:
@@ -209,7 +213,7 @@ def _spoil(draw: Draw, call: _Call, struct: structs.OpCallStruct, op: np.ndarray
         place = draw.below(len(call.weights))
         weight = call.weights[place]
         slack = 32 if weight.layout == abi.ROW_MAJOR else 0
-        spoil_weight(draw, struct.weight[place], weight.data.nbytes - slack, slack)
+        spoil_weight(draw, call.table[place], weight.data.nbytes - slack, slack)
     elif kind == 5 and call.batch is not None:
         damage_run(draw, call.batch)
         if call.kind == "gather_rows":  # it is the caller's word that the input has so many rows
@@ -229,15 +233,19 @@ def _spoil(draw: Draw, call: _Call, struct: structs.OpCallStruct, op: np.ndarray
         else:
             struct.out_stride[place] = draw.one((0, -1, INT64_MIN, max(struct.out_stride[place] - 1, 0)))
     else:
-        name = draw.one(("struct_size", "op", "batch", "kv"))
-        bad = {"struct_size": draw.one((0, 8, _CALL_SIZE - 8, _CALL_SIZE + 8, 2**63))}
+        name = draw.one(("struct_size", "op", "op_size", "weights", "weight_size", "batch", "kv"))
+        bad: dict[str, int] = {
+            "struct_size": draw.one((0, 8, _CALL_SIZE - 16, 2**63)),
+            "op_size": draw.one((1, 8, abi.OP_DTYPE.itemsize - 4, 4097, 2**64 - 1)),
+            "weight_size": draw.one((1, 31, 4097, 2**63)),
+        }
         setattr(struct, name, bad.get(name))
 
 
 def _keep_honest(call: _Call, struct: structs.OpCallStruct, op: np.ndarray, before: np.ndarray) -> None:
     """An op that now reads what is not there says so by a null pointer: its memory is the caller's word."""
     row = op[0]
-    for i in range(3):
+    for i in range(structs.MAX_IN):
         width = int(row["in_width"][i])
         if row["in"][i] >= 0 and (i >= len(call.in_widths) or width > call.in_widths[i]):
             row["in_width"][i] = before[0]["in_width"][i]
@@ -248,9 +256,9 @@ def _keep_honest(call: _Call, struct: structs.OpCallStruct, op: np.ndarray, befo
             struct.out[i] = None
         elif row["out"][i] >= 0 and int(row["out_width"][i]) > struct.out_stride[i]:
             row["out_width"][i] = before[0]["out_width"][i]
-    for i in range(2):
+    for i in range(structs.MAX_WEIGHTS):
         if row["weight"][i] >= 0 and i >= len(call.weights):
-            struct.weight[i].data = None
+            call.table[i].data = None
     if row["kind"] != before[0]["kind"] and call.batch is None:
         struct.batch = None
 
@@ -366,7 +374,13 @@ def sample(world: World) -> None:
         arguments[place] = draw.one(bad[place]) if place in bad else None
         if draw.chance(0.3):
             arguments = [*arguments[:4], (ctypes.c_void_p * count)(), *arguments[5:]]
-    status = core.call("pld_sample", *arguments)
+    if draw.chance(0.5):
+        status = core.call("pld_sample", *arguments)
+    else:
+        call = structs.SampleCallStruct(sizeof(structs.SampleCallStruct), *arguments[1:4], count)
+        call.n_rows, call.results, call.result_size = arguments[5], arguments[6], draw.one((0, results.itemsize))
+        call.rows = None if arguments[4] is None else addressof(arguments[4])
+        status = core.call("pld_sample_run", arguments[0], byref(call))
     core.tally.add("checks")
     if status != OK:
         if (results["token"] != -99).any() or (results["status"] != -98).any():
@@ -415,7 +429,11 @@ def _sample_row(draw: Draw, vocab: int, memory: list[Any]) -> structs.SampleRowS
     row.seed, row.position = draw.getrandbits(64), draw.one((0, 1, 5, 2**32, 2**64 - 1))
     row.choice, row.wants_log_sum_exp = draw.getrandbits(3), draw.below(2)
     if draw.chance(0.02):
-        row.struct_size = draw.one((0, 8, row.struct_size - 8, row.struct_size + 8))
+        row.struct_size = draw.one((0, 8, row.struct_size - 8, 4097))
+    if draw.chance(0.05):
+        fields = tail(draw)
+        row.struct_size += len(fields)
+        row = with_tail(row, fields)
     return row
 
 

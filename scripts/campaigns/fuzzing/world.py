@@ -140,8 +140,9 @@ class World:
         if status != OK:
             self.core.expect(out.value, None, "the handle of a refused cache")
             return None
-        seen = self.core.get("pld_kv_default_params")
+        seen = abi.default_params(structs.KVParamsStruct)
         ctypes.memmove(byref(seen), byref(params), min(params.struct_size, sizeof(seen)))
+        seen.struct_size = min(params.struct_size, sizeof(seen))
         model = SequenceModel(seen.n_blocks) if seen.layout == abi.KV_SLOT else None
         self.caches.append(Cache(len(self.caches), out.value or 0, seen, model))
         return self.caches[-1]

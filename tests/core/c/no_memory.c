@@ -116,7 +116,8 @@ static pld_status sample(void) {
 }
 
 static pld_status make_cache(void) {
-  pld_kv_params params = pld_kv_default_params();
+  pld_kv_params params;
+  pld_kv_params_init(&params, sizeof params);
   pld_kv *kv = NULL;
   params.block_size = 1;
   params.n_blocks = 100;
@@ -128,7 +129,8 @@ static pld_status make_cache(void) {
 }
 
 static pld_status make_context(void) {
-  pld_context_params params = pld_context_default_params();
+  pld_context_params params;
+  pld_context_params_init(&params, sizeof params);
   pld_context *made = NULL;
   params.num_threads = 3;
   const pld_status status = pld_context_create(&params, &made);
@@ -138,7 +140,8 @@ static pld_status make_context(void) {
 }
 
 static pld_status open_model(void) {
-  pld_model_params params = pld_model_default_params();
+  pld_model_params params;
+  pld_model_params_init(&params, sizeof params);
   pld_model *made = NULL;
   const pld_status status = pld_model_open(context, path, &params, &made);
   if ((made != NULL) != (status == PLD_OK)) die("open_model", "the handle");
@@ -187,10 +190,13 @@ static void try(const char *name, pld_status (*call)(void)) {
 int main(int argc, char **argv) {
   if (argc != 2) return 2;
   path = argv[1];
-  pld_context_params context_params = pld_context_default_params();
+  pld_context_params context_params;
+  pld_context_params_init(&context_params, sizeof context_params);
   context_params.num_threads = 2;
-  pld_model_params params = pld_model_default_params();
-  pld_kv_params kv = pld_kv_default_params();
+  pld_model_params params;
+  pld_model_params_init(&params, sizeof params);
+  pld_kv_params kv;
+  pld_kv_params_init(&kv, sizeof kv);
   info.struct_size = sizeof info;
   if (pld_context_create(&context_params, &context) != PLD_OK ||
       pld_model_open(context, path, &params, &model) != PLD_OK || pld_model_info_get(model, &info) != PLD_OK)

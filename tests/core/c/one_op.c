@@ -55,11 +55,14 @@ static void linear(pld_context *context, pld_op_call *call, pld_op *op, pld_dtyp
     memset(data, 1, (size_t)bytes);
   op->kind = PLD_OP_LINEAR;
   op->weight[0] = 0;
-  call->weight[0].data = data;
-  call->weight[0].rows = N;
-  call->weight[0].cols = K;
-  call->weight[0].dtype = dtype;
-  call->weight[0].layout = PLD_PANELS;
+  pld_weight *weight = zeroed(sizeof *weight);
+  weight->data = data;
+  weight->rows = N;
+  weight->cols = K;
+  weight->dtype = dtype;
+  weight->layout = PLD_PANELS;
+  call->weights = weight;
+  call->weight_size = sizeof *weight;
   operand(call, op, 0, numbers((size_t)call->rows * K), K);
   result(call, op, N);
 }
@@ -69,7 +72,8 @@ static void attention(pld_op_call *call, pld_op *op, pld_dtype dtype, pld_batch 
   static int32_t tokens[MAX_TOKENS], positions[MAX_TOKENS], start[2], length[1], table[MAX_TOKENS / BLOCK];
   static int64_t slots[MAX_TOKENS];
   int rows = (int)call->rows;
-  pld_kv_params params = pld_kv_default_params();
+  pld_kv_params params;
+  require(pld_kv_params_init(&params, sizeof params));
   params.n_kv_heads = KV_HEADS;
   params.head_dim = HEAD;
   params.block_size = BLOCK;
@@ -110,7 +114,8 @@ int main(int argc, char **argv) {
   } types[] = {{"f32", PLD_F32},   {"bf16", PLD_BF16}, {"q8_0", PLD_Q8_0}, {"q4_0", PLD_Q4_0}, {"q4_1", PLD_Q4_1},
                {"q4_k", PLD_Q4_K}, {"q5_k", PLD_Q5_K}, {"q6_k", PLD_Q6_K}, {"i8", PLD_I8}};
   if (argc != 3) return 1;
-  pld_context_params params = pld_context_default_params();
+  pld_context_params params;
+  require(pld_context_params_init(&params, sizeof params));
   params.num_threads = 1;
   params.isa = PLD_ISA_AVX2;
   pld_context *context;
@@ -121,6 +126,7 @@ int main(int argc, char **argv) {
   memset(&call, 0, sizeof call);
   call.struct_size = sizeof call;
   call.op = &op;
+  call.op_size = sizeof op;
   call.rows = atoi(argv[2]);
   pld_batch batch;
   const char *split = strchr(argv[1], '-');

@@ -29,6 +29,7 @@ from pellucid.config import DEFAULT_MODEL
 
 ISAS = ("avx512", "avx2", "portable")
 SMOLLM2 = "smollm2"
+_STATES_MB = 1024  # a capture of a long context of a real model has more than the default allows
 _LONE: dict[str, Any] = {
     "num_threads": 1,
     "max_num_seqs": 1,
@@ -72,7 +73,7 @@ class Soak:
     def _open(self, settings: Mapping[str, Any]) -> Any:
         from pellucid import LLM
 
-        return LLM(self._path, **settings)
+        return LLM(self._path, hidden_states_max_mb=_STATES_MB, **settings)
 
     # ---- lone runs ------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ PADDED_ONLY: tuple[tuple[str, object, str], ...] = (
     ("speculative_method", None, "computes exactly one token of each request in a decode"),
     ("async_scheduling", False, "plans a step by what ended in the one before"),
 )
+# (device, distributed executor backend) -> "module:Class" of the executor.
+EXECUTORS: dict[tuple[str, str], str] = {("cpu", "uniproc"): "pellucid.executor.uniproc:UniProcExecutor"}
 SPECULATIVE_METHODS = ("ngram",)
 MAX_SPECULATIVE_TOKENS = 16
 
@@ -69,6 +71,7 @@ class EngineConfig:
     enable_prefix_caching: bool = _setting(True, "Share the blocks of equal prompt beginnings.")
     num_threads: int = _setting(0, "Threads of the core; 0: one for each physical core.")
     device: str = _setting("cpu", "Where the model runs: cpu.")
+    distributed_executor_backend: str = _setting("uniproc", "What runs the model on it: uniproc, this process alone.")
     isa: str = _setting("auto", "Kernels: auto, portable, avx2 or avx512.")
     enforce_eager: bool = _setting(False, "Run the module op by op through torch instead of as a program.")
     tensor_parallel_size: int = _setting(1, "Workers that share each layer: 1.")
@@ -128,6 +131,21 @@ class EngineConfig:
                 raise TypeError(f"LLM() got {name!r} twice: as {key!r} too")
             values[name] = str(value) if name == "model" else value
         return cls(**values)
+
+
+def register_executor(device: str, backend: str, target: str) -> None:
+    """Makes `EngineConfig(device=..., distributed_executor_backend=...)` run on an executor of one's own.
+
+    Args:
+        target: `"module:Class"`; the class has what `pellucid.contract.executor.Executor` says.
+
+    Raises:
+        ConfigError: `target` is no such text.
+    """
+    module, _, name = target.partition(":") if isinstance(target, str) else ("", "", "")
+    if not module or not name.isidentifier():
+        raise ConfigError(f"target is {shown(target)}; it must be 'module:Class'")
+    EXECUTORS[device, backend] = target
 
 
 def _check_padded(config: EngineConfig) -> None:
@@ -202,7 +220,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "speculative_max_num_seqs": _integer(1, 1024),
     "enable_prefix_caching": _boolean,
     "num_threads": _integer(0, 256),
-    "device": _one_of("cpu"),
+    "device": lambda value: _one_of(*dict.fromkeys(device for device, _ in EXECUTORS))(value),
+    "distributed_executor_backend": lambda value: _one_of(*dict.fromkeys(backend for _, backend in EXECUTORS))(value),
     "isa": _one_of("auto", "portable", "avx2", "avx512"),
     "enforce_eager": _boolean,
     "tensor_parallel_size": _only_one,

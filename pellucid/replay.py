@@ -14,13 +14,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from pellucid.api.hidden_states import CaptureParams, SteeringParams
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
+from pellucid.contract.facts import ModelFacts
 from pellucid.engine.engine import LLMEngine
+from pellucid.engine.factory import tokenizer_of
 from pellucid.errors import ConfigError, InvalidRequestError, TraceError, about
-from pellucid.executor.uniproc import UniProcExecutor
+from pellucid.executor.registry import make_executor
 from pellucid.trace.lines import (
     CancelLine,
     Ending,
@@ -32,12 +36,24 @@ from pellucid.trace.lines import (
     SubmitLine,
 )
 from pellucid.trace.reader import TraceReader
-from pellucid.trace.recorder import identity_of
 from pellucid.trace.timeline import choice_ids
 
+# What of a contract must be as it was recorded.
+_CONTRACT = ("recipe", "weights", "formats", "rotary", "tokenizer", "adapter")
 # Settings that change no plan: with any of them changed, steps are still compared one by one.
 _NEUTRAL = {
-    *("model", "tokenizer", "dtype", "quantization", "kv_cache_dtype", "isa", "device", "num_threads", "enforce_eager"),
+    *(
+        "model",
+        "tokenizer",
+        "dtype",
+        "quantization",
+        "kv_cache_dtype",
+        "isa",
+        "device",
+        "distributed_executor_backend",
+        "num_threads",
+        "enforce_eager",
+    ),
     *(
         "verify",
         "program_cache_max_mb",
@@ -142,14 +158,14 @@ def _replay(
         if isinstance(line, StepLine):
             lines.append(line)
 
-    executor = UniProcExecutor(config, progress)
+    executor = make_executor(config, progress)
     try:
-        engine = LLMEngine(config, executor, executor.model.tokenizer, trace_sink=sink)
+        engine = LLMEngine(config, executor, tokenizer_of(executor.facts), trace_sink=sink)
     except BaseException:
         executor.close()
         raise
     try:
-        _check_model(trace.header, engine)
+        _check_contract(trace.header, executor.facts)
         has_logits = bool(trace.header.config.get("trace_logits")) and config.trace_logits
         report = ReplayReport(_keeps_plans(trace.header, config), has_logits, recorded_by=trace.header.pellucid)
         kind = _PlanReplay if report.compares_plans else _TokenReplay
@@ -433,13 +449,19 @@ def _keeps_plans(header: Header, config: EngineConfig) -> bool:
     return all(name in _NEUTRAL or recorded.get(name, value) == value for name, value in now.items())
 
 
-def _check_model(header: Header, engine: LLMEngine) -> None:
-    here = identity_of(engine.executor.model, engine.config.model)
-    if here.digest != header.model.digest:
-        raise TraceError(
-            f"the trace is of model {header.model.name} with digest {header.model.digest}; {here.name} with this precision "
-            f"has {here.digest}"
-        )
+def _check_contract(header: Header, facts: ModelFacts) -> None:
+    """Refuses what cannot give the same bits. Other kernels and another type of cache may be asked for: then the replay says what
+    differs."""
+    recorded, here = header.contract, facts.contract
+    if recorded is None:  # of a version that named none: its recipe was 1
+        recorded = msgspec.structs.replace(here, recipe=1)
+    for name in _CONTRACT:
+        then, now = getattr(recorded, name), getattr(here, name)
+        if then != now:
+            raise TraceError(
+                f"the trace is of model {header.model.name} with {name} {_shown(then)}; {facts.name} with this precision has "
+                f"{_shown(now)}"
+            )
 
 
 def _ending(ending: Ending | None) -> tuple[str, int | str | None] | None:

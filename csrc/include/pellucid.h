@@ -58,6 +58,8 @@ enum {
 };
 PLD_API pld_error_item pld_last_error_item(int64_t *index); /* index: null, or set to the element's, -1 when none */
 PLD_API int32_t pld_abi_version(void);
+/* The number of the arithmetic that this library computes by: equal numbers, equal bits (docs/kernels.md). */
+PLD_API int32_t pld_recipe(void);
 
 /* ---- Context: a thread pool and the kernels of one instruction set ---------------------------------------------- */
 

@@ -60,3 +60,4 @@ extern "C" pld_error_item pld_last_error_item(int64_t *index) {
   return pld::error_item;
 }
 extern "C" int32_t pld_abi_version(void) { return PLD_ABI_VERSION; }
+extern "C" int32_t pld_recipe(void) { return 1; }

@@ -13,6 +13,7 @@ from pellucid.bench.figures import StepShares, spread_lengths
 from pellucid.bench.limits import Limits, measure_limits, step_cost
 from pellucid.bench.workload import Measured, Workload, run, spread_of
 from pellucid.errors import InvalidRequestError
+from pellucid.executor.uniproc import UniProcExecutor
 from pellucid.llm import LLM
 
 Report = dict[str, Any]
@@ -132,7 +133,10 @@ def batch_curve(
     if max(batch_sizes) > most:
         raise InvalidRequestError(f"batch_sizes has {max(batch_sizes)}; max_num_seqs is {most}", "batch_sizes")
     limits = limits or measure_limits(llm.config.num_threads, llm.config.isa)
-    cost = step_cost(llm.engine.executor.model, llm.engine.executor.kv_cache.bytes_per_token)
+    executor = llm.engine.executor
+    cost = None
+    if isinstance(executor, UniProcExecutor):  # what the machine allows is known of a program that runs here
+        cost = step_cost(executor.model, executor.kv_cache.bytes_per_token)
     points = []
     for turn, batch in enumerate(batch_sizes):
         prompts = _equal(llm, batch, input_len, num_steps, seed + turn).prompts

@@ -25,6 +25,7 @@ def main() -> None:
     """Loads, makes one token, reports."""
     asked = json.loads(sys.argv[1])
     from pellucid import LLM, SamplingParams
+    from pellucid.executor.uniproc import UniProcExecutor
 
     imported = time.monotonic()
     with LLM(asked["model"], **asked["engine"]) as llm:
@@ -33,7 +34,8 @@ def main() -> None:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=1)
         tokens = sum(len(chunk.token_ids) for chunk in llm.stream(prompt, params))
         done = time.monotonic()
-        from_cache = llm.engine.executor.model.from_cache
+        executor = llm.engine.executor
+        from_cache = isinstance(executor, UniProcExecutor) and executor.model.from_cache
     if tokens != 1:
         raise RuntimeError(f"{tokens} tokens were made; 1 was asked for")
     found = {"began": _BEGAN, "imported": imported, "loaded": loaded, "first_token": done}

@@ -137,7 +137,7 @@ def capture_jsonl(
     metadata = {
         "pellucid": VERSION,
         "model": well_formed(llm.config.model),
-        "fingerprint": llm.engine.executor.model.fingerprint,
+        "fingerprint": llm.engine.executor.facts.fingerprint,
         "activations": dumps(resolved),
         "sampling": json.dumps(defaults, sort_keys=True, default=str),
     }

@@ -19,12 +19,14 @@ from pellucid.executor.loader import (
     resolve_max_model_len,
     resolve_num_blocks,
 )
+from pellucid.executor.uniproc import kv_cache_dtype
 from pellucid.ops.spec import OP_KINDS
 from pellucid.program.checksums import content_bytes, num_blocks
 from pellucid.program.file import ProgramFile
 from pellucid.program.runner import load_program
 from pellucid.program.scheme import DTYPE_NAMES
 from pellucid.program.variant import activation_widths
+from pellucid.text.tokenizer import Tokenizer
 from pellucid.version import VERSION
 from pellucid.weights.hub import cache_dir
 
@@ -125,7 +127,7 @@ def _program_file(config: EngineConfig) -> ProgramFile:
 
 
 def _architecture(model: LoadedModel) -> list[Row]:
-    c = model.config
+    c, tokenizer = model.config, Tokenizer.from_json(model.file.sections["tokenizer"].data)
     weights = model.file.meta["weights"]
     parameters = sum(rows * cols for name, rows, cols, *_ in weights if not name.startswith("constant."))
     window = f"{c.sliding_window:,} positions" if c.sliding_window else "none"
@@ -139,7 +141,7 @@ def _architecture(model: LoadedModel) -> list[Row]:
         ("vocabulary", f"{c.vocab_size:,}"),
         ("context", f"{c.max_position_embeddings:,} positions"),
         ("end tokens", ", ".join(map(str, model.eos_token_ids)) or "none"),
-        ("chat template", "yes" if model.tokenizer is not None and model.tokenizer.chat_template else "no"),
+        ("chat template", "yes" if tokenizer is not None and tokenizer.chat_template else "no"),
         ("weights stored as", stored_as(model)),
         ("not quantised, and keys and values", f"{model.dtype}; activations float32"),
         ("program", f"{len(model.file.sections['ops']) // abi.OP_DTYPE.itemsize} ops, {model.file.path.name}"),
@@ -147,7 +149,7 @@ def _architecture(model: LoadedModel) -> list[Row]:
 
 
 def _memory(config: EngineConfig, model: LoadedModel, arena: int) -> list[Row]:
-    dtype = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    dtype = kv_cache_dtype(config, model)
     per_token = kv_bytes_per_token(model.config, dtype)
     max_model_len = resolve_max_model_len(config.max_model_len, model.config)
     weights = model.file.sections["data"].nbytes

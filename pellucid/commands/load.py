@@ -54,7 +54,7 @@ def packing_progress() -> Iterator[Callable[[int, int], None] | None]:
 
 def sampling_defaults(llm: LLM, options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """What was asked on the command line, over the model's generation config, over `defaults`."""
-    config = llm.engine.executor.model.generation_config
+    config = llm.engine.executor.facts.generation_config
     return {**defaults, **model_defaults(config), **sampling_kwargs(options)}
 
 

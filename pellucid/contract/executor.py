@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.contract.batch import BatchInput
+from pellucid.contract.facts import ModelFacts
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
+from pellucid.errors import PellucidError
 
 F32 = npt.NDArray[np.float32]
 
@@ -51,11 +53,21 @@ class KVCacheSize:
     total_bytes: int
 
 
-class Executor(Protocol):
-    """Runs the model for an engine: here in one process, later across several."""
+class Verification(Protocol):
+    """The packed model is read against its checksums while the engine runs."""
 
+    is_verified: bool  # all of it was read, and is as it was written
+
+    def stop(self) -> None:
+        """Ends it, if it has not ended; harmless when called again."""
+
+
+class Executor(Protocol):
+    """Runs the model for an engine, in this process or in others. Made by `Class(config, progress)`, as the table of executors in
+    `pellucid/config.py` says."""
+
+    facts: ModelFacts
     kv_cache: KVCacheSize
-    model: Any  # pellucid.executor.loader.LoadedModel
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
         """Computes a plan's tokens and samples where it says so.
@@ -63,6 +75,10 @@ class Executor(Protocol):
         What is wrong with one request stands in `errors` and ends that request alone: the results of the others are those that
         they have without it. An error that is raised ends all requests of the plan.
         """
+
+    def verify(self, on_damage: Callable[[PellucidError], None]) -> Verification | None:
+        """Begins to read the packed model against its checksums at idle priority; None where nothing is packed. `on_damage` is
+        called once, on another thread, when a block is not as it was written."""
 
     def close(self) -> None:
         """Frees everything."""

@@ -127,6 +127,11 @@ def library() -> Any:
     return lib
 
 
+def recipe() -> int:
+    """The number of the arithmetic that the core computes by: docs/kernels.md."""
+    return int(library().pld_recipe())
+
+
 def check(status: int) -> None:
     """Raises NativeError with the core's text, and the element that it is about, unless the status is ok."""
     if status != 0:

@@ -249,6 +249,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_last_error": (c_char_p, []),
     "pld_last_error_item": (c_int32, [POINTER(c_int64)]),
     "pld_abi_version": (c_int32, []),
+    "pld_recipe": (c_int32, []),
     "pld_cpu_info_get": (c_int32, [POINTER(CpuInfoStruct)]),
     "pld_context_params_init": (c_int32, [POINTER(ContextParamsStruct), c_size_t]),
     "pld_context_create": (c_int32, [POINTER(ContextParamsStruct), POINTER(c_void_p)]),

@@ -12,7 +12,10 @@ from pellucid.api.hidden_states import HiddenStatesLimits
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.api.structured_outputs import CustomStructure, Grammar
+from pellucid.config import EngineConfig
+from pellucid.contract.facts import ModelFacts
 from pellucid.errors import InvalidRequestError, shown, shown_number
+from pellucid.scheduling.policies import POLICIES
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -37,6 +40,18 @@ class RequestChecker:
     eos_token_ids: tuple[int, ...]
     hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
     pads_to: int = 1  # policy `padded`: a prompt takes the place of the next multiple of this many tokens
+
+    @classmethod
+    def of(cls, config: EngineConfig, facts: ModelFacts, tokenizer: Tokenizer | None) -> RequestChecker:
+        """For a model under these settings."""
+        limits = None
+        if config.hidden_states:
+            max_bytes = config.hidden_states_max_mb * 1_000_000
+            limits = HiddenStatesLimits(
+                facts.num_layers, facts.hidden_size, max_bytes, facts.activations, facts.steerable
+            )
+        pads_to = config.block_size if POLICIES[config.policy].one_shape else 1
+        return cls(tokenizer, facts.vocab_size, facts.max_model_len, facts.eos_token_ids, limits, pads_to)
 
     def tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text, where it is one, and the token ids: all prompts come through here, whoever made their ids.

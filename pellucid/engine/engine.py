@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pellucid.api.hidden_states import HiddenStatesLimits
 from pellucid.api.outputs import RequestOutput, StreamChunk
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
-from pellucid.contract.executor import Executor
+from pellucid.contract.executor import Executor, Verification
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.engine.admission import Admitted, Prompt, RequestChecker
 from pellucid.engine.metrics import EngineMetrics, EngineStats
@@ -24,11 +23,9 @@ from pellucid.engine.output import OutputProcessor, RequestState
 from pellucid.errors import EXITS, EngineDeadError, InvalidRequestError, NativeError, PellucidError, reason_of
 from pellucid.executor.worker import PlanWorker, Task
 from pellucid.owners import Owner, SoleOwner, owned
-from pellucid.program.variant import activation_widths, steerable
 from pellucid.sampling.rng import draw_seed
 from pellucid.scheduling.block_manager import BlockManager
 from pellucid.scheduling.config import DraftConfig, SchedulerConfig
-from pellucid.scheduling.policies import POLICIES
 from pellucid.scheduling.request import EngineCoreRequest, RequestStatus
 from pellucid.scheduling.scheduler import RequestScheduler, TokenEvent
 from pellucid.scheduling.wait import WAIT_BEHIND_HEAD_LABEL, wait_label
@@ -36,7 +33,6 @@ from pellucid.text.tokenizer import Tokenizer
 from pellucid.trace.records import Place, StepRecord, Trace
 
 if TYPE_CHECKING:
-    from pellucid.program.verify import Verification
     from pellucid.trace.lines import Line, Resolved
     from pellucid.trace.recorder import Recorder
 
@@ -100,23 +96,18 @@ class LLMEngine:
     ) -> None:
         """`trace_sink` is given the lines of the trace in place of a file."""
         self.config, self.executor, self.tokenizer = config, executor, tokenizer
-        model = executor.model
-        self.max_model_len: int = model.max_model_len
-        self.vocab_size: int = model.config.vocab_size
-        self.eos_token_ids: tuple[int, ...] = model.eos_token_ids
-        self.checker = RequestChecker(
-            tokenizer,
-            self.vocab_size,
-            self.max_model_len,
-            self.eos_token_ids,
-            _hidden_limits(config, executor),
-            pads_to=config.block_size if POLICIES[config.policy].one_shape else 1,
+        facts = executor.facts
+        self.max_model_len, self.vocab_size, self.eos_token_ids = (
+            facts.max_model_len,
+            facts.vocab_size,
+            facts.eos_token_ids,
         )
+        self.checker = RequestChecker.of(config, facts, tokenizer)
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
             executor.kv_cache.block_size,
             config.enable_prefix_caching,
-            model.fingerprint,
+            facts.contract.digest,
         )
         scheduler_config = SchedulerConfig(
             config.max_num_seqs,
@@ -129,7 +120,7 @@ class LLMEngine:
         )
         self.scheduler = RequestScheduler(scheduler_config, self.block_manager)
         self.metrics = EngineMetrics()
-        self.output = OutputProcessor(tokenizer, self.metrics.observe_gap, model.config.hidden_size)
+        self.output = OutputProcessor(tokenizer, self.metrics.observe_gap, facts.hidden_size)
         self.trace = Trace()
         self._clock, self._check_every_step = clock, check_every_step
         self._numbers = itertools.count()
@@ -297,18 +288,18 @@ class LLMEngine:
             return None
         from pellucid.trace.recorder import Recorder, header_of  # not imported for nothing
 
-        return Recorder(self.config, lambda: header_of(self.config, self.executor.model, self._resolved()), sink, clock)
+        return Recorder(self.config, lambda: header_of(self.config, self.executor.facts, self._resolved()), sink, clock)
 
     def _resolved(self) -> Resolved:
         from pellucid.trace.lines import Resolved
 
-        context = getattr(self.executor, "context", None)
+        facts = self.executor.facts
         return Resolved(
             max_model_len=self.max_model_len,
             num_blocks=self.executor.kv_cache.num_blocks,
             block_size=self.executor.kv_cache.block_size,
-            num_threads=0 if context is None else context.num_threads,
-            isa="auto" if context is None else context.isa,
+            num_threads=facts.num_threads,
+            isa=facts.contract.isa,
         )
 
     @property
@@ -590,16 +581,6 @@ def _execute(executor: Executor, clock: Callable[[], float], plan: StepPlan) -> 
         reason = str(error) if isinstance(error, NativeError) else f"the step failed: {type(error).__name__}: {error}"
         output, failed = ModelRunnerOutput({}, errors={entry.request_id: reason for entry in plan.entries}), True
     return _Executed(output, clock() - began, failed)
-
-
-def _hidden_limits(config: EngineConfig, executor: Executor) -> HiddenStatesLimits | None:
-    if not config.hidden_states:
-        return None
-    model, max_bytes = executor.model.config, config.hidden_states_max_mb * 1_000_000
-    file = executor.model.file
-    return HiddenStatesLimits(
-        model.num_hidden_layers, model.hidden_size, max_bytes, activation_widths(file), steerable(file)
-    )
 
 
 def _drafts(config: EngineConfig) -> DraftConfig | None:

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 
 from pellucid.config import EngineConfig
+from pellucid.contract.facts import ModelFacts
 from pellucid.engine.engine import LLMEngine
-from pellucid.errors import PellucidError
-from pellucid.executor.uniproc import UniProcExecutor
-from pellucid.program.verify import Verification
+from pellucid.errors import PellucidError, TokenizerError, WeightFormatError
+from pellucid.executor.registry import make_executor
+from pellucid.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -28,20 +29,32 @@ def load_engine(
     Raises:
         ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError, StorageError: what cannot be loaded, and why.
     """
-    executor = UniProcExecutor(config, progress)
+    executor = make_executor(config, progress)
     try:
-        engine = LLMEngine(config, executor, executor.model.tokenizer)
+        engine = LLMEngine(config, executor, tokenizer_of(executor.facts))
     except BaseException:
         executor.close()
         raise
     if not config.verify:
-        failure, path = engine.failure, executor.model.file.path  # and not the engine, which nobody else may keep alive
+        failure = engine.failure  # and not the engine, which nobody else may keep alive
 
         def on_damage(error: PellucidError) -> None:
-            _log.critical("%s (%s)", error, path)
+            _log.critical("%s (%s)", error, config.model)
             failure.error = error
             if on_failure is not None:
                 on_failure(error)
 
-        engine.verification = Verification(executor.model.file, on_damage, is_ours=executor.model.is_ours)
+        engine.verification = executor.verify(on_damage)
     return engine
+
+
+def tokenizer_of(facts: ModelFacts) -> Tokenizer | None:
+    """The model's tokenizer; None: it has none.
+
+    Raises:
+        WeightFormatError: its bundle is damaged.
+    """
+    try:
+        return Tokenizer.from_json(facts.tokenizer)
+    except TokenizerError as error:
+        raise WeightFormatError(f"{facts.name}: the tokenizer is damaged: {error}") from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pellucid.api.sampling_params import SamplingParams, model_defaults
 from pellucid.errors import InvalidRequestError, about, shown
 from pellucid.models.config import TOKEN_KEYS, GivenTokens, ModelConfig
-from pellucid.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,13 @@ class FileValues:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, origins: Origins
+        cls, config: ModelConfig, generation_config: Mapping[str, Any], tokenizer_ends: Sequence[int], origins: Origins
     ) -> FileValues:
-        """Raises ConfigError when a token id is no integer; the text names the file and the key."""
+        """`tokenizer_ends`: ids of the tokenizer's end tokens.
+
+        Raises:
+            ConfigError: a token id is no integer; the text names the file and the key.
+        """
         size = config.vocab_size
         problems = [_left_out(origins.config, name, ids, size) for name, ids in config.foreign_tokens.items()]
         usable: dict[str, Any] = {}
@@ -56,11 +59,13 @@ class FileValues:
             if tokens.outside:
                 foreign.update(tokens.outside)
                 problems.append(_left_out(origins.generation_config, name, tokens.outside, size))
-        own = tokenizer.eos_token_ids if tokenizer is not None else ()
-        strangers = [token for token in own if not 0 <= token < size and token not in foreign]
+        strangers = [token for token in tokenizer_ends if not 0 <= token < size and token not in foreign]
         if strangers:
             problems.append(_left_out(origins.tokenizer, "eos_token", strangers, size))
-        ends = (*(usable["eos_token_id"] or config.eos_token_ids), *(token for token in own if 0 <= token < size))
+        ends = (
+            *(usable["eos_token_id"] or config.eos_token_ids),
+            *(token for token in tokenizer_ends if 0 <= token < size),
+        )
         usable |= _sampling(generation_config, origins.generation_config, problems)
         return cls(usable, tuple(dict.fromkeys(ends)), tuple(dict.fromkeys(problems)))
 

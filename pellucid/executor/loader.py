@@ -17,7 +17,6 @@ from pellucid.errors import (
     ConfigError,
     ModelNotFoundError,
     StorageError,
-    TokenizerError,
     WeightFormatError,
     about,
     shown,
@@ -50,17 +49,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and what the engine must know of it."""
+    """A model's program, and the values of its files."""
 
     config: ModelConfig
     generation_config: dict[str, Any]  # as `FileValues` has it
     eos_token_ids: tuple[int, ...]  # what ends a request
-    tokenizer: Tokenizer | None
     file: ProgramFile
     fingerprint: str
     dtype: str  # float32 or bfloat16
     from_cache: bool
-    max_model_len: int = 0
     is_ours: bool = False  # the file is one of the cache's, not one that somebody gave
 
 
@@ -193,7 +190,8 @@ def build_program(
     dtype = resolve_dtype(config.dtype, [view.dtype for view in _views(model)], config.quantization)
     scheme = WeightScheme(_CORE_DTYPES[dtype], config.dtype == "auto", config.quantization)
     tokenizer = load_tokenizer(path, config, checkpoint)
-    values = FileValues.of(model_config, checkpoint.generation_config, tokenizer, origins)
+    ends = () if tokenizer is None else tokenizer.eos_token_ids
+    values = FileValues.of(model_config, checkpoint.generation_config, ends, origins)
     meta = {
         "kind": "program",
         "model": path.name,
@@ -201,6 +199,7 @@ def build_program(
         "dtype": dtype,
         "quantization": config.quantization,
         "keeps": scheme.keep,
+        "tokenizer_ends": ends,
         "origins": [origins.config, origins.generation_config, origins.tokenizer],
     }
     texts = {
@@ -269,27 +268,25 @@ def resolve_dtype(asked: str, stored: list[str], quantization: str | None = None
 
 
 def _loaded(file: ProgramFile, key: str, *, from_cache: bool, is_ours: bool) -> LoadedModel:
-    hf_config, generation_config, bundle = (file.text(name) for name in ("config", "generation_config", "tokenizer"))
+    hf_config, generation_config = file.text("config"), file.text("generation_config")
     name, dtype = file.path.name, file.meta.get("dtype")
     if not isinstance(dtype, str) or dtype not in _CORE_DTYPES:
         raise WeightFormatError(f"{name}: dtype is {shown(dtype)}; it must be one of {', '.join(_CORE_DTYPES)}")
-    try:
-        tokenizer = None if bundle is None else Tokenizer.from_bundle(bundle)
-    except TokenizerError as error:
-        raise WeightFormatError(f"{name}: the tokenizer is damaged: {error}") from None
+    ends = file.meta.get("tokenizer_ends")
+    if not isinstance(ends, list) or any(type(token) is not int for token in ends) or "tokenizer" not in file.sections:
+        raise WeightFormatError(f"{name}: its tokenizer's end tokens are {shown(ends)}; compile the model again")
     if not isinstance(generation_config, dict):
         raise WeightFormatError(f"{name}: generation_config is {shown(generation_config)}; it must be an object")
     with about(name):
         model_config = ModelConfig.from_dict(hf_config)
         origins = Origins.read(file.meta.get("origins"), name)
-        values = FileValues.of(model_config, generation_config, tokenizer, origins)
+        values = FileValues.of(model_config, generation_config, ends, origins)
     for problem in values.problems:
         _log.warning("%s", problem)
     return LoadedModel(
         config=model_config,
         generation_config=values.generation_config,
         eos_token_ids=values.eos_token_ids,
-        tokenizer=tokenizer,
         file=file,
         fingerprint=key,
         dtype=dtype,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
 import psutil
 
 from pellucid.config import EngineConfig
 from pellucid.contract.executor import Executable, KVCacheSize
+from pellucid.contract.facts import ModelFacts
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.core import abi
+from pellucid.errors import PellucidError
 from pellucid.executor.loader import (
     LoadedModel,
     kv_bytes_per_token,
@@ -20,8 +22,12 @@ from pellucid.executor.loader import (
     resolve_num_blocks,
 )
 from pellucid.executor.model_runner import ModelRunner
+from pellucid.json_text import well_formed
 from pellucid.owners import Exclusive
+from pellucid.program.identity import contract_of
 from pellucid.program.runner import NativeProgram
+from pellucid.program.variant import activation_widths, steerable
+from pellucid.program.verify import Verification
 
 
 class UniProcExecutor:
@@ -32,19 +38,20 @@ class UniProcExecutor:
         self.context = abi.Context(num_threads=config.num_threads, isa=config.isa)
         try:
             loaded = load_model(config, self.context, progress)
+            self.model: LoadedModel = loaded
             max_model_len = resolve_max_model_len(config.max_model_len, loaded.config)
             self.kv_cache, kv = make_kv_cache(config, loaded, max_model_len)
             if config.max_model_len is None:  # a lone request has the whole cache, not more
                 max_model_len = min(max_model_len, self.kv_cache.num_blocks * config.block_size)
-            self.model: LoadedModel = replace(loaded, max_model_len=max_model_len)
             executable = self._executable(config, kv)
+            self.facts = _facts(config, loaded, self.context, max_model_len)
         except BaseException:
             self.context.close()
             raise
         self.runner = ModelRunner(
             executable,
             self.context,
-            vocab_size=self.model.config.vocab_size,
+            vocab_size=self.facts.vocab_size,
             block_size=config.block_size,
             max_blocks_per_request=math.ceil(max_model_len / config.block_size),
             max_num_seqs=config.max_num_seqs,
@@ -71,11 +78,41 @@ class UniProcExecutor:
         with self._alone:
             return self.runner.execute(plan)
 
+    def verify(self, on_damage: Callable[[PellucidError], None]) -> Verification:
+        """Reads the packed model against its checksums at idle priority; a bad one of the cache is removed."""
+        return Verification(self.model.file, on_damage, is_ours=self.model.is_ours)
+
     def close(self) -> None:
         """Frees the program, the cache and the threads."""
         with self._alone:
             self.runner.executable.close()
             self.context.close()
+
+
+def _facts(config: EngineConfig, model: LoadedModel, context: abi.Context, max_model_len: int) -> ModelFacts:
+    file, path = model.file, Path(config.model)
+    return ModelFacts(
+        name=well_formed(path.resolve().name if path.exists() else config.model),
+        model_type=model.config.model_type,
+        dtype=model.dtype,
+        vocab_size=model.config.vocab_size,
+        hidden_size=model.config.hidden_size,
+        num_layers=model.config.num_hidden_layers,
+        max_model_len=max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        generation_config=model.generation_config,
+        activations=activation_widths(file),
+        steerable=steerable(file),
+        fingerprint=model.fingerprint,
+        contract=contract_of(file, context.isa, kv_cache_dtype(config, model)),
+        num_threads=context.num_threads,
+        tokenizer=file.sections["tokenizer"].data,
+    )
+
+
+def kv_cache_dtype(config: EngineConfig, model: LoadedModel) -> str:
+    """The type of keys and values: as asked, else the model's."""
+    return model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
 
 def max_logit_rows(config: EngineConfig) -> int:
@@ -88,7 +125,7 @@ def max_logit_rows(config: EngineConfig) -> int:
 
 def make_kv_cache(config: EngineConfig, model: LoadedModel, max_model_len: int) -> tuple[KVCacheSize, abi.KVCache]:
     """The cache, sized by the config or by the memory that is free."""
-    dtype = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    dtype = kv_cache_dtype(config, model)
     per_token = kv_bytes_per_token(model.config, dtype)
     available = psutil.virtual_memory().available
     num_blocks = resolve_num_blocks(config, max_model_len, per_token, available)

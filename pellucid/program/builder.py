@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from pellucid.program.scheme import WeightScheme
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording, constant
 from pellucid.weights.tensor import TensorView, from_float32
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MAX_END_TOKENS = 16
+DIGEST_BYTES = hashlib.sha256().digest_size
 # What the core reads of a model: see csrc/src/model_file.cpp.
 _PLAN_FIELDS = (
     "n_forward_ops",
@@ -161,6 +163,12 @@ def pack_weight(context: abi.Context, weight: RecordedWeight, place: PackedWeigh
             row += width
 
 
+def _rotary(recording: Recording) -> list[str]:
+    """Names of the frequencies of all rotary tables."""
+    used = {index for op in recording.ops if op.kind == "rope_table" for index in op.weights if index is not None}
+    return sorted(recording.weights[index].name for index in used)
+
+
 def build_program_file(
     path: Path,
     recording: Recording,
@@ -181,10 +189,14 @@ def build_program_file(
     recording, dtypes = choose_dtypes(recording, scheme)
     placed = place_weights(recording.weights, dtypes)
     total = placed[-1].offset + placed[-1].nbytes if placed else 0
+    digests_at = aligned(total)
 
     def fill(data: Bytes) -> Iterator[int]:
-        for weight, place in zip(recording.weights, placed, strict=True):
+        digests = data[digests_at:].reshape(len(placed), DIGEST_BYTES)
+        for weight, place, digest in zip(recording.weights, placed, digests, strict=True):
             pack_weight(context, weight, place, data)
+            packed = data[place.offset : place.offset + place.nbytes]
+            digest[:] = np.frombuffer(hashlib.sha256(packed.data).digest(), np.uint8)
             yield place.offset + place.nbytes
             if progress is not None:
                 progress(place.offset + place.nbytes, total)
@@ -198,6 +210,8 @@ def build_program_file(
         "vocab_size": vocab_size,
         "activations": recording.activations,
         "weights": [place.as_meta() for place in placed],
+        "digests": digests_at,
+        "rotary": _rotary(recording),
     }
     small = {
         "plan": encode_plan(recording, vocab_size, model).tobytes(),
@@ -206,4 +220,4 @@ def build_program_file(
         "buffers": encode_buffers(recording).tobytes(),
         **texts,
     }
-    write_program_file(path, header, small, total, fill)
+    write_program_file(path, header, small, digests_at + DIGEST_BYTES * len(placed), fill)

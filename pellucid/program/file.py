@@ -2,8 +2,8 @@
 
 Layout, little endian: magic `PLDPROG4`; u64 length of the header; the index that the core reads (offset and length in the file of plan,
 ops, buffers, weights, data, as u64); header as JSON (what it is, and where its sections lie); sections, each 64-byte aligned: plan, ops,
-buffers, weights (as the C structs), texts (JSON documents such as the tokenizer), data (packed weights); checksums of all that
-(`program/checksums.py`).
+buffers, weights (as the C structs), texts (JSON documents such as the tokenizer), data (packed weights, then the SHA-256 of each);
+checksums of all that (`program/checksums.py`).
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ class _Endpoints:
         return {
             "id": name,
             "object": "model",
-            "created": model.created,
+            "created": self._engine.created,
             "owned_by": "pellucid",
             "root": model.name,
             "parent": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ from pellucid.service.messages import (
     Loaded,
     LoadFailed,
     LoadProgress,
-    ModelInfo,
     ReadStats,
     ReadSteps,
     ResetPrefixCache,
@@ -62,17 +62,12 @@ class AsyncLLMEngine:
     was forked from the engine's, calls raise `ForkedError`.
     """
 
-    def __init__(self, transport: Transport, loaded: Loaded, max_state_bytes: int) -> None:
-        self.model: ModelInfo = loaded.model
+    def __init__(self, config: EngineConfig, transport: Transport, loaded: Loaded, max_state_bytes: int) -> None:
+        self.config, self.model, self.kv_cache = config, loaded.facts, loaded.kv_cache
+        self.created = int(time.time())  # unix seconds: when it was loaded
         self.tokenizer: Tokenizer | None = transport.tokenizer(loaded)
         self._transport = transport
-        self._checker = RequestChecker(
-            self.tokenizer,
-            self.model.vocab_size,
-            self.model.max_model_len,
-            self.model.eos_token_ids,
-            self.model.hidden_states,
-        )
+        self._checker = RequestChecker.of(config, loaded.facts, self.tokenizer)
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")
         # Structures are compiled apart: those that take seconds are waited for by other structures alone.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")
@@ -113,7 +108,7 @@ class AsyncLLMEngine:
         link = _Link()
         try:
             transport.start(link.deliver)
-            engine = cls(transport, link.wait_for_model(progress), total * 1_000_000)
+            engine = cls(config, transport, link.wait_for_model(progress), total * 1_000_000)
         except BaseException:
             transport.close()
             raise

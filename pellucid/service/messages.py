@@ -6,38 +6,19 @@ A command that wants an answer has a `call` number, and the answer names it; 0 a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 
 from pellucid import errors
-from pellucid.api.hidden_states import HiddenStatesLimits
 from pellucid.api.outputs import RequestOutput, StreamChunk
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
+from pellucid.contract.executor import KVCacheSize
+from pellucid.contract.facts import ModelFacts
 from pellucid.engine.metrics import EngineStats
 from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
 from pellucid.trace.records import StepRecord
-
-
-class ModelInfo(msgspec.Struct, frozen=True):
-    """What a front end must know of a loaded model."""
-
-    name: str
-    max_model_len: int
-    vocab_size: int
-    hidden_size: int
-    eos_token_ids: tuple[int, ...]
-    fingerprint: str
-    max_num_seqs: int
-    block_size: int
-    num_blocks: int
-    default_sampling: dict[str, Any]  # the model's generation_config.json
-    has_chat_template: bool
-    created: int  # unix seconds: when it was loaded
-    hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
-    model_type: str = ""  # Hugging Face's name of the family
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
@@ -144,10 +125,10 @@ class LoadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The engine takes commands. `tokenizer` is the JSON text of its bundle, where it has to be sent; empty: there is none."""
+    """The engine takes commands."""
 
-    model: ModelInfo
-    tokenizer: bytes = b""
+    facts: ModelFacts
+    kv_cache: KVCacheSize
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):

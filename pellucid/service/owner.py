@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pellucid.config import EngineConfig
 from pellucid.engine.engine import LLMEngine, StepOutputs
 from pellucid.engine.factory import load_engine
 from pellucid.errors import DamagedFileError, EngineDeadError, InvalidRequestError, PellucidError, QueueFullError
-from pellucid.json_text import well_formed
 from pellucid.service.compiling import Compiling
 from pellucid.service.inbox import Compiled, Failed, Inbox, Word
 from pellucid.service.messages import (
@@ -29,7 +25,6 @@ from pellucid.service.messages import (
     Loaded,
     LoadFailed,
     LoadProgress,
-    ModelInfo,
     News,
     ReadStats,
     ReadSteps,
@@ -55,12 +50,11 @@ class EngineOwner:
     """Loads an engine and runs it until it is told to shut down, or fails.
 
     Between two steps it carries out the commands that have come; with nothing to compute it sleeps until one comes. Its last
-    event is `Died` or `LoadFailed`. With `sends_tokenizer` the front end is sent one, because it cannot have the engine's.
+    event is `Died` or `LoadFailed`.
     """
 
-    def __init__(self, start: Start, inbox: Inbox, emit: Emit, *, sends_tokenizer: bool = False) -> None:
+    def __init__(self, start: Start, inbox: Inbox, emit: Emit) -> None:
         self.engine: LLMEngine | None = None
-        self._sends_tokenizer = sends_tokenizer
         self._start, self._inbox, self._emit = start, inbox, emit
         self._is_open = True
         self._endings: deque[float] = deque(maxlen=_NUM_ENDINGS)
@@ -88,7 +82,7 @@ class EngineOwner:
         except BaseException as error:
             self._emit([LoadFailed(ErrorInfo.of(error))])
             return
-        self._emit([self._loaded(self.engine)])
+        self._emit([Loaded(self.engine.executor.facts, self.engine.executor.kv_cache)])
         last = Died(CLOSED)
         try:
             while self._is_open:
@@ -100,12 +94,6 @@ class EngineOwner:
             last = Died(ErrorInfo.of(error))
         self._emit([last])
         self._free(self.engine)
-
-    def _loaded(self, engine: LLMEngine) -> Loaded:
-        bundle = b""
-        if self._sends_tokenizer and engine.tokenizer is not None:
-            bundle = json.dumps(engine.tokenizer.to_bundle()).encode()
-        return Loaded(model_info(self._start.config, engine), bundle)
 
     def _turn(self, engine: LLMEngine) -> None:
         """Commands, then one step."""
@@ -225,24 +213,3 @@ def _records(engine: LLMEngine, command: ReadSteps) -> list[StepRecord]:
     else:
         records = [record for record in records if record.step >= command.since]
     return records[: command.limit]
-
-
-def model_info(config: EngineConfig, engine: LLMEngine) -> ModelInfo:
-    """What the front end must know."""
-    model, path = engine.executor.model, Path(config.model)
-    return ModelInfo(
-        name=well_formed(path.resolve().name if path.exists() else config.model),
-        max_model_len=engine.max_model_len,
-        vocab_size=engine.vocab_size,
-        hidden_size=model.config.hidden_size,
-        eos_token_ids=engine.eos_token_ids,
-        fingerprint=model.fingerprint,
-        max_num_seqs=config.max_num_seqs,
-        block_size=engine.block_manager.block_size,
-        num_blocks=engine.block_manager.num_blocks,
-        default_sampling=dict(model.generation_config),
-        has_chat_template=engine.tokenizer is not None and engine.tokenizer.chat_template is not None,
-        created=int(time.time()),
-        hidden_states=engine.checker.hidden_states,
-        model_type=model.config.model_type,
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -97,7 +96,7 @@ class ProcessTransport:
 
     def tokenizer(self, loaded: Loaded) -> Tokenizer | None:
         """Made from what the process sent."""
-        return Tokenizer.from_bundle(json.loads(loaded.tokenizer)) if loaded.tokenizer else None
+        return Tokenizer.from_json(loaded.facts.tokenizer)
 
     def close(self) -> None:
         """Ends the process, behind the step that it is in, or by force when that takes too long or nothing is loaded."""

@@ -42,7 +42,7 @@ class EngineCoreProc:
         self._commands = receiver(self._context, address(given.folder, "commands"), MAX_COMMAND_BYTES)
         self._events = sender(self._context, address(given.folder, "events"), _LINGER_MS)
         self._inbox: Inbox = SimpleQueue()
-        self._owner = EngineOwner(given.start, self._inbox, self._emit, sends_tokenizer=True)
+        self._owner = EngineOwner(given.start, self._inbox, self._emit)
 
     def run(self) -> None:
         """Until the owner ends; returns when its last event has left."""

@@ -117,6 +117,15 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise TokenizerError(f"tokenizer bundle is incomplete or has wrong types: {error!r}") from error
 
+    @classmethod
+    def from_json(cls, text: bytes | memoryview) -> Tokenizer | None:
+        """From the JSON of a bundle; None for null. Raises TokenizerError."""
+        try:
+            bundle = json.loads(bytes(text))
+        except (ValueError, RecursionError) as error:
+            raise TokenizerError(f"tokenizer bundle is not JSON: {error}") from None
+        return None if bundle is None else cls.from_bundle(bundle)
+
     def to_bundle(self) -> dict[str, object]:
         """All of it as one JSON-able dict."""
         return {

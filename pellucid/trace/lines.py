@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 from pellucid import json_text
 from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.outputs import FinishReason
+from pellucid.contract.facts import ContractDigest
 from pellucid.contract.plan import PlanEntry, StepKind, WaitingReasons
 from pellucid.errors import TraceError
 from pellucid.scheduling.request import FINISH_REASONS
@@ -29,11 +30,9 @@ Count = Annotated[int, Meta(ge=0, le=2**62)]
 
 
 class ModelIdentity(Struct, frozen=True):
-    """Which model it was. `digest` names its weights, precision and tokenizer, wherever its files lie; `fingerprint` names the
-    program on that machine."""
+    """Which model it was; its contents stand in the contract. `fingerprint` names the program on that machine."""
 
     name: str
-    digest: str
     fingerprint: str = ""
 
 
@@ -58,6 +57,7 @@ class Header(Struct, frozen=True, tag="header", tag_field="tag"):
     model: ModelIdentity
     config: dict[str, Any]  # EngineConfig
     resolved: Resolved
+    contract: ContractDigest | None = None  # None: the trace is of a version that named none
 
 
 class SubmitLine(Struct, frozen=True, tag="submit", tag_field="tag", omit_defaults=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import FIELD, CustomStructure
 from pellucid.config import EngineConfig
+from pellucid.contract.facts import ModelFacts
 from pellucid.contract.plan import ModelRunnerOutput, StepPlan
 from pellucid.errors import InvalidRequestError
 from pellucid.scheduling.scheduler import TokenEvent
@@ -32,9 +32,6 @@ from pellucid.trace.lines import (
 )
 from pellucid.trace.records import Place, StepRecord
 from pellucid.version import VERSION
-
-# Bytes of each weight that its digest reads: at its beginning, in its middle and at its end.
-_SAMPLE_BYTES = 1024
 
 
 class Recorder:
@@ -140,7 +137,7 @@ class Recorder:
         return hashlib.blake2b(salt.encode(), key=self._salt_key, digest_size=16).hexdigest()
 
 
-def header_of(config: EngineConfig, model: Any, resolved: Resolved) -> Header:
+def header_of(config: EngineConfig, facts: ModelFacts, resolved: Resolved) -> Header:
     """Under which conditions an engine runs."""
     return Header(
         format=FORMAT,
@@ -148,21 +145,8 @@ def header_of(config: EngineConfig, model: Any, resolved: Resolved) -> Header:
         run=secrets.token_hex(8),
         part=0,
         created=time.time(),
-        model=identity_of(model, config.model),
+        model=ModelIdentity(facts.name, facts.fingerprint),
         config=dataclasses.asdict(config),
         resolved=resolved,
+        contract=facts.contract,
     )
-
-
-def identity_of(model: Any, name: str) -> ModelIdentity:
-    """Which model this is: a digest of its configuration, tokenizer, and samples of all its weights as they are packed."""
-    digest = hashlib.blake2b(digest_size=16)
-    tokenizer = "" if model.tokenizer is None else model.tokenizer.fingerprint
-    digest.update(repr((tokenizer, model.dtype, model.eos_token_ids, model.config)).encode())
-    data = model.file.sections["data"]
-    for weight, rows, cols, dtype, _, offset, nbytes in model.file.meta["weights"]:
-        digest.update(repr((weight, rows, cols, dtype)).encode())
-        for begin in (0, nbytes // 2, max(0, nbytes - _SAMPLE_BYTES)):
-            sample = data[offset + begin : offset + min(nbytes, begin + _SAMPLE_BYTES)]
-            digest.update(sample.tobytes())
-    return ModelIdentity(os.path.basename(os.path.normpath(name)) or name, digest.hexdigest(), model.fingerprint)

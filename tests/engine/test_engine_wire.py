@@ -14,6 +14,8 @@ from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, Requ
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import MAX_SEED, MIN_SEED, SamplingParams
 from pellucid.config import EngineConfig
+from pellucid.contract.executor import KVCacheSize
+from pellucid.contract.facts import ContractDigest, ModelFacts
 from pellucid.contract.plan import WaitingReasons
 from pellucid.engine.metrics import EngineMetrics, EngineStats
 from pellucid.service.messages import (
@@ -27,7 +29,6 @@ from pellucid.service.messages import (
     Loaded,
     LoadFailed,
     LoadProgress,
-    ModelInfo,
     News,
     ReadStats,
     ReadSteps,
@@ -71,6 +72,12 @@ OUTPUT = RequestOutput(
 )
 RECORD = StepRecord(1, "mixed", tokens={"a": 3}, waiting=["b", "c"], waiting_reasons={"b": "full", "c": "behind"})
 ERROR = ErrorInfo("InvalidRequestError", "no", "prompt")
+FACTS = ModelFacts(
+    *("m", "llama", "float32", 1, 2, 3, 4, (5,), {"top_p": 0.5, "eos_token_id": [1, 2]}, {"layers.0": 2}, {}, "f"),
+    ContractDigest(1, "avx2", "w", ("float32",), "int8", "r"),
+    num_threads=2,
+    tokenizer=memoryview(b'{"format": 1}'),
+)
 COMMANDS: list[Command] = [
     Submit(1, "x", [1, 2], PARAMS, "text", RequestOptions(-5, "salt"), False),
     Submit(2, "x", [1], SamplingParams(seed=MIN_SEED)),
@@ -83,7 +90,7 @@ COMMANDS: list[Command] = [
 ]
 EVENTS: list[Event] = [
     LoadProgress(1, 2),
-    Loaded(ModelInfo("m", 1, 2, 3, (4,), "f", 5, 6, 7, {"top_p": 0.5, "eos_token_id": [1, 2]}, True, 8), b"{}"),
+    Loaded(FACTS, KVCacheSize(7, 6, 8, 9)),
     LoadFailed(ERROR),
     Done(1, 0),
     Refused(1, ERROR),

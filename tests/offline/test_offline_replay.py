@@ -264,7 +264,10 @@ EDITS: dict[str, tuple[Callable[[Lines], Any], str]] = {
     "header of another format": (lambda lines: _set(lines[0], format=99), "format 99; this version reads format 1"),
     "header twice": (lambda lines: lines.insert(3, lines[0]), "line 4: it is a second header"),
     "header without a model": (lambda lines: lines[0].pop("model"), "no header.*model"),
-    "another model": (lambda lines: lines[0]["model"].update(digest="00"), "is of model .* with digest 00"),
+    "another model": (lambda lines: lines[0]["contract"].update(weights="00"), "is of model .* with weights 00"),
+    "another recipe": (lambda lines: lines[0]["contract"].update(recipe=2), "is of model .* with recipe 2; .* has 1"),
+    "another tokenizer": (lambda lines: lines[0]["contract"].update(tokenizer="00"), "is of model .* with tokenizer 00"),
+    "a contract that is none": (lambda lines: lines[0].update(contract={}), "no header.*recipe"),
     "an unknown setting": (lambda lines: lines[0]["config"].update(colour="red"), "settings.*'colour'"),
     "a setting out of range": (lambda lines: lines[0]["config"].update(max_num_seqs=0), "settings.*max_num_seqs is 0"),
     "blocks beyond memory": (lambda lines: lines[0]["resolved"].update(num_blocks=2**29), "num_blocks|block|memory|bytes"),
@@ -322,6 +325,17 @@ def test_damaged_trace_when_replayed_then_refused_or_the_first_difference_is_nam
     found = _said(path)
     assert re.search(said, found), found
     _said(path, max_num_batched_tokens=7)  # compared request by request it may be equal, but nothing breaks
+
+
+def test_trace_of_a_version_without_contracts_when_replayed_then_equal(
+    small_run: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    lines = json.loads(json.dumps(small_run))
+    del lines[0]["contract"]
+    lines[0]["model"]["digest"] = "00"  # which it had in its place
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay(str(path)).is_equal
 
 
 def _text(lines: Lines) -> bytes:

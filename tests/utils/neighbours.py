@@ -21,6 +21,7 @@ from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker
 from pellucid.engine.engine import LLMEngine
+from pellucid.engine.factory import tokenizer_of
 from pellucid.executor.uniproc import UniProcExecutor
 
 VOCAB = 300
@@ -150,7 +151,7 @@ class World:
     def __init__(self, model: Path, **settings: Any) -> None:
         config = EngineConfig.from_kwargs(model, {**BASE, **settings})
         self.executor = UniProcExecutor(config)
-        self.engine = LLMEngine(config, self.executor, self.executor.model.tokenizer, check_every_step=True)
+        self.engine = LLMEngine(config, self.executor, tokenizer_of(self.executor.facts), check_every_step=True)
         self.outputs: dict[str, RequestOutput] = {}
 
     def submit(self, request: Asked, request_id: str, *, stream: bool = True) -> str:

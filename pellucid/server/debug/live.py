@@ -122,15 +122,15 @@ class _Ids:
 
 
 def _model(context: ServerContext) -> LiveModel:
-    model = context.engine.model
+    engine = context.engine
     return LiveModel(
         name=context.names[0],
         version=VERSION,
-        created=model.created,
-        max_model_len=model.max_model_len,
-        max_num_seqs=model.max_num_seqs,
-        block_size=model.block_size,
-        num_blocks=model.num_blocks,
+        created=engine.created,
+        max_model_len=engine.model.max_model_len,
+        max_num_seqs=engine.config.max_num_seqs,
+        block_size=engine.kv_cache.block_size,
+        num_blocks=engine.kv_cache.num_blocks,
     )
 
 

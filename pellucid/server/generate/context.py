@@ -53,7 +53,7 @@ class ServerContext:
         self.preparer = Preparer(self.prompts, self.settings, self.engine.model.model_type)
         self.logprobs = LogprobFormat(self.engine.tokenizer)
         self.responses = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
-        self.sampling_defaults = model_defaults(self.engine.model.default_sampling)
+        self.sampling_defaults = model_defaults(self.engine.model.generation_config)
 
     def close(self) -> None:
         """Ends what the server itself runs; the engine is its owner's."""
@@ -167,7 +167,7 @@ class ServerContext:
 
     def identity(self, prefix: str, request_id: str, model: str | None) -> Identity:
         """Of an answer."""
-        fingerprint = f"fp_{self.engine.model.fingerprint[:12]}"
+        fingerprint = f"fp_{self.engine.model.contract.digest[:12]}"
         return Identity(prefix, request_id, model or self.names[0], int(time.time()), fingerprint)
 
 

@@ -315,6 +315,7 @@ def look(world: World) -> None:
         _init_params(world)
     elif kind == 4:
         core.expect(core.get("pld_abi_version"), abi.ABI_VERSION, "ABI version")
+        core.expect(core.get("pld_recipe"), abi.recipe(), "recipe")
         size = sizeof(structs.CpuInfoStruct)
         info = structs.CpuInfoStruct(struct_size=draw.one((size, size + 24, 0, 8, 4097, 2**63)))
         is_good = size <= info.struct_size <= MAX_STRUCT_SIZE

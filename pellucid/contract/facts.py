@@ -23,7 +23,7 @@ class ContractDigest(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> str:
         """All of it as 32 hexadecimal digits."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
+        return hashlib.sha256(repr(msgspec.structs.astuple(self)).encode()).hexdigest()[:32]
 
 
 class ModelFacts(msgspec.Struct, frozen=True):

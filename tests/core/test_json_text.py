@@ -121,7 +121,6 @@ def test_given_values_that_json_lacks_when_checked_then_the_place_is_named(
 # Where JSON is made that does not leave the process or its own files, or that a grammar or a prompt is made of.
 OWN = {
     "json_text.py": "the one place",
-    "service/owner.py": "the tokenizer's bundle, for our own other half",
     "executor/loader.py": "sections of a packed program",
     "program/file.py": "the head of a packed program",
     "weights/safetensors.py": "the head of a file of tensors",

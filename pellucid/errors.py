@@ -87,6 +87,10 @@ class UnsupportedModelError(PellucidError, ValueError):
     """The architecture, tensor type or tokenizer kind is not implemented; the text lists what is."""
 
 
+class ForeignOperationError(UnsupportedModelError):
+    """A module uses an operation outside `pellucid.ops`: it cannot become a program, and runs eagerly. The text names the operation."""
+
+
 class WeightFormatError(PellucidError, ValueError):
     """A weight file contradicts its format (truncated, overlapping, overflowing, wrong types)."""
 

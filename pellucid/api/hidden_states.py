@@ -120,6 +120,11 @@ class HiddenStatesParams:
                     f"hidden_states_layers names layer {layer}; layers are -1 and [0, {limits.num_layers}]",
                     "hidden_states_layers",
                 )
+            if layer != FINAL_LAYER and layer_name(layer) not in limits.activations:
+                raise InvalidRequestError(
+                    f"hidden_states_layers names layer {layer}; the model has no activation {layer_name(layer)!r}",
+                    "hidden_states_layers",
+                )
         rows = most if self.stream else 1 if self.positions is None else len(self.positions)
         width = len(self.wanted_layers) * limits.hidden_size
         shape = f"{rows:,} rows of {len(self.wanted_layers)} layers of {limits.hidden_size:,} values"

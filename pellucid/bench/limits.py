@@ -84,7 +84,9 @@ def linear_seconds(context: abi.Context, dtype: int, rows: int, out: int, width:
 
 
 def step_cost(model: LoadedModel, kv_bytes_per_token: int) -> StepCost | None:
-    """From the program's own list of matrices; None for a mixture of experts, whose cost depends on the tokens."""
+    """From the program's own list of matrices; None for a mixture of experts, whose cost depends on the tokens, and without a program."""
+    if model.file is None:
+        return None
     ops = model.file.sections["ops"].view(abi.OP_DTYPE)
     if (ops["kind"] == OP_KINDS["moe"]).any():
         return None

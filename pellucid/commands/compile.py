@@ -8,7 +8,7 @@ from pellucid.commands.load import packing_progress
 from pellucid.config import EngineConfig
 from pellucid.core import abi
 from pellucid.errors import ConfigError, about
-from pellucid.executor.loader import build_program
+from pellucid.executor.loader import compile_program, open_model
 from pellucid.executor.program_cache import PROGRAM_SUFFIX
 from pellucid.program.file import open_program_file
 from pellucid.program.verify import verify_file
@@ -19,6 +19,7 @@ def compile_model(config: EngineConfig, target: Path) -> int:
     """Writes plan, packed weights and tokenizer to `target`; its bytes.
 
     Raises:
+        ForeignOperationError: the model cannot become a program.
         ConfigError: the target has another suffix, or the model is compiled already.
         StorageError: the target cannot be written.
         DamagedFileError: with `verify`, the disk gives back something else than was written.
@@ -31,7 +32,7 @@ def compile_model(config: EngineConfig, target: Path) -> int:
     context = abi.Context(config.num_threads, config.isa)
     try:
         with packing_progress() as progress, about(path.name):
-            build_program(path, config, context, target, progress)
+            compile_program(open_model(path, config), config, context, target, progress)
     finally:
         context.close()
     if config.verify:

@@ -79,7 +79,7 @@ def model_rows(config: EngineConfig) -> tuple[list[Row], list[Row]]:
     try:
         with packing_progress() as progress:
             model = load_model(config, context, progress)
-        program = load_program(context, model.file, config.max_num_batched_tokens, config.max_num_seqs)
+        program = load_program(context, model.program, config.max_num_batched_tokens, config.max_num_seqs)
         arena = program.arena_bytes
         program.close()
     finally:
@@ -88,7 +88,7 @@ def model_rows(config: EngineConfig) -> tuple[list[Row], list[Row]]:
 
 
 def _checksums(model: LoadedModel, is_verified: bool) -> str:
-    blocks = num_blocks(content_bytes(model.file.path.stat().st_size) or 0)
+    blocks = num_blocks(content_bytes(model.program.path.stat().st_size) or 0)
     if not is_verified:
         return f"{blocks:,} blocks of 1 MiB; those of the weights were not read: --verify"
     return f"all {blocks:,} blocks of 1 MiB are as they were written"
@@ -97,7 +97,7 @@ def _checksums(model: LoadedModel, is_verified: bool) -> str:
 def stored_as(model: LoadedModel) -> str:
     """Types of the matrices, the most bytes first."""
     sizes: dict[str, int] = {}
-    for _, rows, _, dtype, _, _, nbytes in model.file.meta["weights"]:
+    for _, rows, _, dtype, _, _, nbytes in model.program.meta["weights"]:
         if rows > 1:
             sizes[DTYPE_NAMES[dtype]] = sizes.get(DTYPE_NAMES[dtype], 0) + nbytes
     return ", ".join(f"{name} ({size(sizes[name])})" for name in sorted(sizes, key=lambda name: -sizes[name]))
@@ -119,7 +119,7 @@ def _program_file(config: EngineConfig) -> ProgramFile:
     context = abi.Context(config.num_threads, config.isa)
     try:
         with packing_progress() as progress:
-            file = load_model(config, context, progress).file
+            file = load_model(config, context, progress).program
         load_program(context, file, max_tokens=1, max_logit_rows=1).close()
         return file
     finally:
@@ -127,8 +127,8 @@ def _program_file(config: EngineConfig) -> ProgramFile:
 
 
 def _architecture(model: LoadedModel) -> list[Row]:
-    c, tokenizer = model.config, Tokenizer.from_json(model.file.sections["tokenizer"].data)
-    weights = model.file.meta["weights"]
+    c, tokenizer = model.config, Tokenizer.from_json(model.program.sections["tokenizer"].data)
+    weights = model.program.meta["weights"]
     parameters = sum(rows * cols for name, rows, cols, *_ in weights if not name.startswith("constant."))
     window = f"{c.sliding_window:,} positions" if c.sliding_window else "none"
     return [
@@ -144,7 +144,7 @@ def _architecture(model: LoadedModel) -> list[Row]:
         ("chat template", "yes" if tokenizer is not None and tokenizer.chat_template else "no"),
         ("weights stored as", stored_as(model)),
         ("not quantised, and keys and values", f"{model.dtype}; activations float32"),
-        ("program", f"{len(model.file.sections['ops']) // abi.OP_DTYPE.itemsize} ops, {model.file.path.name}"),
+        ("program", f"{len(model.program.sections['ops']) // abi.OP_DTYPE.itemsize} ops, {model.program.path.name}"),
     ]
 
 
@@ -152,7 +152,7 @@ def _memory(config: EngineConfig, model: LoadedModel, arena: int) -> list[Row]:
     dtype = kv_cache_dtype(config, model)
     per_token = kv_bytes_per_token(model.config, dtype)
     max_model_len = resolve_max_model_len(config.max_model_len, model.config)
-    weights = model.file.sections["data"].nbytes
+    weights = model.program.sections["data"].nbytes
     available = psutil.virtual_memory().available
     num_blocks = resolve_num_blocks(config, max_model_len, per_token, available)
     tokens = num_blocks * config.block_size

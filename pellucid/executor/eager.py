@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,17 +13,18 @@ import torch
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.config import EngineConfig
-from pellucid.contract.batch import BatchInput
-from pellucid.contract.executor import F32
+from pellucid.contract.batch import BatchInput, single_sequence_batch
+from pellucid.contract.executor import F32, Executable
+from pellucid.contract.facts import ContractDigest
 from pellucid.core import abi
-from pellucid.errors import RowError
-from pellucid.executor.loader import LoadedModel, open_module
+from pellucid.errors import RowError, UnsupportedModelError
+from pellucid.executor.loader import LoadedModel, OpenedModel, bundle_json, open_model
+from pellucid.models.registry import ModelRegistry
 from pellucid.ops import gather_rows
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
 from pellucid.program.file import ProgramFile
 from pellucid.program.observe import observed
-from pellucid.weights.checkpoint import Checkpoint, open_checkpoint
 from pellucid.weights.hub import resolve_model
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,8 +38,8 @@ def materialise(model: Any, context: abi.Context, dtype: torch.dtype, keep: Cont
     shared: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is None or id(parameter) in keep:
-                continue
+            if parameter is None or id(parameter) in keep or not hasattr(parameter, "pieces"):
+                continue  # without pieces: the module filled it itself
             if id(parameter) not in shared:
                 kind = torch.float32 if parameter.dim() == 1 else dtype
                 shared[id(parameter)] = torch.nn.Parameter(_values(parameter, context, kind), requires_grad=False)
@@ -58,16 +60,14 @@ def _values(parameter: Any, context: abi.Context, dtype: torch.dtype) -> torch.T
 
 
 def load_eager(
-    checkpoint: Checkpoint, backend: NativeBackend, dtype: str, stored: Mapping[str, list[tuple[int, abi.Weight]]]
-) -> Any:
-    """The checkpoint's model as a torch module with its weights; matrices in `stored` are used as they are packed."""
-    _, model = open_module(checkpoint)
+    model: Any, backend: NativeBackend, dtype: str, stored: Mapping[str, list[tuple[int, abi.Weight]]]
+) -> None:
+    """Gives an opened module its weights; matrices in `stored` are used as they are packed."""
     keep = {id(parameter): parts for name, parameter in model.named_parameters() if (parts := stored.get(name))}
     for _, parameter in model.named_parameters():
         if id(parameter) in keep:
             backend.store(parameter, keep[id(parameter)])
     materialise(model, backend.context, TORCH_DTYPES[dtype], keep)
-    return model
 
 
 def quantised_matrices(file: ProgramFile) -> dict[str, list[tuple[int, abi.Weight]]]:
@@ -91,14 +91,52 @@ def _steering_rows(spans: Iterable[tuple[int, int, Any]], like: torch.Tensor) ->
     return rows
 
 
+def contract_of_module(opened: OpenedModel, dtype: str, isa: str, kv_cache_dtype: str) -> ContractDigest:
+    """The contract of a module that cannot become a program: its code counts, and the weights as the files have them."""
+    whole = hashlib.sha256(repr(sorted(opened.checkpoint.config.items())).encode())
+    whole.update(ModelRegistry.registered_digest().encode())
+    for name, parameter in opened.module.named_parameters():
+        whole.update(name.encode())
+        for piece in getattr(parameter, "pieces", ()):
+            whole.update(repr((piece.dtype, piece.shape)).encode())
+            whole.update(np.ascontiguousarray(piece.data).view(np.uint8).data)
+        if not hasattr(parameter, "pieces"):
+            whole.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return ContractDigest(
+        recipe=abi.recipe(),
+        isa=isa,
+        weights=whole.hexdigest()[:32],
+        formats=(f"{dtype}, eager",),
+        kv_cache_dtype=kv_cache_dtype,
+        rotary="",
+        tokenizer="" if opened.tokenizer is None else opened.tokenizer.fingerprint,
+    )
+
+
+def described(executable: Executable, dtype: str, isa: str, kv_cache_dtype: str) -> dict[str, Any]:
+    """What `ModelFacts` says of a module that has no program file to say it."""
+    if not isinstance(executable, EagerModel):
+        raise TypeError(f"{type(executable).__name__} is no eager model")
+    opened, widths = executable.opened, executable.activation_widths()
+    return {
+        "activations": widths,
+        "steerable": widths,
+        "contract": contract_of_module(opened, dtype, isa, kv_cache_dtype),
+        "tokenizer": memoryview(bundle_json(opened.tokenizer)),
+    }
+
+
 class EagerModel:
     """An executable that runs the module. Gives the same bits as its program, because the ops are the same."""
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel, context: abi.Context, kv: abi.KVCache) -> None:
         self._backend, self._kv = NativeBackend(context), kv
-        checkpoint = open_checkpoint(resolve_model(config.model))
-        self.module = load_eager(checkpoint, self._backend, loaded.dtype, quantised_matrices(loaded.file))
-        self._hidden = torch.empty(0, loaded.config.hidden_size)
+        self.opened = open_model(resolve_model(config.model), config)
+        self.module, self._width = self.opened.module, loaded.config.hidden_size
+        stored = {} if loaded.file is None else quantised_matrices(loaded.file)
+        load_eager(self.module, self._backend, loaded.dtype, stored)
+        self._vocab_size = loaded.config.vocab_size
+        self._hidden = torch.empty(0, self._width)
         self._batch: BatchInput | None = None
         self._kept: dict[str, F32] = {}
 
@@ -116,10 +154,40 @@ class EagerModel:
             return added
 
         observing = observed(self.module, observe) if names or steering else nullcontext()
-        with step_scope(Step(self._backend, batch, self._kv)), observing:
+        with torch.no_grad(), step_scope(Step(self._backend, batch, self._kv)), observing:
             ids, positions = torch.from_numpy(batch.input_ids_T), torch.from_numpy(batch.positions_T)
-            self._hidden, self._batch = self.module(ids, positions), batch
+            hidden = self.module(ids, positions)
+            self._hidden = self._checked("forward", hidden, (batch.num_tokens, self._width))
+            self._batch = batch
             return self._logits()
+
+    def activation_widths(self) -> dict[str, int]:
+        """The names that can be asked for, in the order in which they are computed, and the width of each: of a forward pass of one
+        token, whose keys and values are written over by the first request. Shows what is wrong with a module before anyone waits."""
+        widths: dict[str, int] = {}
+
+        def observe(name: str, terms: tuple[Any, ...]) -> None:
+            if all(
+                isinstance(term, torch.Tensor) and term.dtype == torch.float32 and term.dim() == 2 for term in terms
+            ):
+                widths.setdefault(name, int(terms[0].shape[1]))
+
+        with observed(self.module, observe):
+            self.run(single_sequence_batch([0], self._kv.block_size))
+        return widths
+
+    def _checked(self, method: str, value: Any, shape: tuple[int, int]) -> torch.Tensor:
+        wanted = f"float32 {list(shape)}"
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedModelError(f"{self._name}.{method} gave a {type(value).__name__}; it must give {wanted}")
+        if value.dtype != torch.float32 or tuple(value.shape) != shape:
+            found = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            raise UnsupportedModelError(f"{self._name}.{method} gave {found}; it must give {wanted}")
+        return value
+
+    @property
+    def _name(self) -> str:
+        return type(self.module).__name__
 
     def activation(self, name: str) -> F32:
         """A kept activation [T, any] of the last batch.
@@ -134,12 +202,13 @@ class EagerModel:
         if self._batch is None:
             raise RuntimeError("no batch was run yet")
         some = BatchInput(**{**vars(self._batch), "logit_rows": np.ascontiguousarray(rows, np.int32)})
-        with step_scope(Step(self._backend, some, self._kv)):
+        with torch.no_grad(), step_scope(Step(self._backend, some, self._kv)):
             return self._logits()
 
     def _logits(self) -> F32:
-        logits: torch.Tensor = self.module.compute_logits(gather_rows(self._hidden))
-        array: F32 = logits.numpy()
+        rows = gather_rows(self._hidden)
+        logits = self._checked("compute_logits", self.module.compute_logits(rows), (len(rows), self._vocab_size))
+        array: F32 = logits.contiguous().numpy()
         return array
 
     def hidden(self) -> F32:

@@ -15,8 +15,10 @@ from pellucid.config import EngineConfig
 from pellucid.core import abi
 from pellucid.errors import (
     ConfigError,
+    ForeignOperationError,
     ModelNotFoundError,
     StorageError,
+    UnsupportedModelError,
     WeightFormatError,
     about,
     shown,
@@ -54,11 +56,18 @@ class LoadedModel:
     config: ModelConfig
     generation_config: dict[str, Any]  # as `FileValues` has it
     eos_token_ids: tuple[int, ...]  # what ends a request
-    file: ProgramFile
+    file: ProgramFile | None  # None: the module cannot become a program, and runs eagerly
     fingerprint: str
     dtype: str  # float32 or bfloat16
     from_cache: bool
     is_ours: bool = False  # the file is one of the cache's, not one that somebody gave
+
+    @property
+    def program(self) -> ProgramFile:
+        """The packed model. Raises UnsupportedModelError: there is none, for the module can only run eagerly."""
+        if self.file is None:
+            raise UnsupportedModelError(f"{self.config.architecture} is no program: its module runs eagerly")
+        return self.file
 
 
 def model_files(path: Path) -> list[Path]:
@@ -119,6 +128,8 @@ def load_model(config: EngineConfig, context: abi.Context, progress: Progress | 
     remove_leftovers()
     try:
         return _from_cache(cache, key, config) or _packed(cache, key, path, config, context, progress)
+    except ForeignOperationError as error:
+        return _without_program(path, key, config, error)
     finally:
         cache.tidy(cache.path(key))
 
@@ -148,14 +159,34 @@ def _packed(
 ) -> LoadedModel:
     for _ in range(_PACKING_ATTEMPTS):
         with about(path.name):
-            build_program(path, config, context, cache.path(key), progress)
+            compile_program(open_model(path, config), config, context, cache.path(key), progress)
         model = _from_cache(cache, key, config)
-        if model is not None:
+        if model is not None and model.file is not None:
             cache.drop_stale(cache.path(key), model.file.meta)
             return replace(model, from_cache=False)
     raise StorageError(
         f"{cache.path(key)} was packed {_PACKING_ATTEMPTS} times and was gone or damaged at once: the disk fails, or other "
         f"processes remove it, for program_cache_max_mb is {config.program_cache_max_mb:,}"
+    )
+
+
+def _without_program(path: Path, key: str, config: EngineConfig, error: ForeignOperationError) -> LoadedModel:
+    if config.quantization is not None:
+        raise ConfigError(f"quantization is {config.quantization!r}; {error}: it runs eagerly, in float32 or bfloat16")
+    _log.warning("%s: it runs eagerly; which bits such operations give may depend on the batch", error)
+    opened = open_model(path, config)
+    for problem in opened.values.problems:
+        _log.warning("%s", problem)
+    return LoadedModel(
+        config=opened.config,
+        generation_config=opened.values.generation_config,
+        eos_token_ids=opened.values.eos_token_ids,
+        file=None,
+        fingerprint=key,
+        dtype="float32"
+        if config.dtype == "auto"
+        else config.dtype,  # torch multiplies no float32 rows by bfloat16 weights
+        from_cache=False,
     )
 
 
@@ -176,22 +207,53 @@ def _read_compiled(path: Path, config: EngineConfig) -> LoadedModel:
     return _loaded(file, key, from_cache=True, is_ours=False)
 
 
-def build_program(
-    path: Path, config: EngineConfig, context: abi.Context, target: Path, progress: Progress | None = None
-) -> None:
-    """Traces the model of a checkpoint and packs it into `target`. Raises `StorageError` when it cannot be written there."""
-    from pellucid.program.tracer import trace
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model's files, opened: nothing of the weights is read or copied yet."""
+
+    path: Path
+    checkpoint: Checkpoint
+    config: ModelConfig
+    module: Any  # each parameter knows its pieces of the checkpoint
+    tokenizer: Tokenizer | None
+    origins: Origins
+    values: FileValues
+
+
+def open_model(path: Path, config: EngineConfig) -> OpenedModel:
+    """The configuration, module and tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError, UnsupportedModelError, WeightFormatError, TokenizerError: what is wrong with the files, by name.
+    """
     from pellucid.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     origins = Origins(*map(checkpoint.origin, ("config.json", "generation_config.json", "tokenizer.json")))
-    model_config, model = open_module(checkpoint)
-    recording = trace(model)
-    dtype = resolve_dtype(config.dtype, [view.dtype for view in _views(model)], config.quantization)
-    scheme = WeightScheme(_CORE_DTYPES[dtype], config.dtype == "auto", config.quantization)
+    model_config, module = open_module(checkpoint)
     tokenizer = load_tokenizer(path, config, checkpoint)
     ends = () if tokenizer is None else tokenizer.eos_token_ids
     values = FileValues.of(model_config, checkpoint.generation_config, ends, origins)
+    return OpenedModel(path, checkpoint, model_config, module, tokenizer, origins, values)
+
+
+def compile_program(
+    opened: OpenedModel, config: EngineConfig, context: abi.Context, target: Path, progress: Progress | None = None
+) -> None:
+    """Traces a module and packs it into `target`.
+
+    Raises:
+        ForeignOperationError: the module uses an operation that no program has.
+        ConfigError, WeightFormatError: its weights cannot be packed as asked.
+        StorageError: `target` cannot be written.
+    """
+    from pellucid.program.tracer import trace
+
+    path, checkpoint, model_config, tokenizer = opened.path, opened.checkpoint, opened.config, opened.tokenizer
+    origins = opened.origins
+    recording = trace(opened.module)
+    dtype = resolve_dtype(config.dtype, [view.dtype for view in _views(opened.module)], config.quantization)
+    scheme = WeightScheme(_CORE_DTYPES[dtype], config.dtype == "auto", config.quantization)
     meta = {
         "kind": "program",
         "model": path.name,
@@ -199,13 +261,13 @@ def build_program(
         "dtype": dtype,
         "quantization": config.quantization,
         "keeps": scheme.keep,
-        "tokenizer_ends": ends,
+        "tokenizer_ends": [] if tokenizer is None else tokenizer.eos_token_ids,
         "origins": [origins.config, origins.generation_config, origins.tokenizer],
     }
     texts = {
         "config": json.dumps(checkpoint.config).encode(),
         "generation_config": json.dumps(checkpoint.generation_config).encode(),
-        "tokenizer": json.dumps(None if tokenizer is None else tokenizer.to_bundle()).encode(),
+        "tokenizer": bundle_json(tokenizer),
     }
     build_program_file(
         target,
@@ -218,13 +280,18 @@ def build_program(
             "head_dim": model_config.head_dim,
             "max_positions": model_config.max_position_embeddings,
             "kv_dtype": _CORE_DTYPES[dtype],
-            "end_tokens": values.eos_token_ids,
+            "end_tokens": opened.values.eos_token_ids,
         },
         vocab_size=model_config.vocab_size,
         meta=meta,
         texts=texts,
         progress=progress,
     )
+
+
+def bundle_json(tokenizer: Tokenizer | None) -> bytes:
+    """What `Tokenizer.from_json` reads."""
+    return json.dumps(None if tokenizer is None else tokenizer.to_bundle()).encode()
 
 
 def open_module(checkpoint: Checkpoint) -> tuple[ModelConfig, Any]:
@@ -244,7 +311,7 @@ def open_module(checkpoint: Checkpoint) -> tuple[ModelConfig, Any]:
 
 def _views(model: Any) -> Iterator[Any]:
     for _, parameter in model.named_parameters():
-        yield from parameter.pieces
+        yield from getattr(parameter, "pieces", ())
 
 
 def load_tokenizer(path: Path, config: EngineConfig, checkpoint: Any) -> Tokenizer | None:

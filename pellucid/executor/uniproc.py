@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -34,7 +35,7 @@ class UniProcExecutor:
     """Loads the model and runs plans in this process and thread."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
-        self._alone = Exclusive("the executor")
+        self._alone, self._config = Exclusive("the executor"), config
         self.context = abi.Context(num_threads=config.num_threads, isa=config.isa)
         try:
             loaded = load_model(config, self.context, progress)
@@ -44,7 +45,7 @@ class UniProcExecutor:
             if config.max_model_len is None:  # a lone request has the whole cache, not more
                 max_model_len = min(max_model_len, self.kv_cache.num_blocks * config.block_size)
             executable = self._executable(config, kv)
-            self.facts = _facts(config, loaded, self.context, max_model_len)
+            self.facts = self._facts(executable, max_model_len)
         except BaseException:
             self.context.close()
             raise
@@ -60,16 +61,45 @@ class UniProcExecutor:
         )
 
     def _executable(self, config: EngineConfig, kv: abi.KVCache) -> Executable:
-        if config.enforce_eager:
+        if config.enforce_eager or self.model.file is None:
             from pellucid.executor.eager import EagerModel
 
             return EagerModel(config, self.model, self.context, kv)
         return NativeProgram(
             self.context,
-            self.model.file,
+            self.model.program,
             kv,
             max_tokens=config.max_num_batched_tokens,
             max_logit_rows=max_logit_rows(config),
+        )
+
+    def _facts(self, executable: Executable, max_model_len: int) -> ModelFacts:
+        model, config, context, path = self.model, self._config, self.context, Path(self._config.model)
+        kv_dtype = kv_cache_dtype(config, model)
+        if model.file is not None:
+            known: dict[str, Any] = {
+                "activations": activation_widths(model.file),
+                "steerable": steerable(model.file),
+                "contract": contract_of(model.file, context.isa, kv_dtype),
+                "tokenizer": model.file.sections["tokenizer"].data,
+            }
+        else:
+            from pellucid.executor.eager import described
+
+            known = described(executable, model.dtype, context.isa, kv_dtype)
+        return ModelFacts(
+            name=well_formed(path.resolve().name if path.exists() else config.model),
+            model_type=model.config.model_type,
+            dtype=model.dtype,
+            vocab_size=model.config.vocab_size,
+            hidden_size=model.config.hidden_size,
+            num_layers=model.config.num_hidden_layers,
+            max_model_len=max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            generation_config=model.generation_config,
+            fingerprint=model.fingerprint,
+            num_threads=context.num_threads,
+            **known,
         )
 
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
@@ -78,8 +108,10 @@ class UniProcExecutor:
         with self._alone:
             return self.runner.execute(plan)
 
-    def verify(self, on_damage: Callable[[PellucidError], None]) -> Verification:
-        """Reads the packed model against its checksums at idle priority; a bad one of the cache is removed."""
+    def verify(self, on_damage: Callable[[PellucidError], None]) -> Verification | None:
+        """Reads the packed model against its checksums at idle priority; a bad one of the cache is removed. None: nothing is packed."""
+        if self.model.file is None:
+            return None
         return Verification(self.model.file, on_damage, is_ours=self.model.is_ours)
 
     def close(self) -> None:
@@ -87,27 +119,6 @@ class UniProcExecutor:
         with self._alone:
             self.runner.executable.close()
             self.context.close()
-
-
-def _facts(config: EngineConfig, model: LoadedModel, context: abi.Context, max_model_len: int) -> ModelFacts:
-    file, path = model.file, Path(config.model)
-    return ModelFacts(
-        name=well_formed(path.resolve().name if path.exists() else config.model),
-        model_type=model.config.model_type,
-        dtype=model.dtype,
-        vocab_size=model.config.vocab_size,
-        hidden_size=model.config.hidden_size,
-        num_layers=model.config.num_hidden_layers,
-        max_model_len=max_model_len,
-        eos_token_ids=model.eos_token_ids,
-        generation_config=model.generation_config,
-        activations=activation_widths(file),
-        steerable=steerable(file),
-        fingerprint=model.fingerprint,
-        contract=contract_of(file, context.isa, kv_cache_dtype(config, model)),
-        num_threads=context.num_threads,
-        tokenizer=file.sections["tokenizer"].data,
-    )
 
 
 def kv_cache_dtype(config: EngineConfig, model: LoadedModel) -> str:

@@ -36,9 +36,9 @@ def step_scope(step: Step) -> Iterator[Step]:
 
 def call(spec: OpSpec) -> tuple[Any, ...]:
     """Runs or records one op."""
-    first = spec.inputs[0]
-    if isinstance(first, Symbol):
-        return first.recorder.record(spec)
+    for value in spec.inputs:
+        if isinstance(value, Symbol):
+            return value.recorder.record(spec)
     step = _step.get()
     if step is None:
         raise RuntimeError(f"op {spec.kind} was called outside a step: enter pellucid.ops.dispatch.step_scope first")

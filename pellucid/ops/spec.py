@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pellucid.core.structs import NUM_FLOATS
-from pellucid.errors import ConfigError, UnsupportedModelError
+from pellucid.errors import ConfigError, ForeignOperationError, UnsupportedModelError
 from pellucid.float32 import problem_of
 
 # Codes of csrc/include/pellucid.h.
@@ -93,9 +93,12 @@ class Recorder(Protocol):
         """Appends the op and returns symbols for its outputs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Symbol:
-    """Stands for a float32 [rows, width] tensor while a module is traced. `domain` is "T" (tokens) or "L" (logit rows)."""
+    """Stands for a float32 [rows, width] tensor while a module is traced. `domain` is "T" (tokens) or "L" (logit rows).
+
+    Whatever is done with it that is no op of Pellucid raises `ForeignOperationError`.
+    """
 
     recorder: Recorder
     buffer: int
@@ -117,3 +120,37 @@ class Symbol:
             parts.append(Symbol(self.recorder, self.buffer, column, width, self.domain))
             column += width
         return tuple(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks for these by itself
+            raise AttributeError(name)
+        raise foreign(f"Tensor.{name}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        module = getattr(func, "__module__", None) or "torch"
+        raise foreign(f"{module.removeprefix('torch._C.')}.{getattr(func, '__name__', func)}")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        raise foreign(f"numpy.{ufunc.__name__}")
+
+
+def foreign(operation: str) -> ForeignOperationError:
+    """The error of an operation that is none of `pellucid.ops`."""
+    return ForeignOperationError(f"the module uses {operation}, which is none of pellucid.ops")
+
+
+def _refusing(name: str) -> Any:
+    def method(self: Symbol, *args: Any, **kwargs: Any) -> Any:
+        raise foreign(f"Tensor.{name}")
+
+    return method
+
+
+_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+for _name in (
+    *(prefix + name for name in _OPERATORS for prefix in ("", "r", "i")),
+    *"eq ne lt le gt ge neg pos abs invert bool len iter getitem setitem contains float int index array".split(),
+):
+    setattr(Symbol, f"__{_name}__", _refusing(f"__{_name}__"))
+Symbol.__hash__ = object.__hash__  # type: ignore[method-assign]  # by identity: comparing is an operation too

@@ -19,13 +19,17 @@ _ROOT = "model."
 def observed(model: Any, observer: Observer) -> Iterator[None]:
     """Tells `observer` the name and the terms of each activation while `model` is called inside."""
     modules = [(name, module) for name, module in _modules(model) if f"{name}." not in (".", _ROOT)]
+    own = [(module, vars(module).get("forward")) for _, module in modules]  # None: the class's
     for name, module in modules:
         module.forward = _observed_forward(name.removeprefix(_ROOT), module, observer)
     try:
         yield
     finally:
-        for _, module in modules:
-            del module.forward  # the class's own stands behind it
+        for module, forward in own:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def _modules(model: Any) -> Iterator[tuple[str, Any]]:

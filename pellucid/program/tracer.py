@@ -8,7 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pellucid import ops
-from pellucid.ops.spec import ID_OPS, IDS_POSITIONS, IDS_TOKENS, MATRIX_OPERANDS, OpSpec, Symbol
+from pellucid.errors import WeightFormatError
+from pellucid.ops.dispatch import Step, step_scope
+from pellucid.ops.spec import ID_OPS, IDS_POSITIONS, IDS_TOKENS, MATRIX_OPERANDS, OpSpec, Symbol, foreign
 from pellucid.program.observe import observed
 
 # The buffers of symbols that come with the batch, and what ops are told to read: numbers of `pld_ids`.
@@ -61,7 +63,7 @@ class _Recorder:
     def __init__(self, names: dict[int, str]) -> None:
         self.recording = Recording()
         self.names = names
-        self._weight_index: dict[int, int] = {}
+        self._weight_index: dict[int, int] = {}  # by id: `RecordedWeight.source` keeps what was made in a forward alive
 
     def symbol(self, width: int, domain: str) -> Symbol:
         self.recording.widths.append(width)
@@ -72,7 +74,7 @@ class _Recorder:
         """Appends the op and returns symbols for its outputs."""
         symbols = [value for value in spec.inputs if value is not None]
         if any(not isinstance(value, Symbol) for value in symbols):
-            raise TypeError(f"op {spec.kind} mixes symbols with tensors while it is traced")
+            raise foreign(f"ops.{spec.kind} on a tensor that no op gave")
         domain = "L" if spec.kind == "gather_rows" else symbols[0].domain
         outputs = tuple(self.symbol(width, domain) for width in spec.out_widths)
         ints, inputs = _batch_ids(spec)
@@ -89,6 +91,8 @@ class _Recorder:
             self.recording.activations.setdefault(name, places)
 
     def _weight(self, spec: OpSpec, operand: int, weight: Any) -> int:
+        if isinstance(weight, Symbol) or (id(weight) not in self.names and getattr(weight, "is_meta", False)):
+            raise foreign(f"ops.{spec.kind} with a weight that is computed in the forward")
         kind: WeightKind = "vector"
         if operand in MATRIX_OPERANDS.get(spec.kind, ()):
             kind = "table" if spec.kind == "embedding" else "matrix"
@@ -120,27 +124,41 @@ def _batch_ids(spec: OpSpec) -> tuple[tuple[int, ...], tuple[tuple[int, int, int
     return (() if ids == ID_OPS[spec.kind] else (ids,)), (None,)
 
 
+def _refuse(spec: OpSpec, step: Step) -> tuple[Any, ...]:
+    raise foreign(f"ops.{spec.kind} on tensors that do not come of the batch")
+
+
 def trace(model: Any) -> Recording:
     """Records `model.forward` and `model.compute_logits` (see the model contract in `pellucid.models.base`).
 
     Raises:
-        TypeError: the module does something else with its inputs than to call ops.
+        ForeignOperationError: the module does something else with its inputs than to call ops.
+        TypeError: it gives no hidden states or logits; or whatever its own code raises.
     """
     recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
     token_ids, positions = (Symbol(recorder, buffer, 0, 1) for buffer in _BATCH_IDS)
-    with observed(model, recorder.name_activation):
-        hidden = model.forward(token_ids, positions)
-    if not isinstance(hidden, Symbol):
-        raise TypeError(
-            f"{type(model).__name__}.forward gave {type(hidden).__name__}, not the hidden states of its ops"
-        )
+    with step_scope(Step(_refuse)), observed(model, recorder.name_activation):
+        hidden = _symbol(model, "forward", model.forward(token_ids, positions))
     recording = recorder.recording
     recording.n_forward_ops, recording.hidden = len(recording.ops), hidden.buffer
-    logits = model.compute_logits(ops.gather_rows(hidden))
+    with step_scope(Step(_refuse)):
+        logits = _symbol(model, "compute_logits", model.compute_logits(ops.gather_rows(hidden)))
     recording.logits = logits.buffer
     return recording
 
 
+def _symbol(model: Any, method: str, value: Any) -> Symbol:
+    if not isinstance(value, Symbol):
+        raise TypeError(f"{type(model).__name__}.{method} gave a {type(value).__name__} that is no output of its ops")
+    return value
+
+
 def constant(weight: RecordedWeight) -> np.ndarray[Any, Any] | None:
-    """The array of a weight that is a constant of the code, not of the checkpoint."""
-    return weight.source if isinstance(weight.source, np.ndarray) else None
+    """The array of a weight that is no view of the checkpoint: a constant of the code, or a tensor that the module filled itself."""
+    source = weight.source
+    if isinstance(source, np.ndarray) or hasattr(source, "pieces"):
+        return source if isinstance(source, np.ndarray) else None
+    if source.is_meta:
+        raise WeightFormatError(f"parameter {weight.name!r} was given no values by load_weights")
+    array: np.ndarray[Any, Any] = source.detach().float().numpy()
+    return array

@@ -15,6 +15,7 @@ from pellucid import LLM, SamplingParams
 from pellucid.contract.batch import single_sequence_batch
 from pellucid.core import abi
 from pellucid.executor.eager import load_eager
+from pellucid.executor.loader import open_module
 from pellucid.ops import reference
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
@@ -57,7 +58,8 @@ def residual_streams(model: Any, input_ids: torch.Tensor) -> tuple[list[torch.Te
 def test_each_layer_when_run_eagerly_then_hidden_states_are_transformers(checkpoint: Path, backend: str) -> None:
     context = abi.Context(num_threads=1)
     opened = open_checkpoint(checkpoint)
-    model = load_eager(opened, NativeBackend(context), "float32", {})
+    _, model = open_module(opened)
+    load_eager(model, NativeBackend(context), "float32", {})
     config = model.config
     prompt = random_prompts()[0]
     batch = single_sequence_batch(prompt, 16)

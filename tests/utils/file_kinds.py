@@ -303,8 +303,9 @@ class Makers:
             list(program_lines(model.file))
             names = list(activation_widths(model.file))
             variant_of(model.file, names[:4], list(steerable(model.file))[:1])
-            if model.tokenizer is not None:
-                use_tokenizer(model.tokenizer)
+            tokenizer = Tokenizer.from_json(model.program.sections["tokenizer"].data)
+            if tokenizer is not None:
+                use_tokenizer(tokenizer)
 
         return FileKind([file.read_bytes()], _damaged_program, _at(file, opened), (file.name,))
 

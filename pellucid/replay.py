@@ -22,9 +22,9 @@ from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
 from pellucid.contract.facts import ModelFacts
 from pellucid.engine.engine import LLMEngine
-from pellucid.engine.factory import tokenizer_of
 from pellucid.errors import ConfigError, InvalidRequestError, TraceError, about
 from pellucid.executor.registry import make_executor
+from pellucid.text.tokenizer import Tokenizer
 from pellucid.trace.lines import (
     CancelLine,
     Ending,
@@ -160,7 +160,8 @@ def _replay(
 
     executor = make_executor(config, progress)
     try:
-        engine = LLMEngine(config, executor, tokenizer_of(executor.facts), trace_sink=sink)
+        tokenizer = Tokenizer.from_json(executor.facts.tokenizer, executor.facts.name)
+        engine = LLMEngine(config, executor, tokenizer, trace_sink=sink)
     except BaseException:
         executor.close()
         raise

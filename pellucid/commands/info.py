@@ -127,7 +127,7 @@ def _program_file(config: EngineConfig) -> ProgramFile:
 
 
 def _architecture(model: LoadedModel) -> list[Row]:
-    c, tokenizer = model.config, Tokenizer.from_json(model.program.sections["tokenizer"].data)
+    c, tokenizer = model.config, Tokenizer.from_json(model.program.sections["tokenizer"].data, model.program.path.name)
     weights = model.program.meta["weights"]
     parameters = sum(rows * cols for name, rows, cols, *_ in weights if not name.startswith("constant."))
     window = f"{c.sliding_window:,} positions" if c.sliding_window else "none"

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable
 
 from pellucid.config import EngineConfig
-from pellucid.contract.facts import ModelFacts
 from pellucid.engine.engine import LLMEngine
-from pellucid.errors import PellucidError, TokenizerError, WeightFormatError
+from pellucid.errors import PellucidError
 from pellucid.executor.registry import make_executor
 from pellucid.text.tokenizer import Tokenizer
 
@@ -27,11 +26,12 @@ def load_engine(
     another thread.
 
     Raises:
-        ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError, StorageError: what cannot be loaded, and why.
+        ConfigError, ModelNotFoundError, UnsupportedModelError, WeightFormatError, TokenizerError, StorageError: what
+            cannot be loaded, and why.
     """
     executor = make_executor(config, progress)
     try:
-        engine = LLMEngine(config, executor, tokenizer_of(executor.facts))
+        engine = LLMEngine(config, executor, Tokenizer.from_json(executor.facts.tokenizer, executor.facts.name))
     except BaseException:
         executor.close()
         raise
@@ -46,15 +46,3 @@ def load_engine(
 
         engine.verification = executor.verify(on_damage)
     return engine
-
-
-def tokenizer_of(facts: ModelFacts) -> Tokenizer | None:
-    """The model's tokenizer; None: it has none.
-
-    Raises:
-        WeightFormatError: its bundle is damaged.
-    """
-    try:
-        return Tokenizer.from_json(facts.tokenizer)
-    except TokenizerError as error:
-        raise WeightFormatError(f"{facts.name}: the tokenizer is damaged: {error}") from None

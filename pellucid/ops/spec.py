@@ -147,10 +147,25 @@ def _refusing(name: str) -> Any:
     return method
 
 
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-for _name in (
-    *(prefix + name for name in _OPERATORS for prefix in ("", "r", "i")),
-    *"eq ne lt le gt ge neg pos abs invert bool len iter getitem setitem contains float int index array".split(),
-):
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_OTHERS = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "bool",
+    "len",
+    "iter",
+    "getitem",
+    "setitem",
+)
+_CONVERSIONS = ("contains", "float", "int", "index", "array")
+for _name in (*(prefix + name for name in _BINARY for prefix in ("", "r", "i")), *_OTHERS, *_CONVERSIONS):
     setattr(Symbol, f"__{_name}__", _refusing(f"__{_name}__"))
 Symbol.__hash__ = object.__hash__  # type: ignore[method-assign]  # by identity: comparing is an operation too

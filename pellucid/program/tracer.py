@@ -149,7 +149,7 @@ def trace(model: Any) -> Recording:
 
 def _symbol(model: Any, method: str, value: Any) -> Symbol:
     if not isinstance(value, Symbol):
-        raise TypeError(f"{type(model).__name__}.{method} gave a {type(value).__name__} that is no output of its ops")
+        raise TypeError(f"{type(model).__name__}.{method} gave {type(value).__name__}, which no op gave")
     return value
 
 

@@ -96,7 +96,7 @@ class ProcessTransport:
 
     def tokenizer(self, loaded: Loaded) -> Tokenizer | None:
         """Made from what the process sent."""
-        return Tokenizer.from_json(loaded.facts.tokenizer)
+        return Tokenizer.from_json(loaded.facts.tokenizer, loaded.facts.name)
 
     def close(self) -> None:
         """Ends the process, behind the step that it is in, or by force when that takes too long or nothing is loaded."""

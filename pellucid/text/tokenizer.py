@@ -118,13 +118,17 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer bundle is incomplete or has wrong types: {error!r}") from error
 
     @classmethod
-    def from_json(cls, text: bytes | memoryview) -> Tokenizer | None:
-        """From the JSON of a bundle; None for null. Raises TokenizerError."""
+    def from_json(cls, text: bytes | memoryview, origin: str) -> Tokenizer | None:
+        """From the JSON of a bundle; None for null.
+
+        Raises:
+            TokenizerError: it is damaged; `origin` says of what.
+        """
         try:
             bundle = json.loads(bytes(text))
-        except (ValueError, RecursionError) as error:
-            raise TokenizerError(f"tokenizer bundle is not JSON: {error}") from None
-        return None if bundle is None else cls.from_bundle(bundle)
+            return None if bundle is None else cls.from_bundle(bundle)
+        except (ValueError, RecursionError) as error:  # a TokenizerError is a ValueError
+            raise TokenizerError(f"{origin}: the tokenizer is damaged: {error}") from None
 
     def to_bundle(self) -> dict[str, object]:
         """All of it as one JSON-able dict."""

@@ -228,9 +228,8 @@ FOREIGN: dict[str, tuple[Any, str]] = {
 def test_operation_when_foreign_then_the_log_names_it(model: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
     method, said = FOREIGN[case]
     ModelRegistry.register_model(NAME, _with(method))
-    with caplog.at_level(logging.WARNING):
-        with LLM(_named(model), **BASE) as llm:
-            assert len(llm.generate([PROMPTS[1]], GREEDY)[0].outputs[0].token_ids) == GREEDY.max_tokens
+    with caplog.at_level(logging.WARNING), LLM(_named(model), **BASE) as llm:
+        assert len(llm.generate([PROMPTS[1]], GREEDY)[0].outputs[0].token_ids) == GREEDY.max_tokens
     found = [record.getMessage() for record in caplog.records if "runs eagerly" in record.getMessage()]
     assert len(found) == 1
     assert re.search(said, found[0]), found

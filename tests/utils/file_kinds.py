@@ -303,7 +303,7 @@ class Makers:
             list(program_lines(model.file))
             names = list(activation_widths(model.file))
             variant_of(model.file, names[:4], list(steerable(model.file))[:1])
-            tokenizer = Tokenizer.from_json(model.program.sections["tokenizer"].data)
+            tokenizer = Tokenizer.from_json(model.program.sections["tokenizer"].data, file.name)
             if tokenizer is not None:
                 use_tokenizer(tokenizer)
 

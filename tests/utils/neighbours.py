@@ -21,8 +21,8 @@ from pellucid.api.structured_outputs import StructuredOutputsParams
 from pellucid.config import EngineConfig
 from pellucid.engine.admission import Prompt, RequestChecker
 from pellucid.engine.engine import LLMEngine
-from pellucid.engine.factory import tokenizer_of
 from pellucid.executor.uniproc import UniProcExecutor
+from pellucid.text.tokenizer import Tokenizer as PellucidTokenizer
 
 VOCAB = 300
 NAN_TOKEN = 299  # its row of the embedding is NaN
@@ -151,7 +151,8 @@ class World:
     def __init__(self, model: Path, **settings: Any) -> None:
         config = EngineConfig.from_kwargs(model, {**BASE, **settings})
         self.executor = UniProcExecutor(config)
-        self.engine = LLMEngine(config, self.executor, tokenizer_of(self.executor.facts), check_every_step=True)
+        tokenizer = PellucidTokenizer.from_json(self.executor.facts.tokenizer, "m")
+        self.engine = LLMEngine(config, self.executor, tokenizer, check_every_step=True)
         self.outputs: dict[str, RequestOutput] = {}
 
     def submit(self, request: Asked, request_id: str, *, stream: bool = True) -> str:

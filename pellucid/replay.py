@@ -160,7 +160,7 @@ def _replay(
 
     executor = make_executor(config, progress)
     try:
-        tokenizer = Tokenizer.from_json(executor.facts.tokenizer, executor.facts.name)
+        tokenizer = Tokenizer.of(executor.facts)
         engine = LLMEngine(config, executor, tokenizer, trace_sink=sink)
     except BaseException:
         executor.close()

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams
 from pellucid.api.outputs import TokenLogprobs
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.api.structured_outputs import Grammar
 
 StepKind = Literal["prefill", "decode", "mixed", "none"]
 
@@ -36,7 +35,6 @@ class NewRequest:
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations
     steering: SteeringParams | None = None
-    grammar: Grammar | None = None
 
 
 class PlanEntry(NamedTuple):

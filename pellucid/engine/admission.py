@@ -165,17 +165,9 @@ class RequestChecker:
         """
         if params.structured_outputs is None:
             return None
-        if isinstance(params.structured_outputs, CustomStructure):
-            return params.structured_outputs.compile(self.vocab_size)
-        if self.tokenizer is None:
-            raise InvalidRequestError(
-                "structured_outputs need a tokenizer, and the model has none", "structured_outputs"
-            )
-        from pellucid.structure.grammar import compile_grammar
+        from pellucid.structure.grammar import grammar_of
 
-        return compile_grammar(
-            params.structured_outputs, self.tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
-        )
+        return grammar_of(params, self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     def check_first_token(
         self, params: SamplingParams, grammar: Grammar | None, bad_words: tuple[tuple[int, ...], ...]

@@ -172,6 +172,8 @@ class LLMEngine:
             self._recorder.check(params)
         names = admitted.capture
         seed = params.seed if params.seed is not None else draw_seed(self.config.seed, number)
+        grammar = self.checker.grammar(params)
+        self.checker.check_first_token(params, grammar, admitted.bad_words_token_ids)
         cores = self._choices(request_id, tuple(token_ids), params, seed, options, admitted)
         hidden = options.hidden_states
         choices = [self.output.new_choice(i, params, seed, token_ids, hidden, names) for i in range(params.n)]
@@ -186,7 +188,7 @@ class LLMEngine:
                 self.scheduler.forget(choice_id)
             raise
         text = prompt_text if text is None else text
-        state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream)
+        state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream, grammar)
         self._choice_ids[request_id] = added
         self.output.add(state, added)
         if self._recorder is not None:
@@ -540,8 +542,7 @@ class LLMEngine:
         admitted: Admitted,
     ) -> list[EngineCoreRequest]:
         max_tokens = self.checker.max_tokens(len(token_ids), params)
-        now, many, grammar = self._clock(), params.n > 1, self.checker.grammar(params)
-        self.checker.check_first_token(params, grammar, admitted.bad_words_token_ids)
+        now, many = self._clock(), params.n > 1
         return [
             EngineCoreRequest(
                 request_id=f"{request_id}/{index}" if many else request_id,
@@ -559,7 +560,6 @@ class LLMEngine:
                 hidden_states=options.hidden_states,
                 capture=admitted.capture,
                 steering=options.steering,
-                grammar=grammar,
             )
             for index in range(params.n)
         ]

@@ -31,7 +31,7 @@ def load_engine(
     """
     executor = make_executor(config, progress)
     try:
-        engine = LLMEngine(config, executor, Tokenizer.from_json(executor.facts.tokenizer, executor.facts.name))
+        engine = LLMEngine(config, executor, Tokenizer.of(executor.facts))
     except BaseException:
         executor.close()
         raise

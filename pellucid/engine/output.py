@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pellucid.api.hidden_states import HiddenStatesParams
 from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
 from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import Grammar
 from pellucid.contract.plan import CapturedRows
 from pellucid.engine.hidden_output import F32, CapturedOfChoice, HiddenStatesOfChoice
 from pellucid.scheduling.request import FINISH_REASONS, RequestStatus
@@ -46,6 +47,7 @@ class RequestState:
     choices: list[ChoiceState]
     submitted_at: float
     stream: bool = True  # somebody reads chunks; else text is made when a choice ends
+    grammar: Grammar | None = None  # kept compiled until the executor asks for it, which may be after many others
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # up to where they have been computed
     num_cached_tokens: int = 0
     scheduled_at: float | None = None

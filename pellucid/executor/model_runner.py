@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.outputs import TokenLogprobs
+from pellucid.api.structured_outputs import Matcher
 from pellucid.contract.batch import BatchInput
 from pellucid.contract.executor import F32, Executable
+from pellucid.contract.facts import ModelFacts
 from pellucid.contract.plan import AcceptedDraft, ModelRunnerOutput, NewRequest, PlanEntry, StepPlan
 from pellucid.core import abi
 from pellucid.errors import sendable
@@ -23,6 +25,7 @@ from pellucid.executor.hidden_rows import HiddenRows
 from pellucid.executor.row_stats import native_row_stats
 from pellucid.sampling.native import NativeSampler
 from pellucid.sampling.sampler import SampledToken, SamplingRow, prompt_logprobs
+from pellucid.text.tokenizer import Tokenizer
 
 
 class ModelRunner:
@@ -32,8 +35,8 @@ class ModelRunner:
         self,
         executable: Executable,
         context: abi.Context,
+        facts: ModelFacts,
         *,
-        vocab_size: int,
         block_size: int,
         max_blocks_per_request: int,
         max_num_seqs: int,
@@ -43,7 +46,7 @@ class ModelRunner:
         self.executable, self.row_stats = executable, native_row_stats(context)
         self.max_logit_rows, self._trace_logits = max_logit_rows, trace_logits
         self._rows = RequestRows(block_size, max_blocks_per_request, max_num_seqs)
-        self._native = NativeSampler(context, vocab_size, max_num_seqs)
+        self._native, self._facts = NativeSampler(context, facts.vocab_size, max_num_seqs), facts
         self._requests: dict[str, RunnerRequest] = {}
         self._num_wanting = 0  # of them that want hidden states
         self._ended_at = time.perf_counter()
@@ -151,8 +154,7 @@ class ModelRunner:
             self._num_wanting -= request.wants_rows
             self._rows.remove(request)
 
-    @staticmethod
-    def _row(new: NewRequest) -> SamplingRow:
+    def _row(self, new: NewRequest) -> SamplingRow:
         return SamplingRow(
             new.sampling_params,
             new.seed,
@@ -161,8 +163,17 @@ class ModelRunner:
             list(new.output_token_ids),
             new.bad_words_token_ids,
             new.eos_token_ids,
-            None if new.grammar is None else new.grammar.matcher(new.output_token_ids),
+            self._matcher(new),
         )
+
+    def _matcher(self, new: NewRequest) -> Matcher | None:
+        if new.sampling_params.structured_outputs is None:
+            return None
+        from pellucid.structure.grammar import grammar_of
+
+        tokenizer = Tokenizer.of(self._facts)
+        grammar = grammar_of(new.sampling_params, tokenizer, self._facts.vocab_size, new.eos_token_ids)
+        return None if grammar is None else grammar.matcher(new.output_token_ids)
 
     def _sample(
         self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], logits: F32, found: _Sampled

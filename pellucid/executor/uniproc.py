@@ -52,7 +52,7 @@ class UniProcExecutor:
         self.runner = ModelRunner(
             executable,
             self.context,
-            vocab_size=self.facts.vocab_size,
+            self.facts,
             block_size=config.block_size,
             max_blocks_per_request=math.ceil(max_model_len / config.block_size),
             max_num_seqs=config.max_num_seqs,

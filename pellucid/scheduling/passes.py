@@ -221,7 +221,6 @@ class Step:
                 hidden_states=request.core.hidden_states,
                 capture=request.core.capture,
                 steering=request.core.steering,
-                grammar=request.core.grammar,
             )
         )
         self._queues.admit(request)

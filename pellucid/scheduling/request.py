@@ -8,7 +8,6 @@ from enum import Enum
 from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams, WantedRows
 from pellucid.api.outputs import FinishReason
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.api.structured_outputs import Grammar
 from pellucid.errors import InvariantError
 from pellucid.scheduling.speculative import PromptLookup
 
@@ -38,7 +37,6 @@ class EngineCoreRequest:
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations, resolved
     steering: SteeringParams | None = None
-    grammar: Grammar | None = None
 
     @property
     def return_hidden_states(self) -> bool:

@@ -291,7 +291,11 @@ class RequestScheduler:
         core = request.core
         params = core.sampling_params
         may_stop = len(request.output_token_ids) > params.min_tokens
-        if (may_stop or core.grammar) and not params.ignore_eos and token_id in core.eos_token_ids:
+        if (
+            (may_stop or params.structured_outputs is not None)
+            and not params.ignore_eos
+            and token_id in core.eos_token_ids
+        ):
             return RequestStatus.FINISHED_STOPPED, None
         if may_stop and token_id in params.stop_token_ids:
             return RequestStatus.FINISHED_STOPPED, token_id

@@ -65,7 +65,7 @@ class AsyncLLMEngine:
     def __init__(self, config: EngineConfig, transport: Transport, loaded: Loaded, max_state_bytes: int) -> None:
         self.config, self.model, self.kv_cache = config, loaded.facts, loaded.kv_cache
         self.created = int(time.time())  # unix seconds: when it was loaded
-        self.tokenizer: Tokenizer | None = transport.tokenizer(loaded)
+        self.tokenizer: Tokenizer | None = Tokenizer.of(loaded.facts)
         self._transport = transport
         self._checker = RequestChecker.of(config, loaded.facts, self.tokenizer)
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")

@@ -26,7 +26,6 @@ from pellucid.service.messages import Command, Died, ErrorInfo, Event, Loaded, L
 from pellucid.service.process_main import HEADER
 from pellucid.service.thread import Deliver
 from pellucid.service.wire import MAX_COMMAND_BYTES, CoreStart, address, decode_events, encode, receiver, sender
-from pellucid.text.tokenizer import Tokenizer
 
 # Paths of sockets must fit into sockaddr_un.
 _MAX_FOLDER_BYTES = 80
@@ -93,10 +92,6 @@ class ProcessTransport:
         with self._sending:
             if not self._is_closed:
                 self._commands.send(frame, zmq.NOBLOCK)
-
-    def tokenizer(self, loaded: Loaded) -> Tokenizer | None:
-        """Made from what the process sent."""
-        return Tokenizer.from_json(loaded.facts.tokenizer, loaded.facts.name)
 
     def close(self) -> None:
         """Ends the process, behind the step that it is in, or by force when that takes too long or nothing is loaded."""

@@ -8,9 +8,8 @@ from threading import Thread
 from typing import Protocol
 
 from pellucid.service.inbox import Inbox
-from pellucid.service.messages import Command, Died, Event, Loaded, LoadFailed, Shutdown, Start
+from pellucid.service.messages import Command, Died, Event, LoadFailed, Shutdown, Start
 from pellucid.service.owner import EngineOwner
-from pellucid.text.tokenizer import Tokenizer
 
 Deliver = Callable[[Sequence[Event]], None]
 
@@ -27,9 +26,6 @@ class Transport(Protocol):
 
     def send(self, command: Command) -> None:
         """Hands a command over; never blocks. After the end it is lost."""
-
-    def tokenizer(self, loaded: Loaded) -> Tokenizer | None:
-        """The front end's own tokenizer, once the model is loaded."""
 
     def close(self) -> None:
         """Shuts the owner down and waits for its end; all memory is free then. Harmless when called again."""
@@ -62,10 +58,6 @@ class ThreadTransport:
     def send(self, command: Command) -> None:
         """Hands a command over."""
         self._inbox.put(command)
-
-    def tokenizer(self, loaded: Loaded) -> Tokenizer | None:
-        """The engine's own: it is never written to."""
-        return None if self.owner.engine is None else self.owner.engine.tokenizer
 
     def close(self) -> None:
         """Shuts the owner down behind the step that it is in."""

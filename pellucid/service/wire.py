@@ -55,9 +55,14 @@ def _special(kind: type, value: Any) -> Any:
     return np.frombuffer(array.values, "<f4").reshape(array.shape)
 
 
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Of messages of a type, as `encode` makes them; arrays of float32 included."""
+    return msgspec.msgpack.Decoder(kind, dec_hook=_special)
+
+
 encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
-_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=_special)
-_EVENTS: msgspec.msgpack.Decoder[list[Event]] = msgspec.msgpack.Decoder(list[Event], dec_hook=_special)
+_COMMANDS: msgspec.msgpack.Decoder[Command] = decoder(Command)
+_EVENTS: msgspec.msgpack.Decoder[list[Event]] = decoder(list[Event])
 _START = msgspec.msgpack.Decoder(CoreStart)
 
 

@@ -10,11 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
+from pellucid.api.sampling_params import SamplingParams
+from pellucid.api.structured_outputs import FIELD, CustomStructure, Grammar, StructuredOutputsParams
 from pellucid.errors import EXITS, InvalidRequestError, PellucidError
 from pellucid.owners import Home
 from pellucid.structure.grammar_trial import LIMITS, GrammarTrial, first_line
@@ -189,6 +191,26 @@ class _Cache:
 _TRIAL = GrammarTrial()
 _grammars = _Cache(MAX_CACHED_GRAMMARS)
 _vocabularies = _Cache(4)
+# Those that somebody holds, such as the engine of a request that waits: they are not compiled again, however many came since.
+_used: WeakValueDictionary[object, CompiledGrammar] = WeakValueDictionary()
+
+
+def grammar_of(
+    params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]
+) -> Grammar | None:
+    """What outputs of a request are matched with; None: they are free. As `compile_grammar`, which keeps what it made.
+
+    Raises:
+        InvalidRequestError: the structure cannot be compiled, or the model has no tokenizer.
+    """
+    structure = params.structured_outputs
+    if structure is None:
+        return None
+    if isinstance(structure, CustomStructure):
+        return structure.compile(vocab_size)
+    if tokenizer is None:
+        raise InvalidRequestError(f"{FIELD} need a tokenizer, and the model has none", FIELD)
+    return compile_grammar(structure, tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
 def compile_grammar(
@@ -211,9 +233,10 @@ def compile_grammar(
     if not eos:
         raise InvalidRequestError(f"{FIELD} needs a model with an end token, and this one has none", FIELD)
     key = (spec, (tokenizer.fingerprint, width, eos))
-    made = _grammars.get(key, lambda: _compile(spec, tokenizer, width, eos))
+    made = _used.get(key) or _grammars.get(key, lambda: _compile(spec, tokenizer, width, eos))
     if isinstance(made, str):
         raise InvalidRequestError(made, f"{FIELD}.{spec.kind}")
+    _used[key] = made
     return made
 
 
@@ -226,7 +249,8 @@ def is_compiled(
 ) -> bool:
     """True when `compile_grammar` knows its answer, and gives it at once."""
     width, eos = _vocabulary_of(tokenizer, vocab_size, eos_token_ids)
-    return _grammars.has((spec, (tokenizer.fingerprint, width, eos)))
+    key = (spec, (tokenizer.fingerprint, width, eos))
+    return key in _used or _grammars.has(key)
 
 
 def _vocabulary_of(

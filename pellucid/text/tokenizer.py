@@ -12,7 +12,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
+from pellucid.contract.facts import ModelFacts
 from pellucid.errors import InvalidRequestError, TokenizerError, items_of, shown
 from pellucid.json_text import lone_surrogate
 from pellucid.text.backend import ID_LIMIT, SpecialTokens, backend_from_json, library_errors
@@ -24,6 +26,8 @@ _BUNDLE_FORMAT = 1
 _PIECES = TypeVar("_PIECES")
 
 
+# By the digest of their bundle.
+_living: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
 _LONG_TEXT = 4096  # characters; about a millisecond
 
 
@@ -116,6 +120,19 @@ class Tokenizer:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise TokenizerError(f"tokenizer bundle is incomplete or has wrong types: {error!r}") from error
+
+    @classmethod
+    def of(cls, facts: ModelFacts) -> Tokenizer | None:
+        """The tokenizer of a model, one in a process for all who ask; None: the model has none.
+
+        Raises:
+            TokenizerError: its bundle is damaged.
+        """
+        key = facts.contract.tokenizer
+        found = _living.get(key)
+        if found is None:
+            found = cls.from_json(facts.tokenizer, facts.name)
+        return None if found is None else _living.setdefault(key, found)
 
     @classmethod
     def from_json(cls, text: bytes | memoryview, origin: str) -> Tokenizer | None:

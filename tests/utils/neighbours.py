@@ -151,7 +151,7 @@ class World:
     def __init__(self, model: Path, **settings: Any) -> None:
         config = EngineConfig.from_kwargs(model, {**BASE, **settings})
         self.executor = UniProcExecutor(config)
-        tokenizer = PellucidTokenizer.from_json(self.executor.facts.tokenizer, "m")
+        tokenizer = PellucidTokenizer.of(self.executor.facts)
         self.engine = LLMEngine(config, self.executor, tokenizer, check_every_step=True)
         self.outputs: dict[str, RequestOutput] = {}
 

@@ -35,7 +35,7 @@ def run_server(model: str, options: dict[str, Any]) -> int:
         with packing_progress() as progress:
             engine = AsyncLLMEngine.start(
                 config,
-                in_process=settings.engine_process,
+                engine_process=settings.engine_process,
                 max_waiting=settings.max_waiting,
                 hidden_states_total_mb=settings.hidden_states_total_mb,
                 progress=progress,

@@ -82,7 +82,7 @@ class AsyncLLMEngine:
         cls,
         config: EngineConfig,
         *,
-        in_process: bool = False,
+        engine_process: bool = False,
         max_waiting: int = DEFAULT_MAX_WAITING,
         hidden_states_total_mb: int = DEFAULT_HIDDEN_STATES_TOTAL_MB,
         progress: Progress | None = None,
@@ -90,7 +90,7 @@ class AsyncLLMEngine:
         """Loads a model and returns when it takes requests; call it off the loop.
 
         Args:
-            in_process: the owner is a process of its own rather than a thread of this one.
+            engine_process: the owner is a process of its own rather than a thread of this one.
             max_waiting: how many requests may wait beyond the `max_num_seqs` that run; 0 refuses what would wait for a place.
             hidden_states_total_mb: how much the hidden states and activations of all requests that are known may take together.
             progress: `progress(done, total)` is told bytes while the first start packs the weights.
@@ -104,7 +104,7 @@ class AsyncLLMEngine:
         total = hidden_states_total_mb
         if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= 10**6:
             raise ConfigError(f"hidden_states_total_mb is {total!r}; it must be an integer from 1 to 1,000,000")
-        transport = _transport(Start(config, max_waiting), in_process)
+        transport = _transport(Start(config, max_waiting), engine_process)
         link = _Link()
         try:
             transport.start(link.deliver)
@@ -437,8 +437,8 @@ class _Link:
             self._take = take
 
 
-def _transport(start: Start, in_process: bool) -> Transport:
-    if not in_process:
+def _transport(start: Start, engine_process: bool) -> Transport:
+    if not engine_process:
         return ThreadTransport(start)
     from pellucid.service.process import ProcessTransport  # brings the sockets
 

@@ -99,7 +99,7 @@ class FuzzHttp:
         if kind.startswith("serve"):
             return Process(self._model, {**settings, "engine_process": is_apart})
         planter = _PLANTERS.get(self._plant or "")
-        return Application(self._model, settings, in_process=is_apart, prepare=planter)
+        return Application(self._model, settings, engine_process=is_apart, prepare=planter)
 
     def figures(self) -> Mapping[str, int]:
         """Of what took part."""

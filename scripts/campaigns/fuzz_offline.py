@@ -82,7 +82,7 @@ class FuzzOffline:
                 _check_llm(llm, told)
         else:
             config = EngineConfig.from_kwargs(model, settings)
-            engine = AsyncLLMEngine.start(config, in_process=kind == "process")
+            engine = AsyncLLMEngine.start(config, engine_process=kind == "process")
             try:
                 if kind == "thread":
                     _plant(self._plant, engine._transport.owner.engine)  # type: ignore[attr-defined]

@@ -95,7 +95,7 @@ class Storms:
 
     def _play_engine(self, kind: str, size: int, draw: Random, report: Report, plant: str | None) -> None:
         config = EngineConfig.from_kwargs(self._model, SETTINGS)
-        engine = AsyncLLMEngine.start(config, in_process=kind == "process")
+        engine = AsyncLLMEngine.start(config, engine_process=kind == "process")
         try:
             memory, client = Memory(os.getpid()), _EngineClient(engine, _LEAKS.get(plant or ""))
             asyncio.run(self._warm_up(kind, size, report, client.ask))

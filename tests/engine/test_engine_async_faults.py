@@ -219,7 +219,7 @@ import os, sys, time
 from pellucid.config import EngineConfig
 from pellucid.service.async_engine import AsyncLLMEngine
 config = EngineConfig(sys.argv[1], num_blocks=16, max_model_len=64, num_threads=1)
-engine = AsyncLLMEngine.start(config, in_process=True)
+engine = AsyncLLMEngine.start(config, engine_process=True)
 print(engine._transport.process.pid, engine._transport.folder, flush=True)
 time.sleep(600)
 """
@@ -269,7 +269,7 @@ async def test_load_when_the_weights_are_packed_then_progress_is_told(
     told: list[tuple[int, int]] = []
     config = _config(build_model(tmp_path / "model"))
     engine = AsyncLLMEngine.start(
-        config, in_process=kind == "process", progress=lambda done, total: told.append((done, total))
+        config, engine_process=kind == "process", progress=lambda done, total: told.append((done, total))
     )
     engine.close()
     assert told == sorted(told)

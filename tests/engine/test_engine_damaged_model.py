@@ -106,7 +106,7 @@ import sys, time
 from pellucid.config import EngineConfig
 from pellucid.service.async_engine import AsyncLLMEngine
 config = EngineConfig(sys.argv[1], num_blocks=16, max_model_len=64, num_threads=1)
-engine = AsyncLLMEngine.start(config, in_process=True)
+engine = AsyncLLMEngine.start(config, engine_process=True)
 print(engine._transport.process.pid, flush=True)
 time.sleep(600)
 """

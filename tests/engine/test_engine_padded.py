@@ -306,15 +306,15 @@ def test_padded_when_requests_of_all_kinds_run_then_outputs_are_those_of_mixed(m
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("in_process", [False, True])
+@pytest.mark.parametrize("engine_process", [False, True])
 async def test_padded_behind_the_asynchronous_engine_when_it_runs_then_tokens_are_those_of_mixed(
-    model: Path, in_process: bool
+    model: Path, engine_process: bool
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with LLM(model, num_threads=1, max_model_len=192) as llm:
         expected = [output["token_ids"] for output in llm.generate(PROMPTS, params)]
     config = EngineConfig(str(model), policy="padded", max_num_seqs=2, max_model_len=192, num_blocks=8, num_threads=1)
-    engine = AsyncLLMEngine.start(config, in_process=in_process)
+    engine = AsyncLLMEngine.start(config, engine_process=engine_process)
     try:
         ids = [await engine.submit(prompt, params) for prompt in PROMPTS]
         outputs = [await engine.wait(request_id) for request_id in ids]

@@ -115,7 +115,7 @@ async def serve():
 
 if __name__ == "__main__":
     config = EngineConfig.from_kwargs(Path(sys.argv[1]), SETTINGS)
-    engine = AsyncLLMEngine.start(config, in_process=sys.argv[2] == "process")
+    engine = AsyncLLMEngine.start(config, engine_process=sys.argv[2] == "process")
     expected = asyncio.run(serve())
     in_child(work)
     in_child(work, sys.exit)

@@ -96,7 +96,7 @@ def test_given_model_in_such_a_folder_when_an_engine_process_is_asked_for_then_i
     oddly_named: str,
 ) -> None:
     with pytest.raises(ConfigError, match=r"model is '.*caf\\udce9'; .* UTF-8"):
-        AsyncLLMEngine.start(EngineConfig.from_kwargs(oddly_named, SMALL), in_process=True)
+        AsyncLLMEngine.start(EngineConfig.from_kwargs(oddly_named, SMALL), engine_process=True)
 
 
 def test_given_names_of_a_server_that_cannot_be_sent_when_set_then_they_are_refused() -> None:

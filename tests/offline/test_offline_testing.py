@@ -161,7 +161,7 @@ def test_golden_tokens_when_they_are_none_of_the_vocabulary_then_they_are_refuse
 
 @pytest.mark.asyncio
 async def test_golden_tokens_when_the_engine_is_another_process_then_they_are_refused_and_it_lives(model: Path) -> None:
-    engine = AsyncLLMEngine.start(EngineConfig(str(model), **ENGINE), in_process=True)
+    engine = AsyncLLMEngine.start(EngineConfig(str(model), **ENGINE), engine_process=True)
     try:
         with pytest.raises(InvalidRequestError, match="a GoldenTokens cannot be sent"):
             await engine.submit(PROMPTS[0], force_tokens(GREEDY, [4]))

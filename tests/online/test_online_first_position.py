@@ -38,7 +38,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a message of one letter is one token
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     with running_server(
-        model, in_process=request.param == "process", capture=True, max_num_seqs=1, num_blocks=1024
+        model, engine_process=request.param == "process", capture=True, max_num_seqs=1, num_blocks=1024
     ) as server:
         yield server
 

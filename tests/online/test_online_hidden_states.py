@@ -52,7 +52,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
 def server(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[RunningServer]:
-    with running_server(tiny_model, in_process=request.param) as running:
+    with running_server(tiny_model, engine_process=request.param) as running:
         yield running
 
 
@@ -324,7 +324,7 @@ def test_feature_when_states_are_asked_for_too_then_the_bits_of_the_offline_engi
 
 @pytest.fixture(scope="module")
 def open_server(tiny_model: Path) -> Iterator[RunningServer]:
-    with running_server(tiny_model, capture=True, steering=True, in_process=True) as running:
+    with running_server(tiny_model, capture=True, steering=True, engine_process=True) as running:
         yield running
 
 

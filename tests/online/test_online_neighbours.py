@@ -63,7 +63,7 @@ def server(model: Path, request: pytest.FixtureRequest) -> Iterator[RunningServe
     with running_server(
         model,
         served_model_name=("m",),
-        in_process="process" in kind,
+        engine_process="process" in kind,
         async_scheduling="ahead" in kind,
         max_num_batched_tokens=32,
     ) as running:

@@ -22,7 +22,7 @@ _PARAMS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
 def server(tiny_model: Any, request: pytest.FixtureRequest) -> Iterator[RunningServer]:
-    with running_server(tiny_model, in_process=request.param) as running:
+    with running_server(tiny_model, engine_process=request.param) as running:
         yield running
 
 

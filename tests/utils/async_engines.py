@@ -45,7 +45,7 @@ def build_model(folder: Path) -> Path:
 def start_engine(kind: str, model: Path, *, max_waiting: int = 1024, **settings: Any) -> AsyncLLMEngine:
     """An engine with small settings."""
     config = EngineConfig.from_kwargs(model, {**SETTINGS, **settings})
-    return AsyncLLMEngine.start(config, in_process=kind == "process", max_waiting=max_waiting)
+    return AsyncLLMEngine.start(config, engine_process=kind == "process", max_waiting=max_waiting)
 
 
 Start = Callable[..., AsyncLLMEngine]

@@ -49,7 +49,7 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(model: str | Path, *, in_process: bool = False, **settings: Any) -> Iterator[RunningServer]:
+def running_server(model: str | Path, *, engine_process: bool = False, **settings: Any) -> Iterator[RunningServer]:
     """A server over `model` while the block runs. `settings` are fields of `ServerSettings` or of `EngineConfig`."""
     own = {"port": 0, "log_level": "error", **{name: v for name, v in settings.items() if name in _SERVER_FIELDS}}
     config = {"num_blocks": 256, "num_threads": 1, **{n: v for n, v in settings.items() if n not in _SERVER_FIELDS}}
@@ -57,7 +57,7 @@ def running_server(model: str | Path, *, in_process: bool = False, **settings: A
     bound = bind(chosen)
     engine = AsyncLLMEngine.start(
         EngineConfig.from_kwargs(model, config),
-        in_process=in_process,
+        engine_process=engine_process,
         max_waiting=chosen.max_waiting,
         hidden_states_total_mb=chosen.hidden_states_total_mb,
     )

@@ -44,7 +44,12 @@ class Application:
     """The application over an engine, on threads of this process. `prepare` may change the engine before anybody asks."""
 
     def __init__(
-        self, model: Path, settings: dict[str, Any], *, in_process: bool, prepare: Callable[[Any], None] | None = None
+        self,
+        model: Path,
+        settings: dict[str, Any],
+        *,
+        engine_process: bool,
+        prepare: Callable[[Any], None] | None = None,
     ) -> None:
         self._log = _Records()
         logging.getLogger("pellucid").addHandler(self._log)
@@ -53,7 +58,7 @@ class Application:
         self._bound = bind(chosen)
         self.port: int = self._bound.getsockname()[1]
         config = EngineConfig.from_kwargs(model, {n: v for n, v in settings.items() if n not in _FIELDS})
-        self.engine = AsyncLLMEngine.start(config, in_process=in_process, max_waiting=chosen.max_waiting)
+        self.engine = AsyncLLMEngine.start(config, engine_process=engine_process, max_waiting=chosen.max_waiting)
         if prepare is not None:
             prepare(self.engine)
         self._server = Server(self.engine, chosen)

@@ -188,7 +188,7 @@ class LLMEngine:
                 self.scheduler.forget(choice_id)
             raise
         text = prompt_text if text is None else text
-        state = RequestState(request_id, text, token_ids, params, choices, self._clock(), stream, grammar)
+        state = RequestState(request_id, text, token_ids, params, choices, cores[0].arrival_time, stream, grammar)
         self._choice_ids[request_id] = added
         self.output.add(state, added)
         if self._recorder is not None:

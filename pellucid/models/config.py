@@ -1,13 +1,12 @@
 """A model's configuration: one frozen shape for what config.json says in many spellings.
 
 Defaults per family are those of the transformers configuration classes; both spellings of rotary parameters
-(`rope_theta` + `rope_scaling`, and `rope_parameters`) and of the data type (`torch_dtype`, `dtype`) are read.
+(`rope_theta` + `rope_scaling`, and `rope_parameters`) are read.
 """
 
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -317,16 +316,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
-    return ChainMap(text, {key: config[key] for key in ("torch_dtype", "dtype") if key in config})
-
-
-def _torch_dtype(config: Mapping[str, Any]) -> str | None:
-    value = config.get("dtype") or config.get("torch_dtype")
-    if value is None:
-        return None
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise _bad("torch_dtype", value, "it must be a string such as bfloat16")
-    return value.removeprefix("torch.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -364,7 +354,6 @@ class ModelConfig:
     final_logit_softcapping: float | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    torch_dtype: str | None
     foreign_tokens: dict[str, tuple[int, ...]] = field(repr=False, compare=False)
     raw: dict[str, Any] = field(repr=False, compare=False)
 
@@ -428,7 +417,6 @@ class ModelConfig:
             final_logit_softcapping=fields.optional_real("final_logit_softcapping"),
             bos_token_id=next(iter(tokens["bos_token_id"].known), None),
             eos_token_ids=tokens["eos_token_id"].known,
-            torch_dtype=_torch_dtype(config),
             foreign_tokens={name: given.outside for name, given in tokens.items() if name in config and given.outside},
             raw=dict(hf_config),
         )

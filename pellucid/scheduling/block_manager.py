@@ -96,10 +96,6 @@ class BlockManager:
         shared = self._match(request)
         return self._num_taken(shared, num_tokens)
 
-    def can_allocate(self, request: Request, num_tokens: int) -> bool:
-        """Whether `allocate(request, num_tokens)` would succeed."""
-        return self.num_blocks_needed(request, num_tokens) <= self.num_free_blocks
-
     def stats(self) -> dict[str, int | float]:
         """Counters since the start. Each request counts as one hit or one miss, when it is first given blocks."""
         return {

@@ -18,7 +18,7 @@ class EngineCoreRequest:
 
     Choices of one request with n > 1 share a `group_id` and differ in `choice_index`. A lower `priority` value is more
     important. `cache_salt` and `adapter` part the prefix cache: only requests with equal ones share blocks.
-    `arrival_time` is for metrics alone: the order of arrival is the order of `RequestScheduler.add`.
+    `arrival_time` (seconds of the engine's clock) is for metrics alone: the order of arrival is the order of `RequestScheduler.add`.
     """
 
     request_id: str

@@ -127,12 +127,6 @@ def test_rotary_of_gemma_per_layer_type_when_read_then_both_bases() -> None:
     assert config.rope_scaling == {"rope_type": "linear", "factor": 8.0}
 
 
-def test_data_type_of_each_spelling_when_read_then_the_same() -> None:
-    for given in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"torch_dtype": "torch.bfloat16"}):
-        assert ModelConfig.from_dict({**BASE, **given}).torch_dtype == "bfloat16"
-    assert ModelConfig.from_dict(BASE).torch_dtype is None
-
-
 def test_biases_per_family_when_read_then_qwen2_always_has_them() -> None:
     assert ModelConfig.from_dict({"model_type": "qwen2", "attention_bias": False}).attention_bias
     assert not ModelConfig.from_dict({"model_type": "qwen3"}).attention_bias
@@ -163,7 +157,7 @@ def test_multimodal_config_when_read_then_its_text_part() -> None:
         }
     )
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("gemma3_text", 640, 3)
-    assert (config.architecture, config.torch_dtype) == ("Gemma3ForConditionalGeneration", "float16")
+    assert config.architecture == "Gemma3ForConditionalGeneration"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -216,7 +210,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": 1e-50}, "rms_norm_eps is 1e-50; it must be finite and positive in float32"),
     ({"architectures": [3]}, r"architectures is \[3\]"),
     ({"model_type": 5}, "model_type is 5; it must be a string"),
-    ({"torch_dtype": 16}, "torch_dtype is 16"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; only causal"),
 ]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from utils.async_engines import owner_of
 from utils.scheduler_world import EOS, World, make_request
 from utils.step_tables import prompt_of, row_of, world
 from utils.tiny_models import build_tiny_checkpoint
@@ -325,6 +326,17 @@ async def test_padded_behind_the_asynchronous_engine_when_it_runs_then_tokens_ar
         engine.close()
     assert [output["token_ids"] for output in outputs] == expected
     assert steps[0].tkv == 128
+
+
+def test_padded_when_asked_by_the_front_end_or_the_engine_then_one_rule_admits(model: Path) -> None:
+    config = EngineConfig(str(model), policy="padded", max_num_seqs=2, max_model_len=192, num_blocks=8, num_threads=1)
+    engine = AsyncLLMEngine.start(config)
+    try:
+        owned = owner_of(engine).engine.checker
+        assert engine._checker == owned
+        assert owned.max_tokens(70, SamplingParams(max_tokens=None)) == 192 - 128 + 1
+    finally:
+        engine.close()
 
 
 # ---- worlds ------------------------------------------------------------------------------------------------

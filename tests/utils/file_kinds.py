@@ -137,7 +137,7 @@ _CONFIG_KEYS = (
         "rope_theta",
     ),
     *("sliding_window", "layer_types", "head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias"),
-    *("eos_token_id", "bos_token_id", "pad_token_id", "quantization_config", "text_config", "torch_dtype", "dtype"),
+    *("eos_token_id", "bos_token_id", "pad_token_id", "quantization_config", "text_config"),
     *("use_sliding_window", "max_window_layers", "rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
     *("max_position_embeddings", "query_pre_attn_scalar", "original_max_position_embeddings", "transformers_version"),
 )

@@ -9,6 +9,7 @@ from pellucid.version import VERSION
 
 if TYPE_CHECKING:
     from pellucid.api.outputs import RequestOutput as RequestOutput
+    from pellucid.api.outputs import StreamChunk as StreamChunk
     from pellucid.api.sampling_params import SamplingParams as SamplingParams
     from pellucid.api.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from pellucid.llm import LLM as LLM
@@ -21,10 +22,11 @@ _LAZY = {
     "LLM": "pellucid.llm",
     "ModelRegistry": "pellucid.models.registry",
     "RequestOutput": "pellucid.api.outputs",
+    "StreamChunk": "pellucid.api.outputs",
     "SamplingParams": "pellucid.api.sampling_params",
     "StructuredOutputsParams": "pellucid.api.structured_outputs",
 }
-__all__ = ["LLM", "ModelRegistry", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
+__all__ = ["LLM", "ModelRegistry", "RequestOutput", "SamplingParams", "StreamChunk", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import RequestOutput, RequestOutputDict, StreamChunk
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams, check_well_formed
 from pellucid.config import EngineConfig
@@ -79,7 +79,7 @@ class LLM:
         capture: Sequence[str] | None = None,
         steering: Mapping[str, Sequence[float]] | None = None,
         use_tqdm: bool | None = None,
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutputDict]:
         """Completes raw texts or token ids; no chat template. Outputs stand in the order of the inputs, also for one prompt.
 
         Args:
@@ -111,7 +111,7 @@ class LLM:
             for prompt, one, rank in zip(prompts, params, priorities, strict=True)
         ]
         outputs = self._run(submissions, use_tqdm)
-        return _as_tensors(outputs) if hidden or captured else outputs
+        return [RequestOutputDict.of(output) for output in (_as_tensors(outputs) if hidden or captured else outputs)]
 
     def chat(
         self,
@@ -122,7 +122,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool | None = None,
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutputDict]:
         """Answers one conversation or a list of them, through the model's chat template.
 
         Raises:

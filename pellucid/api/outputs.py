@@ -106,19 +106,51 @@ class RequestOutput(Mapping[str, Any]):
         return len(_KEYS)
 
 
+class RequestOutputDict(dict[str, Any], RequestOutput):
+    """A `RequestOutput` that is a dict: its storage holds the six keys, so that `json.dumps`, `dict(out)` and `==` are those of a
+    dict. All else (`outputs`, `prompt`, arrays, `metrics`) are attributes alone. What `LLM` and `AsyncLLMEngine` give."""
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> RequestOutputDict:
+        """The same output, whose parts are shared."""
+        made = cls({key: output[key] for key in _KEYS})
+        made.__dict__.update(vars(output))
+        return made
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
-class StreamChunk:
-    """News of one choice: what was added since the chunk before. The last one has a `finish_reason`."""
+class EngineCoreOutput:
+    """News of one choice: what was added since the news before. The last ones have a `finish_reason`. Also called `StreamChunk`."""
 
     request_id: str
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None = None
+    index: int = 0
+    text: str = ""
+    new_token_ids: list[int] = field(default_factory=list)
+    new_logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # what went wrong, where the finish reason is `error`
-    # With the last chunk of a choice as in its output; with `hidden_states_stream` in each chunk a row for each of its tokens.
+    # With the last news of a choice as in its output; with `hidden_states_stream` in all of them a row for each of their tokens.
     hidden_states: npt.NDArray[np.float32] | None = None
     hidden_states_positions: list[int] | None = None
-    captured: dict[str, npt.NDArray[np.float32]] | None = None  # with the last chunk
+    captured: dict[str, npt.NDArray[np.float32]] | None = None  # with the last news
+
+    @property
+    def token_ids(self) -> list[int]:
+        """`new_token_ids`."""
+        return self.new_token_ids
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:
+        """`new_logprobs`."""
+        return self.new_logprobs
+
+    @property
+    def has_states(self) -> bool:
+        """True when it carries hidden states or activations."""
+        return self.hidden_states is not None or self.captured is not None
+
+
+StreamChunk = EngineCoreOutput

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,24 @@ class CapturedRows(NamedTuple):
     values: dict[str, npt.NDArray[np.float32]]
 
 
+class _AsTensors:
+    """A field of float32 arrays by name that reads as torch tensors on the same memory, where torch is installed."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        arrays = None if instance is None else vars(instance)[self._name]
+        if arrays is None or importlib.util.find_spec("torch") is None:
+            return arrays
+        import torch
+
+        return {name: torch.as_tensor(rows) for name, rows in arrays.items()}
+
+    def __set__(self, instance: Any, value: Mapping[str, Any] | None) -> None:
+        vars(instance)[self._name] = None if value is None else {name: np.asarray(rows) for name, rows in value.items()}
+
+
 @dataclass(frozen=True)
 class ModelRunnerOutput:
     """What the executor made of a plan. Keys are request ids; only entries with `samples` have a sampled token."""
@@ -137,12 +156,18 @@ class ModelRunnerOutput:
     errors: dict[str, str] = field(default_factory=dict)  # requests that failed alone, e.g. logits that are not finite
     # the drafts of a request that stand, in order, before its sampled token; no key where none does
     accepted_drafts: dict[str, list[AcceptedDraft]] = field(default_factory=dict)
-    # rows [n, layers, D] and their n positions, ascending, of requests that want some of what this step computed
-    last_hidden_states: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    hidden_states_positions: dict[str, list[int]] = field(default_factory=dict)
+    # rows [n, layers, D] and their n positions, ascending, of requests that want some of what this step computed; None: nobody does.
+    # Given and kept as numpy arrays (`hidden_rows`), read as torch tensors.
+    last_hidden_states: dict[str, Any] | None = _AsTensors()  # type: ignore[assignment]
+    hidden_states_positions: dict[str, list[int]] | None = None
     captured: dict[str, CapturedRows] = field(default_factory=dict)
     # where they are traced: of the rows that were sampled from, one for each accepted draft and for the token behind them
     logits_checksums: dict[str, list[int]] = field(default_factory=dict)
     execute_seconds: float = 0.0
     sample_seconds: float = 0.0
     idle_seconds: float = 0.0  # between the end of the step before and the beginning of this one's forward pass
+
+    @property
+    def hidden_rows(self) -> dict[str, npt.NDArray[np.float32]]:
+        """`last_hidden_states` as the arrays that they are, without torch; empty where nobody wants any."""
+        return vars(self)["last_hidden_states"] or {}

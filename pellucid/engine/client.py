@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import EngineCoreOutput, RequestOutput
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import CustomStructure
@@ -42,7 +42,7 @@ class Reader(Waiter):
         super().__init__()
         self.is_eager = is_eager
         self.open: set[str] = set()  # the requests that run
-        self.chunks: deque[StreamChunk] = deque()
+        self.chunks: deque[EngineCoreOutput] = deque()
         self.outputs: dict[str, RequestOutput] = {}
         self._num_told = 0
 
@@ -73,7 +73,7 @@ class EngineClient:
         self._living: set[str] = set()
         self._finished: OrderedDict[str, RequestOutput] = OrderedDict()
         self._history: dict[str, list[str]] = {}
-        self._unread: dict[str, list[StreamChunk]] = {}  # that no `step` has told yet
+        self._unread: dict[str, list[EngineCoreOutput]] = {}  # that no `step` has told yet
         self._untold: deque[RequestOutput] = deque(maxlen=MAX_UNCOLLECTED)
 
     # ---- requests -------------------------------------------------------------------------------------------------

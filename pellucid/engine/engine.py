@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import EngineCoreOutput, RequestOutput
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 class StepOutputs:
     """What a step brought: news of every request that moved, and the requests that ended, whole."""
 
-    chunks: list[StreamChunk] = field(default_factory=list)
+    chunks: list[EngineCoreOutput] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
 
     def without(self, request_id: str) -> StepOutputs:
@@ -368,7 +368,7 @@ class LLMEngine:
         result, began = executed.output, self._clock()
         if executed.failed:
             self.scheduler.tell_again(step.plan)
-        if result.prompt_logprobs or result.last_hidden_states or result.captured:
+        if result.prompt_logprobs or result.hidden_rows or result.captured:
             self._take_rows(result, self.scheduler.living(step.plan))
         stop_check = self._stop_check if self.output.watches_stops else None
         events = self.scheduler.apply(step.plan, result, stop_check)
@@ -385,14 +385,14 @@ class LLMEngine:
 
     def _take_rows(self, result: ModelRunnerOutput, living: Set[str]) -> None:
         """Books what a step brought beside tokens. What cannot be booked ends its request, as an error of the executor would."""
-        rows: dict[str, None] = dict.fromkeys((*result.prompt_logprobs, *result.last_hidden_states, *result.captured))
+        states, positions = result.hidden_rows, result.hidden_states_positions or {}
+        rows: dict[str, None] = dict.fromkeys((*result.prompt_logprobs, *states, *result.captured))
         for choice_id in rows.keys() & living:
             try:
                 if choice_id in result.prompt_logprobs:
                     self.output.add_prompt_logprobs(choice_id, *result.prompt_logprobs[choice_id])
-                if choice_id in result.last_hidden_states:
-                    positions = result.hidden_states_positions[choice_id]
-                    self.output.add_hidden_states(choice_id, positions, result.last_hidden_states[choice_id])
+                if choice_id in states:
+                    self.output.add_hidden_states(choice_id, positions[choice_id], states[choice_id])
                 if choice_id in result.captured:
                     self.output.add_captured(choice_id, result.captured[choice_id])
             except EXITS:

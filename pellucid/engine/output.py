@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pellucid.api.hidden_states import HiddenStatesParams
-from pellucid.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk, TokenLogprobs
+from pellucid.api.outputs import (
+    CompletionOutput,
+    EngineCoreOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.api.structured_outputs import Grammar
 from pellucid.contract.plan import CapturedRows
@@ -268,10 +275,10 @@ class OutputProcessor:
             del self.requests[state.request_id], self._moved[state.request_id]
         return state
 
-    def take_chunks(self, state: RequestState) -> list[StreamChunk]:
+    def take_chunks(self, state: RequestState) -> list[EngineCoreOutput]:
         """What is new in each choice since the last call; each choice has exactly one chunk with a finish reason. None for a
         request that nobody reads."""
-        chunks: list[StreamChunk] = []
+        chunks: list[EngineCoreOutput] = []
         if not state.stream:
             return chunks
         for choice in state.choices:
@@ -281,8 +288,8 @@ class OutputProcessor:
                 chunks.append(self._chunk(state, choice))
         return chunks
 
-    def _chunk(self, state: RequestState, choice: ChoiceState) -> StreamChunk:
-        chunk = StreamChunk(
+    def _chunk(self, state: RequestState, choice: ChoiceState) -> EngineCoreOutput:
+        chunk = EngineCoreOutput(
             state.request_id,
             choice.output.index,
             choice.unsent_text,

@@ -118,7 +118,11 @@ class ModelRunner:
     def _gather(self, hidden: HiddenRows, sampled: _Sampled) -> dict[str, Any]:
         states, positions = hidden.gather_hidden(self.executable, sampled.accepted_drafts, sampled.errors)
         captured = hidden.gather_captured(self.executable, sampled.accepted_drafts, sampled.errors)
-        return {"last_hidden_states": states, "hidden_states_positions": positions, "captured": captured}
+        return {
+            "last_hidden_states": states or None,
+            "hidden_states_positions": positions or None,
+            "captured": captured,
+        }
 
     def _book(self, plan: StepPlan) -> Errors:
         """Forgets what has ended and takes in what is new; why some of it could not be taken in."""

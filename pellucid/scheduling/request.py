@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 
 from pellucid.api.hidden_states import HiddenStatesParams, SteeringParams, WantedRows
 from pellucid.api.outputs import FinishReason
-from pellucid.api.sampling_params import SamplingParams
-from pellucid.errors import InvariantError
+from pellucid.api.sampling_params import MAX_TOKEN_COUNT, SamplingParams
+from pellucid.errors import InvalidRequestError, InvariantError
 from pellucid.scheduling.speculative import PromptLookup
 
 
@@ -18,14 +19,15 @@ class EngineCoreRequest:
 
     Choices of one request with n > 1 share a `group_id` and differ in `choice_index`. A lower `priority` value is more
     important. `cache_salt` and `adapter` part the prefix cache: only requests with equal ones share blocks.
+    Hidden states are asked for by `hidden_states`, or by the three fields that say the same in the words of a request.
     `arrival_time` (seconds of the engine's clock) is for metrics alone: the order of arrival is the order of `RequestScheduler.add`.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling_params: SamplingParams
-    seed: int
-    max_tokens: int
+    seed: int = 0
+    max_tokens: int = None  # type: ignore[assignment]  # None: as the sampling parameters say
     choice_index: int = 0
     group_id: str | None = None
     priority: int = 0
@@ -38,22 +40,28 @@ class EngineCoreRequest:
     capture: tuple[str, ...] = ()  # names of activations, resolved
     steering: SteeringParams | None = None
 
-    @property
-    def return_hidden_states(self) -> bool:
-        """Whether hidden states are handed out."""
-        return self.hidden_states is not None
+    return_hidden_states: bool = False
+    hidden_states_for_tokens: list[int] | None = None  # positions; None: the last row that exists
+    hidden_states_layers: list[int] | None = None  # None: what the head reads
 
-    @property
-    def hidden_states_for_tokens(self) -> list[int] | None:
-        """Positions as they were asked for; None: the last row that exists, or none at all."""
+    def __post_init__(self) -> None:
+        put = functools.partial(object.__setattr__, self)
+        put("prompt_token_ids", tuple(self.prompt_token_ids))
+        if self.max_tokens is None:
+            put("max_tokens", self.sampling_params.max_tokens or MAX_TOKEN_COUNT)
         hidden = self.hidden_states
-        return None if hidden is None or hidden.positions is None else list(hidden.positions)
-
-    @property
-    def hidden_states_layers(self) -> list[int] | None:
-        """Layers as they were asked for; None: what the head reads, or none at all."""
-        hidden = self.hidden_states
-        return None if hidden is None or hidden.layers is None else list(hidden.layers)
+        asked = (self.return_hidden_states, self.hidden_states_for_tokens, self.hidden_states_layers)
+        if hidden is None:
+            put("hidden_states", HiddenStatesParams.from_request(*asked))
+            return
+        positions = None if hidden.positions is None else list(hidden.positions)
+        same = (True, positions, None if hidden.layers is None else list(hidden.layers))
+        if asked not in ((False, None, None), same):
+            raise InvalidRequestError(f"hidden_states is {hidden}; the three fields say {asked}", "hidden_states")
+        for name, value in zip(
+            ("return_hidden_states", "hidden_states_for_tokens", "hidden_states_layers"), same, strict=True
+        ):
+            put(name, value)
 
 
 def first_wanted_row(core: EngineCoreRequest) -> int | None:

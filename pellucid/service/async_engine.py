@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from threading import Lock, Semaphore
 from typing import Any
 
-from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import EngineCoreOutput, RequestOutputDict
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions, check_options
 from pellucid.api.sampling_params import SamplingParams, integer
 from pellucid.config import EngineConfig
@@ -143,7 +143,7 @@ class AsyncLLMEngine:
         *,
         request_id: str | None = None,
         options: RequestOptions = NO_OPTIONS,
-    ) -> AsyncIterator[StreamChunk]:
+    ) -> AsyncIterator[EngineCoreOutput]:
         """News of one request as it is made. Leaving early cancels it; nothing of it is kept. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, options, True)
         stream.loop = asyncio.get_running_loop()
@@ -162,7 +162,7 @@ class AsyncLLMEngine:
         *,
         request_id: str | None = None,
         options: RequestOptions = NO_OPTIONS,
-    ) -> RequestOutput:
+    ) -> RequestOutputDict:
         """The output of one request, of which nothing is kept. A caller who is cancelled cancels it. Raises as `submit`."""
         stream = await self._submit(prompt, params, request_id, options, False)
         stream.loop = asyncio.get_running_loop()
@@ -171,7 +171,7 @@ class AsyncLLMEngine:
         finally:
             self._book.abandon(stream)
 
-    def watch_stream(self, request_id: str) -> AsyncIterator[StreamChunk]:
+    def watch_stream(self, request_id: str) -> AsyncIterator[EngineCoreOutput]:
         """All that a request has brought so far, joined to one chunk a choice, then its news; exactly one chunk a choice has a
         finish reason. Leaving does not cancel.
 
@@ -181,7 +181,7 @@ class AsyncLLMEngine:
         """
         return self._watch(self._book.find(request_id))
 
-    async def collect(self, request_id: str) -> RequestOutput | None:
+    async def collect(self, request_id: str) -> RequestOutputDict | None:
         """The output of a request that has ended; None while it runs.
 
         Raises:
@@ -193,7 +193,7 @@ class AsyncLLMEngine:
             raise EngineDeadError(str(stream.error))
         return stream.output
 
-    async def wait(self, request_id: str) -> RequestOutput:
+    async def wait(self, request_id: str) -> RequestOutputDict:
         """The output of a request, when it has ended. Raises as `collect`."""
         return await self._wait(self._book.find(request_id))
 
@@ -346,7 +346,7 @@ class AsyncLLMEngine:
         finally:
             self._compile_places.release()
 
-    async def _watch(self, stream: RequestStream) -> AsyncGenerator[StreamChunk, None]:
+    async def _watch(self, stream: RequestStream) -> AsyncGenerator[EngineCoreOutput, None]:
         places, num_open = [0] * stream.num_choices, stream.num_choices
         loop = asyncio.get_running_loop()
         with self._book.lock:
@@ -368,7 +368,7 @@ class AsyncLLMEngine:
                 stream.num_watchers -= 1
                 stream.compact()
 
-    async def _wait(self, stream: RequestStream) -> RequestOutput:
+    async def _wait(self, stream: RequestStream) -> RequestOutputDict:
         loop = asyncio.get_running_loop()
         while True:
             with self._book.lock:

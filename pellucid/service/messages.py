@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from pellucid import errors
-from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import EngineCoreOutput, RequestOutput
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.config import EngineConfig
@@ -168,7 +168,7 @@ class Steps(msgspec.Struct, frozen=True, tag=True):
 class News(msgspec.Struct, frozen=True, tag=True):
     """What one step brought: chunks, requests that ended, and request id -> status where that changed."""
 
-    chunks: list[StreamChunk]
+    chunks: list[EngineCoreOutput]
     finished: list[RequestOutput]
     statuses: dict[str, str]
 

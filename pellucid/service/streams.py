@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.api.outputs import RequestOutput, StreamChunk
+from pellucid.api.outputs import EngineCoreOutput, RequestOutput, RequestOutputDict
 
 
 class Wakes:
@@ -53,13 +53,13 @@ class RequestStream:
         self.request_id = request_id
         self.status = "waiting"
         self.is_queued = False  # the owner has it: what comes under its name is its own
-        self.output: RequestOutput | None = None
+        self.output: RequestOutputDict | None = None
         self.error: BaseException | None = None
         self.num_watchers = 0
         self.loop: asyncio.AbstractEventLoop | None = (
             None  # on which its one reader runs, where nobody else may read it
         )
-        self._logs: list[list[StreamChunk]] = [[] for _ in range(num_choices)]
+        self._logs: list[list[EngineCoreOutput]] = [[] for _ in range(num_choices)]
         self._waiting_for_news: list[asyncio.Future[None]] = []
         self._waiting_for_end: list[asyncio.Future[None]] = []
 
@@ -77,7 +77,7 @@ class RequestStream:
         """True when its one reader can never read it: the loop was closed under it."""
         return self.loop is not None and self.loop.is_closed() and not self.has_ended
 
-    def read(self, places: list[int]) -> list[StreamChunk]:
+    def read(self, places: list[int]) -> list[EngineCoreOutput]:
         """News behind a watcher's places, one chunk a choice; moves the places."""
         chunks = []
         for index, log in enumerate(self._logs):
@@ -95,18 +95,18 @@ class RequestStream:
 
     # ---- for the one that has news -------------------------------------------------------------------------------
 
-    def add(self, chunk: StreamChunk, wakes: Wakes) -> None:
+    def add(self, chunk: EngineCoreOutput, wakes: Wakes) -> None:
         """Takes a chunk in."""
         self._logs[chunk.index].append(chunk)
         self._wake(self._waiting_for_news, wakes)
 
     def end(self, output: RequestOutput, wakes: Wakes) -> None:
         """The request has ended, all its chunks have come. Without chunks, its output is one for each choice."""
-        self.output, self.status = output, output.status
+        self.output, self.status = RequestOutputDict.of(output), output.status
         for choice, log in zip(output.outputs, self._logs, strict=True):
             if not log:
                 log.append(
-                    StreamChunk(
+                    EngineCoreOutput(
                         self.request_id,
                         choice.index,
                         choice.text,
@@ -142,13 +142,13 @@ class RequestStream:
         waiting.clear()
 
 
-def join_chunks(chunks: Sequence[StreamChunk]) -> StreamChunk:
+def join_chunks(chunks: Sequence[EngineCoreOutput]) -> EngineCoreOutput:
     """Consecutive chunks of one choice as one."""
     last = chunks[-1]
     if len(chunks) == 1:
         return last
     logprobs = None if last.logprobs is None else [entry for chunk in chunks for entry in chunk.logprobs or ()]
-    return StreamChunk(
+    return EngineCoreOutput(
         last.request_id,
         last.index,
         "".join([chunk.text for chunk in chunks]),
@@ -163,7 +163,7 @@ def join_chunks(chunks: Sequence[StreamChunk]) -> StreamChunk:
     )
 
 
-def _joined_states(chunks: Sequence[StreamChunk]) -> npt.NDArray[np.float32] | None:
+def _joined_states(chunks: Sequence[EngineCoreOutput]) -> npt.NDArray[np.float32] | None:
     """Rows of several chunks one behind the other; those of the last alone stay as they are."""
     found = [chunk.hidden_states for chunk in chunks if chunk.hidden_states is not None]
     return np.concatenate(found) if len(found) > 1 else found[0] if found else None

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pellucid.api.outputs import CompletionOutput, FinishReason, RequestOutput
+from pellucid.api.outputs import CompletionOutput, EngineCoreOutput, FinishReason, RequestOutput
 from pellucid.server.chat.answer import ChatAnswer
 from pellucid.server.chat.parsing import OutputStyle
 from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.generate.answers import Identity
-from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.text.reasoning_parser import REASONING_DIALECTS
 from pellucid.text.tool_dialects import TOOL_DIALECTS, Tool
@@ -57,7 +57,7 @@ def _streamed(style: OutputStyle, text: str, end: FinishReason, seed: int) -> tu
     while True:
         cut = drawn.randint(0, 5)
         piece, text = text[:cut], text[cut:]
-        for chunk in answer.chunks(Delta(0, piece, [1], None, None if text else end, None)):
+        for chunk in answer.chunks(EngineCoreOutput("", 0, piece, [1], None, None if text else end, None)):
             (choice,) = chunk["choices"]
             content += choice["delta"].get("content", "")
             reasoning += choice["delta"].get("reasoning_content", "")

@@ -14,12 +14,13 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from pellucid.api.outputs import EngineCoreOutput
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.server.anthropic.answer import MessageAnswer
 from pellucid.server.anthropic.protocol import MessagesRequest
 from pellucid.server.chat.parsing import OutputStyle
 from pellucid.server.generate.answers import Identity
-from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
 from pellucid.server.responses.answer import ResponseAnswer
@@ -47,10 +48,10 @@ TEXTS: dict[str, tuple[str, tuple[str, ...]]] = {
 CUTS = (1, 3, 7, 1000)
 
 
-def _deltas(text: str, cut: int, reason: Any = "stop", stop: str | None = None) -> Iterator[Delta]:
+def _deltas(text: str, cut: int, reason: Any = "stop", stop: str | None = None) -> Iterator[EngineCoreOutput]:
     for start in range(0, len(text), cut):
-        yield Delta(0, text[start : start + cut], [1], None, None, None)
-    yield Delta(0, "", [2], None, reason, stop)
+        yield EngineCoreOutput("", 0, text[start : start + cut], [1], None, None, None)
+    yield EngineCoreOutput("", 0, "", [2], None, reason, stop)
 
 
 def _identity() -> Identity:
@@ -68,7 +69,7 @@ def _message_answer(**fields: Any) -> MessageAnswer:
     return MessageAnswer(request, _identity(), 10, STYLE.reader())
 
 
-def _stream(answer: Any, deltas: Iterator[Delta]) -> list[dict[str, Any]]:
+def _stream(answer: Any, deltas: Iterator[EngineCoreOutput]) -> list[dict[str, Any]]:
     events = list(answer.opening())
     for delta in deltas:
         events += answer.events(delta)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pellucid.api.outputs import EngineCoreOutput
 from pellucid.server.anthropic.protocol import MessagesRequest
 from pellucid.server.chat.parsing import OutputReader
 from pellucid.server.generate.answers import Identity
-from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.http.errors import HttpError, anthropic_error
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 from pellucid.text.json_mending import ObjectMender, mended_object
@@ -27,7 +28,7 @@ class MessageAnswer:
         )
         self._blocks: list[_Block] = []
         self._is_open = False  # the last block is
-        self._end_of: Delta | None = None
+        self._end_of: EngineCoreOutput | None = None
         self._tail: dict[str, Any] = {
             "stop_reason": None,
             "stop_sequence": None,
@@ -40,7 +41,7 @@ class MessageAnswer:
         yield {"type": "message_start", "message": self.whole()}
         yield {"type": "ping"}
 
-    def events(self, delta: Delta) -> Events:
+    def events(self, delta: EngineCoreOutput) -> Events:
         """What is new in the blocks."""
         if delta.finish_reason is not None:
             self._end_of = delta

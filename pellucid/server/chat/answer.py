@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pellucid.api.outputs import CompletionOutput, RequestOutput
+from pellucid.api.outputs import CompletionOutput, EngineCoreOutput, RequestOutput
 from pellucid.server.chat.parsing import Message, OutputReader, Part
 from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.generate.answers import Identity, finish_fields
-from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.generate.states import state_fields
 from pellucid.text.chat_prefill import content_text
@@ -61,7 +61,7 @@ class ChatAnswer:
                 chunk["prompt_token_ids"] = list(self._prompt_token_ids)
             yield chunk
 
-    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: EngineCoreOutput) -> Iterable[dict[str, Any]]:
         """What is new in a choice."""
         parts = self._reader.read(delta)
         choice: dict[str, Any] = {
@@ -104,7 +104,7 @@ class ChatAnswer:
             ]
         return shown
 
-    def _finish(self, end: Delta | CompletionOutput) -> dict[str, Any]:
+    def _finish(self, end: EngineCoreOutput | CompletionOutput) -> dict[str, Any]:
         has_calls = self._reader.has_calls(end.index)
         return finish_fields(end.finish_reason, end.stop_reason, has_calls=has_calls)
 

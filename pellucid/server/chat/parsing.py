@@ -1,7 +1,7 @@
 """From a model's text to typed parts: the one place where content, reasoning and tool calls are told apart.
 
 `OutputStyle` says how the outputs of one request are written; `prepare` of turns.py makes it. Its `reader()` follows one request:
-`read(delta)` gives the parts of each `generation.Delta` of a stream, `whole(output)` the message of an output that has ended. Both
+`read(delta)` gives the parts of each `EngineCoreOutput` of a stream, `whole(output)` the message of an output that has ended. Both
 go through the same parser, so a stream's parts join to the whole. An API spells the parts (`ContentDelta`, `ReasoningDelta`,
 `ToolCallDelta` of text/deltas.py) in its own shape; see chat.py.
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pellucid.api.outputs import CompletionOutput
-from pellucid.server.generate.generation import Delta
+from pellucid.api.outputs import CompletionOutput, EngineCoreOutput
 from pellucid.text.deltas import ContentDelta, ReasoningDelta, ToolCallDelta
 from pellucid.text.reasoning_parser import ReasoningDialect
 from pellucid.text.tool_dialects import Tool, ToolDialect
@@ -70,7 +69,7 @@ class OutputReader:
         self.style = style
         self._parsers: dict[int, OutputParser] = {}
 
-    def read(self, delta: Delta) -> list[Part]:
+    def read(self, delta: EngineCoreOutput) -> list[Part]:
         """What is new in a choice; with the last delta also what was held back."""
         if self.style.is_plain:
             return [ContentDelta(delta.text)] if delta.text else []

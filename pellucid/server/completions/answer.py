@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pellucid.api.outputs import CompletionOutput, RequestOutput
+from pellucid.api.outputs import CompletionOutput, EngineCoreOutput, RequestOutput
 from pellucid.server.completions.protocol import CompletionRequest
 from pellucid.server.generate.answers import Identity, finish_fields
-from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.generate.states import state_fields
 
@@ -50,7 +50,7 @@ class CompletionAnswer:
             if self._request.return_token_ids or self._request.echo:
                 yield {**self._head, "choices": [choice]}
 
-    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: EngineCoreOutput) -> Iterable[dict[str, Any]]:
         """What is new in a choice."""
         alone = self._request.echoes_alone
         text = "" if alone else delta.text
@@ -100,7 +100,7 @@ class CompletionAnswer:
             rows = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *rows]
         return self._logprobs.completion(token_ids, rows, 0)[0]
 
-    def _chunk_logprobs(self, delta: Delta) -> dict[str, Any]:
+    def _chunk_logprobs(self, delta: EngineCoreOutput) -> dict[str, Any]:
         start = self._offsets.get(delta.index, 0)
         shown, self._offsets[delta.index] = self._logprobs.completion(delta.token_ids, delta.logprobs or (), start)
         return shown

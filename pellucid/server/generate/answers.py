@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pellucid.api.outputs import FinishReason
-from pellucid.server.generate.generation import Delta, Generation, Usage
+from pellucid.api.outputs import EngineCoreOutput, FinishReason
+from pellucid.server.generate.generation import Generation, Usage
 from pellucid.server.generate.prompts import Prompts
 from pellucid.server.generate.protocol import RequestFields
 from pellucid.server.http.errors import HttpError, as_http_error, internal_error
@@ -61,7 +61,7 @@ class Answer(Protocol):
     def opening(self) -> Iterable[dict[str, Any]]:
         """Chunks before the first token."""
 
-    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: EngineCoreOutput) -> Iterable[dict[str, Any]]:
         """Chunks of a delta; none when it has nothing to show."""
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
@@ -92,7 +92,7 @@ async def stream_events(
     yield DONE
 
 
-def _events(answer: Answer, delta: Delta, usage_field: dict[str, Any]) -> bytes:
+def _events(answer: Answer, delta: EngineCoreOutput, usage_field: dict[str, Any]) -> bytes:
     return b"".join([event(chunk | usage_field) for chunk in answer.chunks(delta)])
 
 

@@ -1,4 +1,4 @@
-"""One generation request, whatever its API: prompts in, typed deltas and whole outputs out. All endpoints share it."""
+"""One generation request, whatever its API: prompts in, news of each choice and whole outputs out. All endpoints share it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
-
-from pellucid.api.outputs import FinishReason, Logprob, RequestOutput, StreamChunk
+from pellucid.api.outputs import EngineCoreOutput, RequestOutput
 from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
 from pellucid.server.generate.job import Job
 from pellucid.server.generate.protocol_structure import renamed
@@ -23,26 +20,6 @@ from pellucid.service.async_engine import AsyncLLMEngine
 
 # Deltas of several prompts that wait for a slow reader; the engine coalesces behind them.
 _MERGE_LIMIT = 16
-
-
-@dataclass(frozen=True)
-class Delta:
-    """News of one choice. The last one of a choice has a `finish_reason`."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    hidden_states: npt.NDArray[np.float32] | None = None
-    hidden_states_positions: list[int] | None = None
-    captured: dict[str, npt.NDArray[np.float32]] | None = None
-
-    @property
-    def has_states(self) -> bool:
-        """True when it carries hidden states or activations."""
-        return self.hidden_states is not None or self.captured is not None
 
 
 @dataclass(frozen=True)
@@ -155,7 +132,7 @@ class Generation:
             await self._engine.wait(engine_id)
         return await self._finish()
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncIterator[EngineCoreOutput]:
         """News in the order in which they come; raises as `wait`."""
         async for delta in self._merged():
             self._num_tokens += len(delta.token_ids)
@@ -202,7 +179,7 @@ class Generation:
         self._ending = asyncio.ensure_future(self._cancel())
 
     async def _finish(self) -> list[RequestOutput]:
-        outputs = [await self._engine.wait(engine_id) for engine_id in self._submitted]
+        outputs: list[RequestOutput] = [await self._engine.wait(engine_id) for engine_id in self._submitted]
         self.outputs = outputs
         if self._ending is not None:
             raise RequestTimeoutError(f"the request took longer than {self._generator.request_timeout:g} seconds")
@@ -211,12 +188,12 @@ class Generation:
             raise RequestFailedError(errors[0] or "the engine could not process the request")
         return outputs
 
-    async def _merged(self) -> AsyncIterator[Delta]:
+    async def _merged(self) -> AsyncIterator[EngineCoreOutput]:
         if len(self._submitted) == 1:
             async for chunk in self._engine.watch_stream(self._submitted[0]):
-                yield _delta(chunk, 0)
+                yield chunk
             return
-        queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(_MERGE_LIMIT)
+        queue: asyncio.Queue[EngineCoreOutput | BaseException | None] = asyncio.Queue(_MERGE_LIMIT)
         pumps = [asyncio.ensure_future(self._pump(number, queue)) for number in range(len(self._submitted))]
         try:
             left = len(pumps)
@@ -233,24 +210,11 @@ class Generation:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, number: int, queue: asyncio.Queue[Delta | BaseException | None]) -> None:
+    async def _pump(self, number: int, queue: asyncio.Queue[EngineCoreOutput | BaseException | None]) -> None:
         try:
             async for chunk in self._engine.watch_stream(self._submitted[number]):
-                await queue.put(_delta(chunk, number * self.job.params.n))
+                first = number * self.job.params.n
+                await queue.put(replace(chunk, index=first + chunk.index) if first else chunk)
             await queue.put(None)
         except Exception as error:
             await queue.put(error)
-
-
-def _delta(chunk: StreamChunk, first_index: int) -> Delta:
-    return Delta(
-        first_index + chunk.index,
-        chunk.text,
-        chunk.token_ids,
-        chunk.logprobs,
-        chunk.finish_reason,
-        chunk.stop_reason,
-        chunk.hidden_states,
-        chunk.hidden_states_positions,
-        chunk.captured,
-    )

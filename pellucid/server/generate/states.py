@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
-from pellucid.api.outputs import CompletionOutput
+from pellucid.api.outputs import CompletionOutput, EngineCoreOutput
 from pellucid.api.request_options import RequestOptions
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import encode
-from pellucid.server.generate.generation import Delta
 from pellucid.server.generate.protocol import RequestFields
 from pellucid.server.http.settings import ServerSettings
 
@@ -58,7 +57,7 @@ def _hidden_states(request: RequestFields) -> HiddenStatesParams | None:
     return found
 
 
-def state_fields(source: CompletionOutput | Delta, request: RequestFields) -> dict[str, Any]:
+def state_fields(source: CompletionOutput | EngineCoreOutput, request: RequestFields) -> dict[str, Any]:
     """`hidden_states` and what stands beside it, and `captured`; nothing of what there is not."""
     form: Format = "base64" if request.hidden_states_format == "base64" else "float"
     fields: dict[str, Any] = {}

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
-from pellucid.api.outputs import CompletionOutput, RequestOutput
+from pellucid.api.outputs import CompletionOutput, EngineCoreOutput, RequestOutput
 from pellucid.server.chat.parsing import PIECE
 from pellucid.server.generate.answers import told
-from pellucid.server.generate.generation import Delta, Generation, Usage
+from pellucid.server.generate.generation import Generation, Usage
 from pellucid.server.generate.prompts import Prompts
 from pellucid.server.http.errors import HttpError
 from pellucid.server.http.sse import event
@@ -27,7 +27,7 @@ class TypedAnswer(Protocol):
     def opening(self) -> Events:
         """Events before the first token."""
 
-    def events(self, delta: Delta) -> Events:
+    def events(self, delta: EngineCoreOutput) -> Events:
         """Events of a delta."""
 
     def closing(self, usage: Usage, thought_tokens: int) -> Events:
@@ -71,9 +71,9 @@ def _all_events(answer: TypedAnswer, choice: CompletionOutput) -> Events:
     yield from answer.opening()
     last = max(0, len(choice.text) - 1) // PIECE * PIECE
     for start in range(0, last, PIECE):
-        yield from answer.events(Delta(0, choice.text[start : start + PIECE], [], None, None, None))
+        yield from answer.events(EngineCoreOutput("", 0, choice.text[start : start + PIECE]))
     rest = choice.text[last:], choice.token_ids, choice.logprobs
-    yield from answer.events(Delta(0, *rest, choice.finish_reason, choice.stop_reason))
+    yield from answer.events(EngineCoreOutput("", 0, *rest, choice.finish_reason, choice.stop_reason))
 
 
 def encoded(events: Events) -> bytes:

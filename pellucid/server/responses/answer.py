@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pellucid.api.outputs import EngineCoreOutput
 from pellucid.api.sampling_params import SamplingParams
 from pellucid.server.chat.parsing import OutputReader
 from pellucid.server.generate.answers import Identity
-from pellucid.server.generate.generation import Delta, Usage
+from pellucid.server.generate.generation import Usage
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.http.errors import HttpError
 from pellucid.server.responses.protocol import ResponsesRequest
@@ -58,7 +59,7 @@ class ResponseAnswer:
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self.whole())
 
-    def events(self, delta: Delta) -> Events:
+    def events(self, delta: EngineCoreOutput) -> Events:
         """What is new in the items."""
         parts = self._reader.read(delta)
         if delta.finish_reason is not None:
@@ -90,7 +91,7 @@ class ResponseAnswer:
         """The response as it stands."""
         return {**self._response, "output": [item.to_dict() for item in self._items]}
 
-    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
+    def _entries(self, delta: EngineCoreOutput) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._logprobs.chat(delta.token_ids, delta.logprobs or (), self._top)["content"]
         return found
 

@@ -479,6 +479,10 @@ typedef struct pld_decode_batch {
   const int32_t *block_tables;   /* [T, W], padded with -1 */
   const int32_t *context_lens;   /* [T]: tokens of its sequence up to and with this one */
   const volatile int32_t *abort; /* not 0 stops: looked at before the step and about once a layer; null: never */
+  /* SLOT alone: further sequences of token t, which hold its cell at the same position, are more_seq_ids[more_start[t]]
+   * to more_seq_ids[more_start[t + 1] - 1]. The token itself sees the cells of seq_ids[t]. */
+  const int32_t *more_start;   /* [T + 1], ascending from 0; null: there are none */
+  const int32_t *more_seq_ids; /* [more_start[T]], >= 0 */
 } pld_decode_batch;
 /* PLD_OK; PLD_NO_SPACE, PLD_ABORTED, PLD_INVALID_BATCH: nothing has changed in the cache, no sequence was evicted.
  * Below that an internal failure, which changes nothing either. A step that was aborted on its way leaves no rows to
@@ -509,6 +513,16 @@ PLD_API pld_status pld_seq_add(pld_program *program, pld_kv *kv, int32_t seq, in
 PLD_API pld_status pld_seq_keep(pld_kv *kv, int32_t seq);       /* all others go */
 PLD_API int32_t pld_seq_pos_max(const pld_kv *kv, int32_t seq); /* -1: absent */
 PLD_API int64_t pld_kv_free_cells(const pld_kv *kv);            /* of a SLOT cache; -1 otherwise */
+typedef struct pld_kv_stats {
+  size_t struct_size;
+  int64_t capacity; /* cells */
+  int64_t used;     /* cells that a sequence holds, shared ones once; of a BLOCK cache, which its caller fills: -1 */
+  int64_t free;     /* -1 likewise */
+  int64_t peak;     /* most that were used at once since the cache was made or reset; -1 likewise */
+} pld_kv_stats;
+PLD_API pld_status pld_kv_stats_get(const pld_kv *kv, pld_kv_stats *stats);
+/* Forgets all sequences, on either layout: no cell of before is seen or shared again. */
+PLD_API pld_status pld_kv_reset(pld_kv *kv);
 /* Forgets a sequence, on either layout: all its cells; with a BLOCK cache, whose blocks are the caller's, its number.
  * One that was never decoded: PLD_INVALID_SEQ. */
 PLD_API pld_status pld_request_free(pld_kv *kv, int32_t seq);

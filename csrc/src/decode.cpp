@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 #include <numeric>
+#include <tuple>
 
 #include "error.hpp"
 #include "kv.hpp"
@@ -13,6 +14,7 @@ namespace pld {
 namespace {
 
 constexpr size_t kStepsBetweenLooks = 8;  // at the caller's flag: about a layer
+constexpr int32_t kMaxMore = 1 << 24;     // further sequences of all tokens of a batch
 
 // A flat batch and what its pointers point to.
 struct FlatBatch {
@@ -67,6 +69,36 @@ pld_status check_tokens(const pld_program &p, const pld_decode_batch &b) {
   return PLD_OK;
 }
 
+// The further sequences of a token: [begin, end) of more_seq_ids.
+struct MoreSequences {
+  const int32_t *begin_, *end_;
+  const int32_t *begin() const { return begin_; }
+  const int32_t *end() const { return end_; }
+};
+
+MoreSequences more_of(const pld_decode_batch &b, size_t t) {
+  if (b.more_start == nullptr) return {nullptr, nullptr};
+  return {b.more_seq_ids + b.more_start[t], b.more_seq_ids + b.more_start[t + 1]};
+}
+
+pld_status check_more_sequences(const pld_decode_batch &b) {
+  if (b.more_start == nullptr) return PLD_OK;
+  if (b.more_start[0] != 0) return fail(PLD_INVALID_BATCH, "more_start[0] is %d; it must be 0", b.more_start[0]);
+  for (int32_t t = 0; t < b.n_tokens; ++t) {
+    const int32_t begin = b.more_start[t], end = b.more_start[t + 1];
+    if (end < begin || end > kMaxMore)
+      return blame(
+          PLD_ITEM_TOKEN, t,
+          fail(PLD_INVALID_BATCH, "more_start[%d] is %d; it must be in [%d, %d]", t + 1, end, begin, kMaxMore));
+    if (end > begin && b.more_seq_ids == nullptr) return fail(PLD_INVALID_BATCH, "more_seq_ids is null");
+    for (int32_t i = begin; i < end; ++i)
+      if (b.more_seq_ids[i] < 0)
+        return blame(PLD_ITEM_TOKEN, t,
+                     fail(PLD_INVALID_BATCH, "more_seq_ids[%d] is %d; it must not be below 0", i, b.more_seq_ids[i]));
+  }
+  return PLD_OK;
+}
+
 // The position behind all that a sequence has.
 int64_t next_position(const Sequences &sequences, int32_t seq) {
   const auto at = sequences.slot.find(seq);
@@ -77,6 +109,7 @@ pld_status place_tokens(const pld_kv &kv, Work &work) {
   const pld_decode_batch &b = work.asked;
   std::unordered_map<int32_t, int32_t> index;
   std::vector<int64_t> next;
+  std::unordered_map<int32_t, int64_t> shared;  // sequences that got a cell of another's token: the position behind it
   for (int32_t t = 0; t < b.n_tokens; ++t) {
     const auto [at, is_new] = index.emplace(b.seq_ids[t], static_cast<int32_t>(work.ids.size()));
     if (is_new) {
@@ -84,7 +117,16 @@ pld_status place_tokens(const pld_kv &kv, Work &work) {
       next.push_back(b.positions == nullptr ? next_position(*kv.sequences, b.seq_ids[t]) : 0);
     }
     work.sequence.push_back(at->second);
-    int64_t position = b.positions != nullptr ? b.positions[t] : next[static_cast<size_t>(at->second)]++;
+    int64_t position = 0;
+    if (b.positions != nullptr) {
+      position = b.positions[t];
+    } else {
+      int64_t &coming = next[static_cast<size_t>(at->second)];
+      const auto behind = shared.find(b.seq_ids[t]);
+      if (behind != shared.end()) coming = std::max(coming, behind->second);
+      position = coming++;
+      for (const int32_t seq : more_of(b, static_cast<size_t>(t))) shared[seq] = std::max(shared[seq], position + 1);
+    }
     if (kv.layout == PLD_KV_BLOCK) {
       if (b.context_lens[t] < 1 || (b.positions != nullptr && b.context_lens[t] != position + 1))
         return blame(PLD_ITEM_TOKEN, t,
@@ -140,6 +182,7 @@ class Placement {
   ~Placement() {
     for (size_t i = n_placed_; i-- > 0;) {
       const auto t = static_cast<size_t>(work_.order[i]);
+      for (const int32_t seq : more_of(work_.asked, t)) sequences_.remove(seq, work_.position[t]);
       sequences_.remove(work_.ids[static_cast<size_t>(work_.sequence[t])], work_.position[t]);
     }
   }
@@ -149,6 +192,8 @@ class Placement {
       ++n_placed_;
       const int32_t seq = work_.ids[static_cast<size_t>(work_.sequence[at])];
       slot_mapping.push_back(sequences_.insert(seq, work_.position[at]));
+      for (const int32_t other : more_of(work_.asked, at))
+        sequences_.share(other, work_.position[at], static_cast<int32_t>(slot_mapping.back()));
     }
   }
   void keep() { n_placed_ = 0; }
@@ -158,6 +203,37 @@ class Placement {
   const Work &work_;
   size_t n_placed_ = 0;
 };
+
+// Each place of a sequence that a batch fills, its further sequences included, is filled once and was empty.
+pld_status check_shared_positions(const Sequences &sequences, const Work &work) {
+  if (work.asked.more_start == nullptr) return PLD_OK;
+  struct Place {
+    int32_t seq, position, token;
+    bool operator<(const Place &other) const {
+      return std::tie(seq, position, token) < std::tie(other.seq, other.position, other.token);
+    }
+  };
+  std::vector<Place> places;
+  for (const int32_t t : work.order) {
+    const auto at = static_cast<size_t>(t);
+    places.push_back({work.asked.seq_ids[t], work.position[at], t});
+    for (const int32_t seq : more_of(work.asked, at)) {
+      const auto held = sequences.slot.find(seq);
+      if (held != sequences.slot.end() && held->second.holds(work.position[at]))
+        return blame(PLD_ITEM_TOKEN, t,
+                     fail(PLD_INVALID_BATCH, "positions[%d] is %d, which its further sequence %d holds already", t,
+                          work.position[at], seq));
+      places.push_back({seq, work.position[at], t});
+    }
+  }
+  std::sort(places.begin(), places.end());
+  for (size_t i = 1; i < places.size(); ++i)
+    if (places[i].seq == places[i - 1].seq && places[i].position == places[i - 1].position)
+      return blame(PLD_ITEM_TOKEN, places[i].token,
+                   fail(PLD_INVALID_BATCH, "position %d of sequence %d is given twice, by tokens %d and %d",
+                        places[i].position, places[i].seq, places[i - 1].token, places[i].token));
+  return PLD_OK;
+}
 
 pld_status check_positions(const pld_kv &kv, const Work &work) {
   const Sequences &sequences = *kv.sequences;
@@ -175,6 +251,7 @@ pld_status check_positions(const pld_kv &kv, const Work &work) {
                    fail(PLD_INVALID_BATCH, "positions[%zu] is %d, which positions[%zu] of sequence %d is too", t,
                         position, before, seq));
   }
+  if (pld_status status = check_shared_positions(sequences, work)) return status;
   if (static_cast<int64_t>(work.order.size()) > sequences.cells.n_free())
     return fail(PLD_NO_SPACE, "the batch has %zu tokens; %lld cells are free", work.order.size(),
                 static_cast<long long>(sequences.cells.n_free()));
@@ -401,9 +478,13 @@ pld_status decode(pld_program *p, pld_kv *kv, const pld_decode_batch *given) {
   pld_decode_batch batch = {};
   if (read_sized(given, &batch) != PLD_OK) return PLD_INVALID_BATCH;
   decide_layout(*kv, has_metadata(batch) ? PLD_KV_BLOCK : PLD_KV_SLOT);
-  if (kv->layout == PLD_KV_BLOCK)
+  if (kv->layout == PLD_KV_BLOCK) {
+    if (batch.more_start != nullptr)
+      return fail(PLD_NOT_SUPPORTED, "more_start: a BLOCK cache has no tokens of several sequences; SLOT has them");
     if (pld_status status = check_metadata(batch)) return status;
+  }
   if (pld_status status = check_tokens(*p, batch)) return status;
+  if (pld_status status = check_more_sequences(batch)) return status;
   Work work{batch, {}, {}, {}, {}, {}, {}};
   if (pld_status status = place_tokens(*kv, work)) return status;
   order_tokens(work);

@@ -6,6 +6,7 @@
 #include "program.hpp"
 #include "rotation.hpp"
 #include "sequences.hpp"
+#include "sized.hpp"
 
 namespace pld {
 namespace {
@@ -199,9 +200,38 @@ pld_status free_request(pld_kv *kv, int32_t seq) {
   return PLD_OK;
 }
 
+pld_status kv_stats(const pld_kv *kv, pld_kv_stats *stats) {
+  if (kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "kv is null");
+  std::lock_guard<std::mutex> lock(kv->sequences->mutex);
+  pld_kv_stats value = {0, kv->n_cells, -1, -1, -1};
+  if (may_be_slot(*kv)) {
+    const CellPool &cells = kv->sequences->cells;
+    value.free = cells.n_free();
+    value.used = cells.n_cells() - cells.n_free();
+    value.peak = cells.peak();
+  }
+  return write_sized(value, stats);
+}
+
+pld_status reset(pld_kv *kv) {
+  if (kv == nullptr) return fail(PLD_INVALID_ARGUMENT, "kv is null");
+  std::lock_guard<std::mutex> lock(kv->sequences->mutex);
+  CellPool fresh(kv->sequences->cells.n_cells());
+  kv->sequences->cells = std::move(fresh);
+  kv->sequences->slot.clear();
+  kv->sequences->known.clear();
+  return PLD_OK;
+}
+
 }  // namespace
 }  // namespace pld
 
+extern "C" pld_status pld_kv_stats_get(const pld_kv *kv, pld_kv_stats *stats) {
+  return pld::guard([&] { return pld::kv_stats(kv, stats); });
+}
+extern "C" pld_status pld_kv_reset(pld_kv *kv) {
+  return pld::guard([&] { return pld::reset(kv); });
+}
 extern "C" int32_t pld_seq_pos_max(const pld_kv *kv, int32_t seq) { return pld::pos_max(kv, seq); }
 extern "C" pld_status pld_seq_cp(pld_kv *kv, int32_t dst, int32_t src, int32_t p0, int32_t p1) {
   return pld::guard([&] { return pld::copy_sequence(kv, dst, src, p0, p1); });

@@ -27,6 +27,7 @@ int32_t CellPool::occupy(int64_t cell) {
   owners_[static_cast<size_t>(cell)] = 1;
   free_of_[static_cast<size_t>(cell / kGroup)] &= static_cast<uint16_t>(~(1u << cell % kGroup));
   --n_free_;
+  peak_ = std::max(peak_, n_cells_ - n_free_);
   return static_cast<int32_t>(cell);
 }
 
@@ -58,19 +59,32 @@ size_t SlotSequence::first_at_or_behind(int64_t position) const {
   return static_cast<size_t>(std::lower_bound(positions.begin(), positions.end(), position) - positions.begin());
 }
 
-int32_t Sequences::insert(int32_t seq, int32_t position) {
+SlotSequence &Sequences::with_room(int32_t seq, int32_t position, size_t *at) {
   SlotSequence &s = slot[seq];
-  const size_t at = s.first_at_or_behind(position);
-  // Room for both first: behind this point nothing throws.
+  *at = s.first_at_or_behind(position);
   if (s.positions.size() == s.positions.capacity() || s.cells.size() == s.cells.capacity()) {
     const size_t room = 2 * s.positions.size() + 16;
     s.positions.reserve(room);
     s.cells.reserve(room);
   }
+  return s;
+}
+
+int32_t Sequences::insert(int32_t seq, int32_t position) {
+  size_t at = 0;
+  SlotSequence &s = with_room(seq, position, &at);
   const int32_t cell = cells.take(static_cast<int64_t>(at), at > 0 ? s.cells[at - 1] : -1);
   s.positions.insert(s.positions.begin() + static_cast<std::ptrdiff_t>(at), position);
   s.cells.insert(s.cells.begin() + static_cast<std::ptrdiff_t>(at), cell);
   return cell;
+}
+
+void Sequences::share(int32_t seq, int32_t position, int32_t cell) {
+  size_t at = 0;
+  SlotSequence &s = with_room(seq, position, &at);
+  cells.share(cell);
+  s.positions.insert(s.positions.begin() + static_cast<std::ptrdiff_t>(at), position);
+  s.cells.insert(s.cells.begin() + static_cast<std::ptrdiff_t>(at), cell);
 }
 
 void Sequences::remove(int32_t seq, int32_t position) {

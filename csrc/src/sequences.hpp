@@ -18,7 +18,9 @@ inline constexpr int32_t kMaxPosition = INT32_MAX - 1;  // so that the end of a 
 class CellPool {
  public:
   explicit CellPool(int64_t n_cells);
+  int64_t n_cells() const { return n_cells_; }
   int64_t n_free() const { return n_free_; }
+  int64_t peak() const { return peak_; }  // most that were taken at once
   // A free cell for the `rank`-th cell of a sequence, behind cell `before` (-1: none). There must be a free one.
   int32_t take(int64_t rank, int32_t before);
   void share(int32_t cell) { ++owners_[static_cast<size_t>(cell)]; }
@@ -29,7 +31,7 @@ class CellPool {
   int32_t occupy(int64_t cell);
   bool is_free(int64_t cell) const { return cell < n_cells_ && owners_[static_cast<size_t>(cell)] == 0; }
 
-  int64_t n_cells_, n_free_;
+  int64_t n_cells_, n_free_, peak_ = 0;
   std::vector<int32_t> owners_;    // of each cell
   std::vector<uint16_t> free_of_;  // of each group: a bit a free cell
   std::vector<int32_t> whole_;     // groups of which all sixteen are free; the next to be taken last
@@ -62,7 +64,13 @@ struct Sequences {
 
   // Puts one more cell into a sequence, which may be new. The position must not be held, and a cell be free.
   int32_t insert(int32_t seq, int32_t position);
+  // Likewise, but the cell is one that another sequence holds.
+  void share(int32_t seq, int32_t position, int32_t cell);
   void remove(int32_t seq, int32_t position);
+
+ private:
+  // The sequence with room for one more cell, which comes at the place `at`: behind this nothing throws.
+  SlotSequence &with_room(int32_t seq, int32_t position, size_t *at);
 };
 
 }  // namespace pld

@@ -44,6 +44,7 @@ PLD_SIZED(pld_model_params, "model_params", 16);
 PLD_SIZED(pld_model_info, "model_info", 104);
 PLD_SIZED(pld_verify_params, "verify_params", 32);
 PLD_SIZED(pld_decode_batch, "decode_batch", 80);
+PLD_SIZED(pld_kv_stats, "kv_stats", 40);
 #undef PLD_SIZED
 
 template <typename Struct>

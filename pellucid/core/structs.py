@@ -242,7 +242,15 @@ class DecodeBatchStruct(Structure):
         ("block_tables", c_void_p),
         ("context_lens", c_void_p),
         ("abort", c_void_p),
+        ("more_start", c_void_p),
+        ("more_seq_ids", c_void_p),
     ]
+
+
+class KVStatsStruct(Structure):
+    """pld_kv_stats."""
+
+    _fields_ = [("struct_size", c_size_t), *((name, c_int64) for name in ("capacity", "used", "free", "peak"))]
 
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -289,6 +297,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pld_seq_keep": (c_int32, [c_void_p, c_int32]),
     "pld_seq_pos_max": (c_int32, [c_void_p, c_int32]),
     "pld_kv_free_cells": (c_int64, [c_void_p]),
+    "pld_kv_stats_get": (c_int32, [c_void_p, POINTER(KVStatsStruct)]),
+    "pld_kv_reset": (c_int32, [c_void_p]),
     "pld_request_free": (c_int32, [c_void_p, c_int32]),
     "pld_op_run": (c_int32, [c_void_p, POINTER(OpCallStruct)]),
     "pld_program_create": (c_int32, [c_void_p, POINTER(ProgramDescStruct), POINTER(c_void_p)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -313,3 +314,101 @@ def test_random_operations_when_done_then_statuses_positions_and_cells_are_those
         assert model.free_cells == plain.free_cells
         assert [model.pos_max(s) for s in range(5)] == [plain.pos_max(s) for s in range(5)]
     assert {("decode", 1), ("decode", -1), ("cp", -7), ("rm", 0), ("add", 0), ("add", -7), ("keep", 0)} <= seen
+
+
+def test_tokens_of_several_sequences_when_decoded_then_each_goes_on_as_if_it_were_alone(
+    slot: CoreModel, expected: list[torch.Tensor]
+) -> None:
+    shared = [[1, 2], [1, 2], [1], [1], []]  # sequence 2 parts behind two tokens, 1 behind four
+    assert slot.decode(build_decode_batch(IDS[:5], more=shared, logits_mask=[True] * 5)) == OK
+    assert all(torch.equal(row(slot, i), expected[i]) for i in range(5))
+    assert [slot.pos_max(seq) for seq in range(4)] == [4, 3, 1, -1]
+    assert slot.stats() == (slot.stats()[0], 5, slot.stats()[0] - 5, 5)
+    tokens, seqs = [IDS[5], IDS[4], IDS[2]], [0, 1, 2]
+    assert slot.decode(build_decode_batch(tokens, seq_ids=seqs, logits_mask=[True] * 3)) == OK
+    for index, position in enumerate((5, 4, 2)):
+        assert torch.equal(row(slot, index), expected[position])
+    assert slot.seq("rm", 0, -1, -1) == OK
+    assert slot.stats()[1] == 6, "what others hold stays"
+
+
+def test_token_of_several_sequences_when_another_of_the_batch_follows_it_then_it_is_seen(
+    slot: CoreModel, expected: list[torch.Tensor]
+) -> None:
+    """All in one batch: positions of themselves, and in a caller's own order."""
+    assert (
+        slot.decode(build_decode_batch(IDS[:4], seq_ids=[0, 0, 7, 7], more=[[7], [7], [], []], logits_mask=[1] * 4))
+        == OK
+    )
+    assert torch.equal(row(slot, 3), expected[3])
+    slot.reset()
+    batch = build_decode_batch(
+        [IDS[2], IDS[1], IDS[0]], seq_ids=[7, 0, 0], pos_ids=[2, 1, 0], more=[[], [7], [7]], logits_mask=[1] * 3
+    )
+    assert slot.decode(batch) == OK
+    assert all(torch.equal(row(slot, i), expected[2 - i]) for i in range(3))
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "its own sequence": ({"more": [[0], [], []]}, "position 0 of sequence 0 is given twice, by tokens 0 and 0"),
+    "twice": ({"more": [[], [3, 3], []]}, "position 1 of sequence 3 is given twice"),
+    "below 0": ({"more": [[], [], [-5]]}, r"more_seq_ids\[0\] is -5; it must not be below 0"),
+    "held": (
+        {"more": [[9], [], []], "pos_ids": [4, 5, 6]},
+        r"positions\[0\] is 4, which its further sequence 9 holds already",
+    ),
+    "by two tokens": ({"more": [[3], [3], []], "seq_ids": [0, 1, 1], "pos_ids": [0, 0, 1]}, "by tokens 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_further_sequences_when_they_cannot_be_then_refused_and_nothing_has_changed(slot: CoreModel, case: str) -> None:
+    arguments, said = REFUSED[case]
+    assert slot.decode(build_decode_batch(IDS[:6], seq_ids=[9] * 6)) == OK
+    before = slot.stats()
+    assert slot.decode(build_decode_batch(IDS[:3], **arguments)) == INVALID_BATCH
+    assert re.search(said, abi.library().pld_last_error().decode())
+    assert slot.stats() == before
+    assert [slot.pos_max(seq) for seq in (0, 1, 3, 9)] == [-1, -1, -1, 5]
+
+
+def test_further_sequences_when_starts_do_not_ascend_or_the_cache_has_blocks_then_refused_by_name(
+    compiled: Path,
+) -> None:
+    model = CoreModel(compiled, layout="slot")
+    for starts in ([1, 1, 1], [0, 2, 1], [0, 2**24 + 1, 2**24 + 2]):
+        batch = build_decode_batch(IDS[:2], more=[[1], [1]])
+        batch.arrays["more_start"][:] = starts
+        assert model.decode(batch) == INVALID_BATCH
+        assert b"more_start[" in abi.library().pld_last_error()
+    batch = build_decode_batch(IDS[:2], more=[[1], []])
+    batch.struct.more_seq_ids = None
+    assert model.decode(batch) == INVALID_BATCH
+    model.close()
+    blocks, state = CoreModel(compiled, layout="block"), BlockBatchState(16)
+    assert (
+        blocks.decode(build_decode_batch(IDS[:2], layout="block", block_state=state, more=[[1], []])) == NOT_SUPPORTED
+    )
+    assert b"SLOT" in abi.library().pld_last_error()
+    assert blocks.stats() == (blocks.stats()[0], -1, -1, -1)
+    blocks.close()
+
+
+def test_further_sequences_when_aborted_then_none_of_them_is_left(slot: CoreModel) -> None:
+    batch, flag = build_decode_batch(IDS[:3], more=[[1], [1, 2], []]), ctypes.c_int32(1)
+    batch.struct.abort = ctypes.addressof(flag)
+    assert slot.decode(batch) == ABORTED
+    assert [slot.pos_max(seq) for seq in (0, 1, 2)] == [-1] * 3
+    assert slot.stats()[1] == 0
+
+
+def test_cache_when_reset_then_empty_and_the_peak_begins_anew(slot: CoreModel, expected: list[torch.Tensor]) -> None:
+    assert slot.decode(build_decode_batch(IDS[:6], seq_ids=[0, 0, 0, 1, 1, 2])) == OK
+    assert slot.seq("rm", 0, -1, -1) == OK
+    capacity = slot.stats()[0]
+    assert slot.stats() == (capacity, 3, capacity - 3, 6)
+    slot.reset()
+    assert slot.stats() == (capacity, 0, capacity, 0)
+    assert [slot.pos_max(seq) for seq in range(3)] == [-1] * 3
+    assert slot.decode(build_decode_batch(IDS, logits_mask=[True] * len(IDS))) == OK
+    assert all(torch.equal(row(slot, i), expected[i]) for i in range(len(IDS)))

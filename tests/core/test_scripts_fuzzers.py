@@ -54,7 +54,7 @@ def test_fuzzer_when_run_for_a_moment_then_clean_and_says_what_it_did(script: st
 
 def test_functions_when_sequences_are_run_then_all_that_the_header_exports_are_called() -> None:
     count = len(abi.SIGNATURES)
-    assert f" calls of {count} of {count} functions, " in fuzz("fuzz_core.py", "--count", "100").stdout
+    assert f" calls of {count} of {count} functions, " in fuzz("fuzz_core.py", "--count", "250").stdout
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_gguf_of_each_architecture_when_opened_then_config_is_that_of_the_origin
     original = ModelConfig.from_dict(model.config.to_dict() | {"architectures": [type(model).__name__]})
     config = ModelConfig.from_dict(checkpoint.config)
     for name, value in vars(original).items():
-        if name not in ("raw", "torch_dtype", "layer_types"):
+        if name not in ("raw", "layer_types"):
             assert getattr(config, name) == value, name
     layers = range(config.num_hidden_layers)
     assert [config.layer_window(layer) for layer in layers] == [original.layer_window(layer) for layer in layers]
@@ -185,7 +185,6 @@ def test_folder_that_transformers_saved_when_opened_then_equal_tensors_and_confi
     assert_equal_to(checkpoint, model.state_dict(), tied=True)
     config = ModelConfig.from_dict(checkpoint.config)
     assert (config.architecture, config.head_dim) == ("Qwen3ForCausalLM", 32)
-    assert config.torch_dtype == str(dtype).removeprefix("torch.")
 
 
 def test_path_without_a_model_when_opened_then_error_says_what_is_missing(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from utils.async_engines import SETTINGS, build_model, start_engine
+from utils.children import finished
 
 from pellucid import LLM, RequestOutput, SamplingParams, StreamChunk
 from pellucid.api.hidden_states import HiddenStatesParams
@@ -161,5 +161,5 @@ print("torch" in sys.modules)
 """
     with LLM(model, num_threads=1, num_blocks=64):  # packs it: the first start reads model code
         pass
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = finished([sys.executable, "-c", code], check=True)
     assert done.stdout.strip() == "False"

@@ -49,8 +49,10 @@ def build_decode_batch(
     layout: str = "slot",
     block_size: int = 4,
     block_state: BlockBatchState | None = None,
+    more: Sequence[Sequence[int]] | None = None,
 ) -> DecodeBatch:
-    """One decode batch; sequence 0 unless told. With layout "block", metadata come from `block_state`, which is advanced."""
+    """One decode batch; sequence 0 unless told; `more`: further sequences of each token. With layout "block", metadata come from
+    `block_state`, which is advanced."""
     seq_ids = [0] * len(token_ids) if seq_ids is None else seq_ids
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "tokens": np.array(token_ids, np.int32),
@@ -60,6 +62,9 @@ def build_decode_batch(
         arrays["logits"] = np.array(logits_mask, np.int8)
     if pos_ids is not None:
         arrays["positions"] = np.array(pos_ids, np.int32)
+    if more is not None:
+        arrays["more_start"] = np.cumsum([0, *map(len, more)], dtype=np.int32)
+        arrays["more_seq_ids"] = np.array([seq for row in more for seq in row], np.int32)
     width = 0
     if layout == "block":
         if block_state is None:

@@ -80,6 +80,16 @@ class CoreModel:
         """Of the SLOT cache."""
         return int(abi.library().pld_kv_free_cells(self.kv))
 
+    def stats(self) -> tuple[int, int, int, int]:
+        """Capacity, used, free and peak."""
+        stats = structs.KVStatsStruct(ctypes.sizeof(structs.KVStatsStruct))
+        abi.check(abi.library().pld_kv_stats_get(self.kv, ctypes.byref(stats)))
+        return stats.capacity, stats.used, stats.free, stats.peak
+
+    def reset(self) -> None:
+        """Forgets all sequences."""
+        abi.check(abi.library().pld_kv_reset(self.kv))
+
     def seq(self, verb: str, *arguments: int) -> int:
         """A sequence operation's status."""
         function = getattr(abi.library(), f"pld_seq_{verb}")

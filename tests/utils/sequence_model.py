@@ -30,32 +30,47 @@ class SequenceModel:
         """-1 when absent."""
         return max(self._sequences.get(seq, {}), default=-1)
 
-    def decode(self, seqs: Sequence[int], positions: Sequence[int] | None) -> int:
-        """Status of a batch with these sequences and positions, which are held from now on if it is ok."""
-        wanted = self._wanted(seqs, positions)
+    def decode(
+        self, seqs: Sequence[int], positions: Sequence[int] | None, more: Sequence[Sequence[int]] | None = None
+    ) -> int:
+        """Status of a batch with these sequences and positions, which are held from now on if it is ok. `more`: further sequences
+        of each token, which hold its cell too."""
+        wanted = self._wanted(seqs, positions, more)
         status = self._judge(wanted)
-        for seq, position in wanted if status == OK else ():
-            self._sequences.setdefault(seq, {})[position] = self._new_cell()
+        for owners, position in wanted if status == OK else ():
+            cell = self._new_cell()
+            for seq in owners:
+                self._sequences.setdefault(seq, {})[position] = cell
         return status
 
-    def judge(self, seqs: Sequence[int], positions: Sequence[int] | None) -> int:
+    def judge(
+        self, seqs: Sequence[int], positions: Sequence[int] | None, more: Sequence[Sequence[int]] | None = None
+    ) -> int:
         """The same, but nothing is held."""
-        return self._judge(self._wanted(seqs, positions))
+        return self._judge(self._wanted(seqs, positions, more))
 
-    def _wanted(self, seqs: Sequence[int], positions: Sequence[int] | None) -> list[tuple[int, int]]:
-        wanted: list[tuple[int, int]] = []
+    def _wanted(
+        self, seqs: Sequence[int], positions: Sequence[int] | None, more: Sequence[Sequence[int]] | None
+    ) -> list[tuple[list[int], int]]:
+        wanted: list[tuple[list[int], int]] = []
         for i, seq in enumerate(seqs):
-            before = [position for owner, position in wanted if owner == seq]
+            before = [position for owners, position in wanted if seq in owners]
             following = max([self.pos_max(seq), *before]) + 1
-            wanted.append((seq, following if positions is None else positions[i]))
+            owners = [seq, *(more[i] if more is not None else ())]
+            wanted.append((owners, following if positions is None else positions[i]))
         return wanted
 
-    def _judge(self, wanted: list[tuple[int, int]]) -> int:
-        if any(seq < 0 or not 0 <= position <= MAX_POSITION for seq, position in wanted):
+    def _judge(self, wanted: list[tuple[list[int], int]]) -> int:
+        places = [(seq, position) for owners, position in wanted for seq in owners]
+        if any(seq < 0 or not 0 <= position <= MAX_POSITION for seq, position in places):
             return INVALID_BATCH
-        if len(set(wanted)) < len(wanted) or any(p in self._sequences.get(seq, {}) for seq, p in wanted):
+        if len(set(places)) < len(places) or any(p in self._sequences.get(seq, {}) for seq, p in places):
             return INVALID_BATCH
         return NO_SPACE if len(wanted) > self.free_cells else OK
+
+    def reset(self) -> None:
+        """Forgets all sequences."""
+        self._sequences = {}
 
     def cp(self, dst: int, src: int, p0: int, p1: int) -> int:
         """Status of a copy."""

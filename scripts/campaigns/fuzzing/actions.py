@@ -81,7 +81,9 @@ def _accept_decode(world: World, program: Program, cache: Cache, batch: batches.
     n = batch.n_tokens
     if cache.model is not None:
         positions = None if batch.positions is None else batch.positions[:n]
-        world.core.expect(cache.model.decode(batch.seq_ids[:n], positions), OK, "the plain model's status")
+        world.core.expect(
+            cache.model.decode(batch.seq_ids[:n], positions, batches.more_of(batch)), OK, "the plain model's status"
+        )
     else:
         cache.known.update(batch.seq_ids[:n])
     cache.wrote(program.recipe)
@@ -212,10 +214,11 @@ def _seq(draw: Draw) -> int:
 
 
 def change_sequences(world: World) -> None:
-    """pld_seq_cp, rm, add, keep, pld_request_free, against the plain model."""
+    """pld_seq_cp, rm, add, keep, pld_request_free, pld_kv_reset, against the plain model."""
     draw, core = world.draw, world.core
     cache = draw.one(world.live_caches)
     kind = draw.one(("cp", "cp", "rm", "rm", "add", "add", "add", "keep", "free"))
+    kind = "reset" if draw.chance(0.03) else kind
     seq, other, (p0, p1) = _seq(draw), _seq(draw), _positions(draw)
     program = draw.one(world.live_programs)
     if draw.chance(0.02):
@@ -228,7 +231,7 @@ def change_sequences(world: World) -> None:
     elif kind == "add":
         arguments = (seq, p0, p1, draw.one(EDGES_32) if draw.chance(0.2) else draw.between(-5, 6))
     else:
-        arguments = (seq,)
+        arguments = () if kind == "reset" else (seq,)
     status = _change(world, kind, program, cache, arguments)
     expected = _expected_change(kind, cache, program, arguments, status)
     core.expect(status, expected, f"status of {kind}{arguments}")
@@ -241,7 +244,7 @@ def change_sequences(world: World) -> None:
 def _change(world: World, kind: str, program: Program, cache: Cache, arguments: tuple[int, ...]) -> int:
     if kind == "add":
         return world.core.call("pld_seq_add", program.handle, cache.handle, *arguments)
-    name = "pld_request_free" if kind == "free" else f"pld_seq_{kind}"
+    name = {"free": "pld_request_free", "reset": "pld_kv_reset"}.get(kind, f"pld_seq_{kind}")
     return world.core.call(name, cache.handle, *arguments)
 
 
@@ -252,6 +255,11 @@ def _change_again(kind: str, program: int, cache: int, arguments: tuple[int, ...
 
 def _expected_change(kind: str, cache: Cache, program: Program, arguments: tuple[int, ...], status: int) -> int:
     """The plain model's status; what it accepts has happened there. `status` is the core's."""
+    if kind == "reset":
+        cache.known.clear()
+        if cache.model is not None:
+            cache.model.reset()
+        return OK
     if cache.model is None:
         if kind != "free":
             return NOT_SUPPORTED
@@ -280,6 +288,9 @@ def _null_sequences(world: World, program: Program, seq: int) -> None:
     )
     for name, arguments in calls:
         core.expect(core.call(name, *arguments), INVALID_ARGUMENT, f"status of {name} with a null")
+    core.expect(core.call("pld_kv_reset", None), INVALID_ARGUMENT, "status of pld_kv_reset with a null")
+    stats = structs.KVStatsStruct(sizeof(structs.KVStatsStruct))
+    core.expect(core.call("pld_kv_stats_get", None, byref(stats)), INVALID_ARGUMENT, "statistics of no cache")
     core.expect(core.get("pld_seq_pos_max", None, seq), -1, "last position in no cache")
     core.expect(core.get("pld_kv_free_cells", None), -1, "free cells of no cache")
 

@@ -14,6 +14,7 @@ from fuzzing.draws import MAX_STRUCT_SIZE, Draw, chars, ints, longs, tail, with_
 from fuzzing.world import SEQS, Cache, Program
 from pellucid.core import structs
 
+_OLDEST_SIZE = structs.DecodeBatchStruct.more_start.offset
 _SIZE, _RUN_SIZE = sizeof(structs.DecodeBatchStruct), sizeof(structs.BatchStruct)
 
 
@@ -30,6 +31,7 @@ class DecodeDraw:
     context_lens: list[int] | None = None
     n_tokens: int = 0
     width: int = 0
+    more: list[list[int]] | None = None  # further sequences of each token
     struct_size: int = _SIZE
     tail: bytes = b""  # fields that the core does not know
     abort: str = "never"  # never, no, yes; way: set by the step itself
@@ -39,6 +41,7 @@ class DecodeDraw:
         struct = structs.DecodeBatchStruct(self.struct_size, self.n_tokens, self.width)
         table = None if self.tables is None else [block for row in self.tables for block in row]
         memory: list[Any] = []
+        starts = None if self.more is None else [sum(map(len, self.more[:i])) for i in range(len(self.more) + 1)]
         for name, values, make in (
             ("tokens", self.tokens, ints),
             ("positions", self.positions, ints),
@@ -47,6 +50,8 @@ class DecodeDraw:
             ("slot_mapping", self.slot_mapping, longs),
             ("block_tables", table, ints),
             ("context_lens", self.context_lens, ints),
+            ("more_start", starts, ints),
+            ("more_seq_ids", None if self.more is None else [seq for row in self.more for seq in row], ints),
         ):
             if values is not None:
                 memory.append(make(values))
@@ -117,6 +122,10 @@ def _tokens(draw: Draw, program: Program, count: int) -> list[int]:
 
 def _finish(draw: Draw, program: Program, batch: DecodeDraw) -> DecodeDraw:
     """Which rows are wanted, and the flag that stops it."""
+    if draw.chance(0.3 if batch.slot_mapping is None else 0.02):
+        batch.more = [[draw.one(SEQS) for _ in range(draw.one((0, 0, 1, 1, 2)))] for _ in range(batch.n_tokens)]
+        if draw.chance(0.03):
+            draw.one(batch.more).append(draw.one((-1, -(2**31))))
     if draw.chance(0.7):
         batch.logits = [draw.one((0, 1, 1, -1, 127)) for _ in range(batch.n_tokens)]
     batch.abort = draw.one(("never", "never", "never", "no", "yes", "way"))
@@ -279,8 +288,14 @@ def _wanted(batch: DecodeDraw) -> list[bool]:
     return [value != 0 for value in batch.logits[: batch.n_tokens]]
 
 
-def _is_good_size(batch: DecodeDraw | RunDraw, size: int) -> bool:
-    return size <= batch.struct_size <= MAX_STRUCT_SIZE and not any(batch.tail)
+def _is_good_size(batch: DecodeDraw | RunDraw, oldest: int, today: int) -> bool:
+    is_known = oldest <= batch.struct_size <= MAX_STRUCT_SIZE
+    return is_known and not any(batch.tail[: max(0, batch.struct_size - today)])
+
+
+def more_of(batch: DecodeDraw) -> list[list[int]] | None:
+    """Further sequences, as far as the core reads the struct."""
+    return batch.more if batch.struct_size > _OLDEST_SIZE else None
 
 
 def _is_sane(batch: DecodeDraw, program: Program) -> bool:
@@ -335,14 +350,21 @@ def expected_decode(batch: DecodeDraw, program: Program, cache: Cache) -> int | 
     told of what was accepted by the caller."""
     if not cache.fits(program.recipe):
         return INVALID_ARGUMENT
-    if not _is_good_size(batch, _SIZE) or not _is_sane(batch, program):
+    if not _is_good_size(batch, _OLDEST_SIZE, _SIZE):
+        return INVALID_BATCH
+    more = more_of(batch)
+    if cache.model is None and more is not None:
+        return NOT_SUPPORTED
+    if not _is_sane(batch, program):
         return INVALID_BATCH
     if cache.model is None and not _is_good_block(batch, cache):
         return INVALID_BATCH
     if cache.model is not None:
         n = batch.n_tokens
         positions = None if batch.positions is None else batch.positions[:n]
-        status = cache.model.judge(batch.seq_ids[:n], positions)
+        if more is not None and batch.struct_size <= _SIZE - 8 and any(more[:n]):
+            return INVALID_BATCH  # it says how many there are, and not which
+        status = cache.model.judge(batch.seq_ids[:n], positions, more)
         if status != OK:
             return status
     return {"never": OK, "no": OK, "yes": ABORTED}.get(batch.abort)
@@ -362,7 +384,7 @@ def is_good_run(batch: RunDraw, cache: Cache, limits: tuple[int, int, int]) -> b
     """`limits`: tokens, logit rows, vocabulary (0: ids are not looked at)."""
     n, r, n_logits, width = batch.n_tokens, batch.n_seqs, batch.n_logit_rows, batch.width
     arrays = (batch.token_ids, batch.positions, batch.query_start, batch.seq_lens, batch.tables, batch.slot_mapping)
-    if not _is_good_size(batch, _RUN_SIZE) or not 1 <= n <= limits[0] or not 1 <= r <= n:
+    if not _is_good_size(batch, _RUN_SIZE, _RUN_SIZE) or not 1 <= n <= limits[0] or not 1 <= r <= n:
         return False
     if not 0 <= n_logits <= limits[1] or width < 1 or None in arrays or (n_logits > 0 and batch.logit_rows is None):
         return False

@@ -41,12 +41,14 @@ STATUSES: dict[str, frozenset[int]] = {
     "pld_model_open": _PLAIN | {OUT_OF_MEMORY},
     "pld_model_info_get": _PLAIN,
     "pld_model_verify": _PLAIN | {ABORTED},
-    "pld_decode": _PLAIN | {NO_SPACE, ABORTED, INVALID_BATCH},
+    "pld_decode": _PLAIN | {NO_SPACE, ABORTED, INVALID_BATCH, NOT_SUPPORTED},
     "pld_seq_cp": _SEQ,
     "pld_seq_rm": _SEQ,
     "pld_seq_add": _SEQ | {NO_SPACE},
     "pld_seq_keep": _PLAIN | {NOT_SUPPORTED, INVALID_SEQ},
     "pld_request_free": _PLAIN | {INVALID_SEQ},
+    "pld_kv_stats_get": _PLAIN,
+    "pld_kv_reset": _PLAIN,
 }
 COUNTERS = ("checks", *(f"status {status}" for status in sorted(abi.STATUS_NAMES)), *abi.SIGNATURES)
 

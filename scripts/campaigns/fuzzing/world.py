@@ -246,10 +246,14 @@ class World:
         core = self.core
         core.tally.add("checks")
         free = core.peek("pld_kv_free_cells", cache.handle)
+        stats = structs.KVStatsStruct(ctypes.sizeof(structs.KVStatsStruct))
+        core.expect(core.call("pld_kv_stats_get", cache.handle, ctypes.byref(stats)), OK, "status of pld_kv_stats_get")
         if cache.model is None:
-            core.expect(free, -1, "free cells of a BLOCK cache")
+            core.expect((free, stats.used, stats.free, stats.peak), (-1,) * 4, "free cells of a BLOCK cache")
             return
         core.expect(free, cache.model.free_cells, "free cells")
+        core.expect((stats.free, stats.capacity - stats.used), (free, free), "statistics of a SLOT cache")
+        core.expect(stats.peak >= stats.used, True, "the peak is at least what is used")
         for seq in {*SEQS, *cache.model.ids}:
             last = core.peek("pld_seq_pos_max", cache.handle, seq)
             core.expect(last, cache.model.pos_max(seq), f"last position of sequence {seq}")

@@ -32,7 +32,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and what is left for pytest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
-    parser.add_argument("--model-path", help="a model for the tests on a real one; default: the small one, if pulled")
+    parser.add_argument(
+        "--model-path",
+        help="models for the tests on a real one, separated by commas; default: PELLUCID_TEST_MODELS, else the small one",
+    )
     parser.add_argument("--run-parity", choices=["auto", "always", "never"], default="auto")
     parser.add_argument(
         "--run-hf", choices=["auto", "always", "never"], default="auto", help="comparisons that need transformers"
@@ -85,9 +88,13 @@ def why_skipped(suite: str, options: argparse.Namespace) -> str | None:
 
 
 def real_model(options: argparse.Namespace) -> str | None:
-    """The model for tests on a real one: as given, else the small one when it is pulled."""
+    """The models for tests on a real one: as given, else the small one when it is pulled."""
     if options.model_path:
-        return str(Path(options.model_path).resolve())
+        return ",".join(
+            str(Path(name).resolve()) if Path(name).exists() else name for name in options.model_path.split(",")
+        )
+    if os.environ.get("PELLUCID_TEST_MODELS"):
+        return os.environ["PELLUCID_TEST_MODELS"]
     from pellucid.config import DEFAULT_MODEL
     from pellucid.weights import hub
 
@@ -132,7 +139,7 @@ def main(arguments: list[str]) -> int:
     model = real_model(options)
     environment = dict(os.environ)
     if options.model_path and model:
-        environment["PELLUCID_TEST_MODEL"] = model
+        environment["PELLUCID_TEST_MODELS"] = model
     print(
         f"[config] python {sys.version.split()[0]}, suite {options.suite}, layout {options.layout}, device {options.device}"
     )

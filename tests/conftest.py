@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ settings.register_profile("pellucid", deadline=None)
 settings.load_profile("pellucid")
 
 LAYOUTS = ("slot", "block")
+MARKS = {*LAYOUTS, "mixed", "prefill_first", "padded"}  # of pyproject.toml: what `-m` selects by
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +28,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kv-layout", choices=LAYOUTS, help="pass over tests that are for the other layout of the cache")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `real_model` runs on each of them."""
+    if "real_model" in metafunc.fixturenames:
+        from utils.real_model import real_models
+
+        metafunc.parametrize("real_model", real_models(), indirect=True, scope="session", ids=os.path.basename)
+
+
+@pytest.fixture(scope="session")
+def real_model(request: pytest.FixtureRequest) -> Path:
+    """A real model: PELLUCID_TEST_MODELS names them."""
+    from utils import real_model
+
+    return real_model.real_model(request.param)
 
 
 def _named_loggers() -> list[logging.Logger]:
@@ -58,6 +77,9 @@ def _is_for_other(parameters: dict[str, Any], layout: str) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests with a parameter `layout`, those of the one that was asked for; slow ones when they were."""
+    for item in items:
+        for name in _named_settings(item):
+            item.add_marker(name)
     layout, slow = config.getoption("--kv-layout"), config.getoption("--slow")
     left_out = {
         item
@@ -67,6 +89,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _named_settings(item: pytest.Item) -> set[str]:
+    """The policies and layouts that a test's parameters name, by themselves or as keys of a table of settings in its file."""
+    found: set[str] = set()
+    tables = [value for value in vars(getattr(item, "module", None) or object).values() if isinstance(value, dict)]
+    waiting = list(_parameters(item).values())
+    waiting += [table[key] for key in waiting if isinstance(key, str) for table in tables if key in table]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            found |= {value} & MARKS
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (tuple, list)):
+            waiting += value
+    return found
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pellucid.core import abi, structs
 from pellucid.program.builder import encode_buffers, encode_ops
 from pellucid.program.tracer import RecordedOp, RecordedWeight, Recording
 
+pytestmark = pytest.mark.slot
 OK, ABORTED, INVALID_BATCH, INVALID_ARGUMENT, NOT_SUPPORTED, INVALID_SEQ, INVALID_POS = 0, 2, -1, -2, -4, -6, -7
 IDS = [4, 5, 6, 9, 11, 13, 17, 19]
 

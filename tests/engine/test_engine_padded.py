@@ -29,6 +29,7 @@ from pellucid.scheduling.request import RequestStatus
 from pellucid.service.async_engine import AsyncLLMEngine
 from pellucid.testing import check_step_table, load_step_table
 
+pytestmark = pytest.mark.padded
 TABLES = {path.stem: load_step_table(path) for path in sorted((Path(__file__).parent / "padded_steps").glob("*.json"))}
 BEHIND = "head of the queue waits"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from utils.real_model import real_model
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid.testing import Generated
@@ -117,6 +116,6 @@ def test_long_context_without_a_cap_when_asked_then_the_tokens_are_what_is_left(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["continuous_batching", "long_context"], indirect=True)
-def test_examples_on_the_real_model_when_they_run_then_results_match(example: ModuleType) -> None:
-    options = ["--model", str(real_model()), "--policy", "padded", "--compare-with-cpu", "-n", "2"]
+def test_examples_on_the_real_model_when_they_run_then_results_match(example: ModuleType, real_model: Path) -> None:
+    options = ["--model", str(real_model), "--policy", "padded", "--compare-with-cpu", "-n", "2"]
     assert example.main([*options, "--max-tokens", "12"]) == 0

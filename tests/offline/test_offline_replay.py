@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from utils.async_engines import build_model
-from utils.real_model import real_model
 from utils.tiny_models import build_tiny_checkpoint
 from utils.traced import record
 
@@ -130,7 +129,7 @@ def test_inline_run_when_requests_want_states_structure_and_choices_then_it_repl
     again(path, max_num_batched_tokens=64, num_threads=2)
 
 
-def test_the_real_model_when_replayed_in_other_chunks_and_threads_then_equal(tmp_path: Path) -> None:
+def test_the_real_model_when_replayed_in_other_chunks_and_threads_then_equal(tmp_path: Path, real_model: Path) -> None:
     path = tmp_path / "t.jsonl"
     settings: dict[str, Any] = {
         "num_blocks": 16,
@@ -138,7 +137,7 @@ def test_the_real_model_when_replayed_in_other_chunks_and_threads_then_equal(tmp
         "max_num_batched_tokens": 64,
         "trace_logits": True,
     }
-    with LLM(str(real_model()), num_threads=2, trace_path=str(path), **settings) as llm:
+    with LLM(str(real_model), num_threads=2, trace_path=str(path), **settings) as llm:
         texts = ["The capital of France is", "Once upon a time " * 20, "A list of numbers: 1, 2, 3," * 4, "Why? " * 30]
         llm.generate(texts, SamplingParams(max_tokens=24, temperature=0.8, ignore_eos=True))
     assert again(path).num_preempted > 0

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from utils.real_model import real_model
 from utils.same_bits import PRECISIONS, Bits, assert_same_bits, bits_of
 from utils.tiny_gguf import MIXED_TYPES, build_tiny_gguf
 from utils.tiny_models import build_tiny_checkpoint
@@ -203,8 +202,8 @@ def test_n_choices_when_asked_together_or_as_the_first_of_fewer_then_same_bits(t
 @pytest.mark.parametrize(
     "precision", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "bfloat16")), "stored types"]
 )
-def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(precision: str) -> None:
-    model, as_asked = str(real_model()), PRECISIONS[precision]
+def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(precision: str, real_model: Path) -> None:
+    model, as_asked = str(real_model), PRECISIONS[precision]
     expected, _ = run(model, **as_asked)
     variants: list[dict[str, Any]] = [
         {"alone": True, "num_threads": 1},

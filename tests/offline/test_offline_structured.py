@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 import torch
 from typer.testing import CliRunner
-from utils.real_model import real_model
+from utils.real_model import real_model as path_of
+from utils.real_model import real_models
 from utils.tiny_models import build_tiny_checkpoint
 
 from pellucid import LLM, SamplingParams
@@ -87,9 +88,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_checkpoint(tmp_path_factory.mktemp("structured"), "llama"))
 
 
-@pytest.fixture(scope="module", params=["random", "real"])
+@pytest.fixture(scope="module", params=["random", *real_models()])
 def llm(request: pytest.FixtureRequest, tiny_model: str) -> Any:
-    model = tiny_model if request.param == "random" else str(real_model())
+    model = tiny_model if request.param == "random" else str(path_of(request.param))
     with LLM(model, **BASE) as loaded:
         yield loaded
 
@@ -103,8 +104,8 @@ def test_every_structure_when_asked_of_a_model_then_each_text_satisfies_it(llm: 
     assert len({output["text"] for output in outputs}) > len(STRUCTURES)
 
 
-def test_conversation_when_a_schema_is_asked_then_the_answer_is_of_it() -> None:
-    with LLM(str(real_model()), **BASE) as llm:
+def test_conversation_when_a_schema_is_asked_then_the_answer_is_of_it(real_model: Path) -> None:
+    with LLM(str(real_model), **BASE) as llm:
         messages = [{"role": "user", "content": "Give me a person of 30 years named Bob as JSON."}]
         params = SamplingParams.from_dict(
             {"temperature": 0, "max_tokens": 60, "structured_outputs": {"json_object": True}}
@@ -192,8 +193,8 @@ def test_neighbours_when_nobody_asks_for_structure_then_same_bits_as_beside_it(
     assert_same(run(tiny_model, only=1)[0], expected[1::2])
 
 
-def test_the_real_model_when_together_preempted_ahead_or_with_drafts_then_same_bits() -> None:
-    model = str(real_model())
+def test_the_real_model_when_together_preempted_ahead_or_with_drafts_then_same_bits(real_model: Path) -> None:
+    model = str(real_model)
     alone = run(model, alone=True)[0]
     assert_same(run(model, num_blocks=27, async_scheduling=True)[0], alone)
     assert_same(run(model, **NGRAM, max_num_batched_tokens=64)[0], alone)

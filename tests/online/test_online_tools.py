@@ -14,7 +14,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 from utils.http_server import RunningServer, running_server
-from utils.real_model import real_model
+from utils.real_model import real_model, real_models
 from utils.tiny_models import build_tiny_checkpoint
 
 # As Qwen's: shows tools, calls and their results, and can be told not to think.
@@ -72,12 +72,12 @@ def tiny(tool_model: Path) -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture(scope="module", params=["random", "real"])
+@pytest.fixture(scope="module", params=["random", *real_models()])
 def client(request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
     if request.param == "random":
         yield _client(request.getfixturevalue("tiny"))
         return
-    with running_server(real_model(), served_model_name=("m",), max_model_len=2048) as running:
+    with running_server(real_model(request.param), served_model_name=("m",), max_model_len=2048) as running:
         yield _client(running)
 
 

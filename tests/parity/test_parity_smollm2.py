@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from utils.hidden_parity import assert_states_are_transformers
-from utils.real_model import real_model
 
 from pellucid import LLM, SamplingParams
 
@@ -39,8 +38,8 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def gguf_file() -> Path:
-    path = real_model()
+def gguf_file(real_model: Path) -> Path:
+    path = real_model
     if path.suffix != ".gguf":
         pytest.skip(f"{path.name} is no GGUF file")
     return path

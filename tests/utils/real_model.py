@@ -1,4 +1,4 @@
-"""Where the tests on a real model find it."""
+"""The real models that tests run on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import pytest
 from pellucid.config import DEFAULT_MODEL
 from pellucid.weights import hub
 
-# Set by `scripts/run_tests.py --model-path`.
-VARIABLE = "PELLUCID_TEST_MODEL"
+# Names that `pellucid pull` knows, folders or .gguf files, separated by commas. `scripts/run_tests.py --model-path` sets it.
+VARIABLE = "PELLUCID_TEST_MODELS"
 
 
-def real_model() -> Path:
-    """The model that was named, else the small one; the test is skipped when it is not pulled."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Path(named)
-    if not hub.is_pulled(DEFAULT_MODEL):
-        pytest.skip(f"{DEFAULT_MODEL} is not pulled: run `pellucid pull {DEFAULT_MODEL}`")
-    return hub.resolve_model(DEFAULT_MODEL)
+def real_models() -> list[str]:
+    """The models that were named, else the small one."""
+    named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
+    return [name for name in named if name] or [DEFAULT_MODEL]
+
+
+def real_model(name: str) -> Path:
+    """Where a model lies; the test is skipped when it is not pulled."""
+    if Path(name).exists():
+        return Path(name)
+    if not hub.is_pulled(name):
+        pytest.skip(f"{name} is not pulled: run `pellucid pull {name}`")
+    return hub.resolve_model(name)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from utils.browser import Browser, Page, find_chromium, running_browser
 from utils.http_server import RunningServer, running_server
-from utils.real_model import real_model
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium on this machine: install it, or name it in CHROMIUM"
@@ -62,8 +62,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server(real_model(), num_blocks=512, max_num_seqs=4) as running:
+def server(real_model: Path) -> Iterator[RunningServer]:
+    with running_server(real_model, num_blocks=512, max_num_seqs=4) as running:
         yield running
 
 
@@ -284,8 +284,8 @@ def test_live_view_when_nobody_looks_then_the_engine_is_left_alone(page: Page) -
         assert asked() > count
 
 
-def test_markup_when_a_model_or_a_person_writes_it_then_it_stays_text(browser: Browser) -> None:
-    with running_server(real_model(), num_blocks=64, served_model_name=(_MARKUP,)) as server, browser.page() as page:
+def test_markup_when_a_model_or_a_person_writes_it_then_it_stays_text(browser: Browser, real_model: Path) -> None:
+    with running_server(real_model, num_blocks=64, served_model_name=(_MARKUP,)) as server, browser.page() as page:
         page.answer(
             "/v1/chat/completions",
             event({"role": "assistant", "reasoning_content": f"hm {_MARKUP}"})
@@ -316,9 +316,11 @@ def test_markup_when_a_model_or_a_person_writes_it_then_it_stays_text(browser: B
         assert page.problems == []
 
 
-def test_keys_when_the_server_has_some_then_they_are_asked_for_and_stay_in_the_tab(browser: Browser) -> None:
+def test_keys_when_the_server_has_some_then_they_are_asked_for_and_stay_in_the_tab(
+    browser: Browser, real_model: Path
+) -> None:
     with (
-        running_server(real_model(), num_blocks=64, api_key=("key",), admin_key="boss") as server,
+        running_server(real_model, num_blocks=64, api_key=("key",), admin_key="boss") as server,
         browser.page() as page,
     ):
         page.open(f"{server.url}/")

@@ -18,6 +18,7 @@ settings.load_profile("pellucid")
 
 LAYOUTS = ("slot", "block")
 MARKS = {*LAYOUTS, "mixed", "prefill_first", "padded"}  # of pyproject.toml: what `-m` selects by
+_MARK_DEPTH, _MARK_ITEMS = 3, 64  # how far into a parameter they are looked for
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -93,19 +94,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _named_settings(item: pytest.Item) -> set[str]:
     """The policies and layouts that a test's parameters name, by themselves or as keys of a table of settings in its file."""
-    found: set[str] = set()
     tables = [value for value in vars(getattr(item, "module", None) or object).values() if isinstance(value, dict)]
-    waiting = list(_parameters(item).values())
-    waiting += [table[key] for key in waiting if isinstance(key, str) for table in tables if key in table]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            found |= {value} & MARKS
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, (tuple, list)):
-            waiting += value
-    return found
+    given = list(_parameters(item).values())
+    given += [table[key] for key in given if isinstance(key, str) for table in tables if key in table]
+    return {name for value in given for name in _marks_in(value, _MARK_DEPTH)}
+
+
+def _marks_in(value: Any, depth: int) -> set[str]:
+    """Parameters may be endless or hold themselves: nothing but plain values is looked into, and not far."""
+    if type(value) is str:
+        return {value} & MARKS
+    if type(value) not in (dict, list, tuple) or not depth or len(value) > _MARK_ITEMS:
+        return set()
+    items = value.values() if type(value) is dict else value
+    return {name for item in items for name in _marks_in(item, depth - 1)}
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from pellucid.api.hidden_states import NO_STEERING, Steering
 from pellucid.config import EngineConfig
@@ -17,15 +19,22 @@ from pellucid.contract.batch import BatchInput, single_sequence_batch
 from pellucid.contract.executor import F32, Executable
 from pellucid.contract.facts import ContractDigest
 from pellucid.core import abi
-from pellucid.errors import RowError, UnsupportedModelError
+from pellucid.errors import RowError, UnsupportedModelError, WeightFormatError
 from pellucid.executor.loader import LoadedModel, OpenedModel, bundle_json, open_model
 from pellucid.models.registry import ModelRegistry
 from pellucid.ops import gather_rows
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
+from pellucid.ops.spec import OpSpec
 from pellucid.program.file import ProgramFile
 from pellucid.program.observe import observed
 from pellucid.weights.hub import resolve_model
+
+_MAX_NAMED = 8  # functions in a line of the log
+# What layers ask of tensors.
+_NOT_FOREIGN = {f"torch.Tensor.{name}" for name in ("shape", "dtype", "device", "split")}
+
+_log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,10 +47,14 @@ def materialise(model: Any, context: abi.Context, dtype: torch.dtype, keep: Cont
     shared: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is None or id(parameter) in keep or not hasattr(parameter, "pieces"):
-                continue  # without pieces: the module filled it itself
+            if parameter is None or id(parameter) in keep:
+                continue
+            if not hasattr(parameter, "pieces"):  # the module filled it itself
+                if parameter.is_meta:
+                    raise WeightFormatError(f"parameter {name!r} was given no values by load_weights")
+                continue
             if id(parameter) not in shared:
-                kind = torch.float32 if parameter.dim() == 1 else dtype
+                kind = torch.float32 if parameter.dim() < 2 else dtype
                 shared[id(parameter)] = torch.nn.Parameter(_values(parameter, context, kind), requires_grad=False)
             module._parameters[name] = shared[id(parameter)]
 
@@ -101,7 +114,10 @@ def contract_of_module(opened: OpenedModel, dtype: str, isa: str, kv_cache_dtype
             whole.update(repr((piece.dtype, piece.shape)).encode())
             whole.update(np.ascontiguousarray(piece.data).view(np.uint8).data)
         if not hasattr(parameter, "pieces"):
-            whole.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+            whole.update(_bytes_of(parameter))
+    for name, buffer in opened.module.named_buffers():
+        whole.update(name.encode() + _bytes_of(buffer))
+    bundle = bundle_json(opened.tokenizer)
     return ContractDigest(
         recipe=abi.recipe(),
         isa=isa,
@@ -109,19 +125,50 @@ def contract_of_module(opened: OpenedModel, dtype: str, isa: str, kv_cache_dtype
         formats=(f"{dtype}, eager",),
         kv_cache_dtype=kv_cache_dtype,
         rotary="",
-        tokenizer="" if opened.tokenizer is None else opened.tokenizer.fingerprint,
+        tokenizer="" if opened.tokenizer is None else hashlib.sha256(bundle).hexdigest()[:32],
     )
 
 
-def described(executable: Executable, dtype: str, isa: str, kv_cache_dtype: str) -> dict[str, Any]:
-    """What `ModelFacts` says of a module that has no program file to say it."""
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class _Calls(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped here
+    """Notes the functions of torch that are called outside ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, None] = {}
+        self.is_in_op = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = (resolve_name(func) or func.__name__).removesuffix(".__get__")
+        if not self.is_in_op and name not in _NOT_FOREIGN:
+            self.names.setdefault(name)
+        return func(*args, **(kwargs or {}))
+
+    def __str__(self) -> str:
+        names = list(self.names)
+        return ", ".join([*names[:_MAX_NAMED], *["…"] * (len(names) > _MAX_NAMED)])
+
+
+def described(executable: Executable, loaded: LoadedModel, isa: str, kv_cache_dtype: str) -> dict[str, Any]:
+    """What `ModelFacts` says of a module that has no program file to say it. The log has one line of what its module calls."""
     if not isinstance(executable, EagerModel):
         raise TypeError(f"{type(executable).__name__} is no eager model")
-    opened, widths = executable.opened, executable.activation_widths()
+    calls = _Calls()
+    opened, widths = executable.opened, executable.activation_widths(calls)
+    _log.warning(
+        "%s: it runs eagerly%s; which bits such operations give may depend on the batch",
+        loaded.why_eager,
+        f", calling {calls}" if calls.names else "",
+    )
+    whole = {name.removeprefix("model.") for name, _ in opened.module.named_modules()}
     return {
         "activations": widths,
-        "steerable": widths,
-        "contract": contract_of_module(opened, dtype, isa, kv_cache_dtype),
+        # what is a part of what a module gives stands in one buffer with the others
+        "steerable": {name: width for name, width in widths.items() if name in whole},
+        "contract": contract_of_module(opened, loaded.dtype, isa, kv_cache_dtype),
         "tokenizer": memoryview(bundle_json(opened.tokenizer)),
     }
 
@@ -135,6 +182,7 @@ class EagerModel:
         self.module, self._width = self.opened.module, loaded.config.hidden_size
         stored = {} if loaded.file is None else quantised_matrices(loaded.file)
         load_eager(self.module, self._backend, loaded.dtype, stored)
+        self.module.eval()
         self._vocab_size = loaded.config.vocab_size
         self._hidden = torch.empty(0, self._width)
         self._batch: BatchInput | None = None
@@ -145,12 +193,17 @@ class EagerModel:
         `steering` is added to activations. Raises as `Executable.run`."""
         names = frozenset(keep)
         self._kept = {}
+        seen: set[str] = set()
 
         def observe(name: str, terms: tuple[Any, ...]) -> torch.Tensor | None:
+            if name in seen:  # a module that is called again: its first call has the name, as in a program
+                return None
+            seen.add(name)
             added = _steering_rows(steering[name], terms[0]) if name in steering else None
             first = terms[0] if added is None else terms[0] + added
             if name in names:
-                self._kept[name] = (first if len(terms) == 1 else first + terms[1]).numpy()
+                kept = first if len(terms) == 1 else first + terms[1]
+                self._kept[name] = kept.clone(memory_format=torch.contiguous_format).numpy()  # the module may change it
             return added
 
         observing = observed(self.module, observe) if names or steering else nullcontext()
@@ -161,9 +214,10 @@ class EagerModel:
             self._batch = batch
             return self._logits()
 
-    def activation_widths(self) -> dict[str, int]:
+    def activation_widths(self, calls: _Calls) -> dict[str, int]:
         """The names that can be asked for, in the order in which they are computed, and the width of each: of a forward pass of one
-        token, whose keys and values are written over by the first request. Shows what is wrong with a module before anyone waits."""
+        token, whose keys and values are written over by the first request. Shows what is wrong with a module before anyone waits, and tells
+        `calls` what it calls."""
         widths: dict[str, int] = {}
 
         def observe(name: str, terms: tuple[Any, ...]) -> None:
@@ -172,8 +226,20 @@ class EagerModel:
             ):
                 widths.setdefault(name, int(terms[0].shape[1]))
 
-        with observed(self.module, observe):
-            self.run(single_sequence_batch([0], self._kv.block_size))
+        def run(spec: OpSpec, step: Step) -> tuple[Any, ...]:
+            calls.is_in_op = True
+            try:
+                return self._backend(spec, step)
+            finally:
+                calls.is_in_op = False
+
+        batch = single_sequence_batch([0], self._kv.block_size)
+        self.run(batch)
+        ids, positions = torch.from_numpy(batch.input_ids_T), torch.from_numpy(batch.positions_T)
+        with torch.no_grad(), step_scope(Step(run, batch, self._kv)), calls:
+            with observed(self.module, observe):
+                hidden = self.module(ids, positions)
+            self.module.compute_logits(gather_rows(hidden))
         return widths
 
     def _checked(self, method: str, value: Any, shape: tuple[int, int]) -> torch.Tensor:
@@ -213,7 +279,7 @@ class EagerModel:
 
     def hidden(self) -> F32:
         """Hidden states [T, D] of the last batch."""
-        array: F32 = self._hidden.numpy()
+        array: F32 = self._hidden.contiguous().numpy()
         return array
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from pellucid.errors import (
     ConfigError,
     ForeignOperationError,
     ModelNotFoundError,
+    PellucidError,
     StorageError,
     UnsupportedModelError,
     WeightFormatError,
@@ -61,6 +62,7 @@ class LoadedModel:
     dtype: str  # float32 or bfloat16
     from_cache: bool
     is_ours: bool = False  # the file is one of the cache's, not one that somebody gave
+    why_eager: str = ""  # why there is no file
 
     @property
     def program(self) -> ProgramFile:
@@ -129,7 +131,15 @@ def load_model(config: EngineConfig, context: abi.Context, progress: Progress | 
     try:
         return _from_cache(cache, key, config) or _packed(cache, key, path, config, context, progress)
     except ForeignOperationError as error:
-        return _without_program(path, key, config, error)
+        return _without_program(path, key, config, str(error))
+    except (PellucidError, OSError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # the module's own: it may insist on tensors, or be wrong, which its eager run then shows
+        if not config.enforce_eager:
+            raise
+        return _without_program(path, key, config, f"{path.name} cannot be traced ({type(error).__name__}: {error})")
     finally:
         cache.tidy(cache.path(key))
 
@@ -170,10 +180,9 @@ def _packed(
     )
 
 
-def _without_program(path: Path, key: str, config: EngineConfig, error: ForeignOperationError) -> LoadedModel:
+def _without_program(path: Path, key: str, config: EngineConfig, reason: str) -> LoadedModel:
     if config.quantization is not None:
-        raise ConfigError(f"quantization is {config.quantization!r}; {error}: it runs eagerly, in float32 or bfloat16")
-    _log.warning("%s: it runs eagerly; which bits such operations give may depend on the batch", error)
+        raise ConfigError(f"quantization is {config.quantization!r}; {reason}: it runs eagerly, in float32 or bfloat16")
     opened = open_model(path, config)
     for problem in opened.values.problems:
         _log.warning("%s", problem)
@@ -187,6 +196,7 @@ def _without_program(path: Path, key: str, config: EngineConfig, error: ForeignO
         if config.dtype == "auto"
         else config.dtype,  # torch multiplies no float32 rows by bfloat16 weights
         from_cache=False,
+        why_eager=reason,
     )
 
 

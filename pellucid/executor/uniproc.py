@@ -86,7 +86,7 @@ class UniProcExecutor:
         else:
             from pellucid.executor.eager import described
 
-            known = described(executable, model.dtype, context.isa, kv_dtype)
+            known = described(executable, model, context.isa, kv_dtype)
         return ModelFacts(
             name=well_formed(path.resolve().name if path.exists() else config.model),
             model_type=model.config.model_type,

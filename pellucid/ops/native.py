@@ -130,8 +130,13 @@ class NativeBackend:
             weight = _table(tensor)
         else:
             weight = self._panels(tensor)
-        self._packed[key] = (weakref.ref(tensor), stamp, weight)
+        self._packed[key] = (weakref.ref(tensor, lambda gone: self._drop(key, gone)), stamp, weight)
         return weight
+
+    def _drop(self, key: int, gone: Any) -> None:
+        """A tensor has died: a constant that a forward makes leaves nothing behind."""
+        if key in self._packed and self._packed[key][0] is gone:
+            del self._packed[key]
 
     def _panels(self, tensor: Any) -> abi.Weight:
         table = _table(tensor)
@@ -157,6 +162,8 @@ def _vector(tensor: Any) -> abi.Weight:
 def _table(tensor: Any) -> abi.Weight:
     import torch
 
+    if isinstance(tensor, np.ndarray):  # a constant
+        tensor = torch.from_numpy(np.ascontiguousarray(tensor, np.float32))
     codes = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
     if tensor.dtype not in codes:
         raise TypeError(f"matrices are float32 or bfloat16; got {tensor.dtype}")

@@ -55,9 +55,13 @@ def _act(code: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return _ACT[ACTIVATION_NAMES[code]]
 
 
+def _tensor(weight: Any) -> torch.Tensor:
+    tensor: torch.Tensor = torch.from_numpy(np.ascontiguousarray(weight)) if isinstance(weight, np.ndarray) else weight
+    return tensor.detach()
+
+
 def _float(weight: Any) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(weight)) if isinstance(weight, np.ndarray) else weight
-    return tensor.detach().float()
+    return _tensor(weight).float()
 
 
 def _embedding(spec: OpSpec, step: Step) -> Tensors:
@@ -65,9 +69,9 @@ def _embedding(spec: OpSpec, step: Step) -> Tensors:
 
 
 def _linear(spec: OpSpec, step: Step) -> Tensors:
-    weight, bias = spec.weights
+    weight, bias = _tensor(spec.weights[0]), spec.weights[1]
     x = spec.inputs[0].to(weight.dtype).float()
-    out = x @ weight.detach().float().T
+    out = x @ weight.float().T
     return (_act(spec.ints[0])(out if bias is None else out + _float(bias)),)
 
 

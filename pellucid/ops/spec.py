@@ -107,14 +107,18 @@ class Symbol:
     domain: str = "T"
 
     @property
-    def shape(self) -> tuple[str, int]:
-        """Rows are symbolic: the domain's letter."""
-        return (self.domain, self.width)
+    def shape(self) -> tuple[Any, int]:
+        """Rows and width. How many rows there are is no number: one program serves any."""
+        return _Shape((_NUM_ROWS[self.domain], self.width))
 
-    def split(self, widths: list[int], dim: int = -1) -> tuple[Symbol, ...]:
-        """Column ranges of this symbol, without an op."""
-        if dim not in (-1, 1) or sum(widths) != self.width:
-            raise ValueError(f"cannot split width {self.width} into {widths} along dimension {dim}")
+    def split(self, widths: int | list[int], dim: int = 0) -> tuple[Symbol, ...]:
+        """Column ranges of this symbol, as `torch.Tensor.split` gives them, without an op."""
+        if dim not in (-1, 1):
+            raise foreign(f"Tensor.split along dimension {dim}")
+        if isinstance(widths, int):
+            widths = [min(widths, self.width - begin) for begin in range(0, self.width, widths)]
+        if sum(widths) != self.width:
+            raise ValueError(f"cannot split width {self.width} into {widths}")
         column, parts = self.column, []
         for width in widths:
             parts.append(Symbol(self.recorder, self.buffer, column, width, self.domain))
@@ -140,11 +144,43 @@ def foreign(operation: str) -> ForeignOperationError:
     return ForeignOperationError(f"the module uses {operation}, which is none of pellucid.ops")
 
 
-def _refusing(name: str) -> Any:
-    def method(self: Symbol, *args: Any, **kwargs: Any) -> Any:
-        raise foreign(f"Tensor.{name}")
+def _refusing(operation: str) -> Any:
+    def method(self: object, *args: Any, **kwargs: Any) -> Any:
+        raise foreign(operation)
 
     return method
+
+
+class _NumRows:
+    """How many rows there are. Code that asks, to count, to compare or to make a tensor of as many, can only be run."""
+
+    __slots__ = ("domain",)
+
+    def __init__(self, domain: str) -> None:
+        self.domain = domain
+
+    def __repr__(self) -> str:
+        return self.domain
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise foreign("Tensor.shape[0]")
+
+
+_NUM_ROWS = {domain: _NumRows(domain) for domain in "TL"}
+
+
+class _Shape(tuple[Any, int]):
+    """[rows, width], of which only the width is given away."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        if index in (1, -1):
+            return tuple.__getitem__(self, 1)
+        raise foreign("Tensor.shape[0]")
+
+    __iter__ = _refusing("Tensor.shape[0]")
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
@@ -167,5 +203,7 @@ _OTHERS = (
 )
 _CONVERSIONS = ("contains", "float", "int", "index", "array")
 for _name in (*(prefix + name for name in _BINARY for prefix in ("", "r", "i")), *_OTHERS, *_CONVERSIONS):
-    setattr(Symbol, f"__{_name}__", _refusing(f"__{_name}__"))
+    setattr(Symbol, f"__{_name}__", _refusing(f"Tensor.__{_name}__"))
+    if _name not in ("len", "iter", "getitem", "setitem", "contains", "array"):
+        setattr(_NumRows, f"__{_name}__", _refusing("Tensor.shape[0]"))
 Symbol.__hash__ = object.__hash__  # type: ignore[method-assign]  # by identity: comparing is an operation too

@@ -60,9 +60,13 @@ class Recording:
 class _Recorder:
     """Turns calls on symbols into lines of a recording."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, model: Any) -> None:
         self.recording = Recording()
-        self.names = names
+        parameters = list(model.named_parameters())
+        buffers = model.named_buffers() if hasattr(model, "named_buffers") else ()
+        self.names = {id(tensor): name for name, tensor in (*parameters, *buffers)}
+        # A layer of torch's own has random values until its pieces are read.
+        self._has_unread = any(hasattr(one, "pieces") and not getattr(one, "is_meta", True) for _, one in parameters)
         self._weight_index: dict[int, int] = {}  # by id: `RecordedWeight.source` keeps what was made in a forward alive
 
     def symbol(self, width: int, domain: str) -> Symbol:
@@ -90,8 +94,12 @@ class _Recorder:
             places = [(term.buffer, term.column, term.width) for term in terms]
             self.recording.activations.setdefault(name, places)
 
+    def _may_be_computed(self, weight: Any) -> bool:
+        """True for a tensor that may come of parameters that have no values yet, though they may look as if they had."""
+        return hasattr(weight, "is_meta") and (weight.is_meta or self._has_unread)
+
     def _weight(self, spec: OpSpec, operand: int, weight: Any) -> int:
-        if isinstance(weight, Symbol) or (id(weight) not in self.names and getattr(weight, "is_meta", False)):
+        if isinstance(weight, Symbol) or (id(weight) not in self.names and self._may_be_computed(weight)):
             raise foreign(f"ops.{spec.kind} with a weight that is computed in the forward")
         kind: WeightKind = "vector"
         if operand in MATRIX_OPERANDS.get(spec.kind, ()):
@@ -135,7 +143,7 @@ def trace(model: Any) -> Recording:
         ForeignOperationError: the module does something else with its inputs than to call ops.
         TypeError: it gives no hidden states or logits; or whatever its own code raises.
     """
-    recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
+    recorder = _Recorder(model)
     token_ids, positions = (Symbol(recorder, buffer, 0, 1) for buffer in _BATCH_IDS)
     with step_scope(Step(_refuse)), observed(model, recorder.name_activation):
         hidden = _symbol(model, "forward", model.forward(token_ids, positions))

@@ -41,7 +41,7 @@ class TinyModel:
 
     def forward(self, input_ids: Any, positions: Any) -> Any:
         x = ops.embedding(input_ids, self.table)
-        a, b = ops.linear(x, self.mix).split([4, 4])
+        a, b = ops.linear(x, self.mix).split([4, 4], dim=-1)
         return ops.add(ops.act(a, "silu"), b)
 
     def compute_logits(self, hidden: Any) -> Any:

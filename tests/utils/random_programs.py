@@ -97,7 +97,7 @@ class RandomModel:
 
         def step(state: dict[str, Any]) -> None:
             y, state["residual"] = ops.rms_norm(state["x"], norm, 1e-5, residual=state["residual"])
-            parts = ops.linear(y, into).split([q, kv, kv])
+            parts = ops.linear(y, into).split([q, kv, kv], dim=-1)
             turned = [ops.rotary(part, state["rope"], self.head_dim) for part in parts[:2]]
             made = ops.attention(
                 *turned, parts[2], layer=layer, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,

@@ -13,9 +13,11 @@ from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams, check_vocabulary, check_well_formed
 from pellucid.api.structured_outputs import CustomStructure, Grammar
 from pellucid.config import EngineConfig
+from pellucid.contract.executor import KVCacheSize
 from pellucid.contract.facts import ModelFacts
 from pellucid.errors import InvalidRequestError, shown, shown_number
-from pellucid.scheduling.policies import POLICIES
+from pellucid.scheduling.limits import RequestLimits
+from pellucid.scheduling.policies import limits_of
 from pellucid.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -39,19 +41,26 @@ class RequestChecker:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     hidden_states: HiddenStatesLimits | None = None  # None: they are not handed out
-    pads_to: int = 1  # policy `padded`: a prompt takes the place of the next multiple of this many tokens
+    limits: RequestLimits | None = None  # None: the model's length alone
 
     @classmethod
-    def of(cls, config: EngineConfig, facts: ModelFacts, tokenizer: Tokenizer | None) -> RequestChecker:
-        """For a model under these settings."""
-        limits = None
+    def of(
+        cls, config: EngineConfig, facts: ModelFacts, kv_cache: KVCacheSize, tokenizer: Tokenizer | None
+    ) -> RequestChecker:
+        """For a model and a cache under these settings."""
+        hidden_states = None
         if config.hidden_states:
             max_bytes = config.hidden_states_max_mb * 1_000_000
-            limits = HiddenStatesLimits(
+            hidden_states = HiddenStatesLimits(
                 facts.num_layers, facts.hidden_size, max_bytes, facts.activations, facts.steerable
             )
-        pads_to = config.block_size if POLICIES[config.policy].one_shape else 1
-        return cls(tokenizer, facts.vocab_size, facts.max_model_len, facts.eos_token_ids, limits, pads_to)
+        limits = limits_of(
+            config,
+            max_model_len=facts.max_model_len,
+            num_blocks=kv_cache.num_blocks,
+            block_size=kv_cache.block_size,
+        )
+        return cls(tokenizer, facts.vocab_size, facts.max_model_len, facts.eos_token_ids, hidden_states, limits)
 
     def tokenise(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text, where it is one, and the token ids: all prompts come through here, whoever made their ids.
@@ -123,14 +132,7 @@ class RequestChecker:
         """
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"params is a {type(params).__name__}; it must be SamplingParams", "params")
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
-        if len(token_ids) + 1 > self.max_model_len:
-            raise InvalidRequestError(
-                f"prompt has {len(token_ids):,} tokens and needs room for 1 more; max_model_len is "
-                f"{self.max_model_len:,}",
-                "prompt",
-            )
+        self._limits.refuse_impossible(len(token_ids), self.max_tokens(len(token_ids), params))
         check_vocabulary(params, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
@@ -201,8 +203,9 @@ class RequestChecker:
 
     def max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens a prompt can bring at most."""
-        room = self.max_model_len - num_prompt_tokens
-        if self.pads_to > 1:
-            padded = -(-num_prompt_tokens // self.pads_to) * self.pads_to
-            room = max(1, min(room, self.max_model_len - padded + 1))  # the last token is never computed
-        return room if params.max_tokens is None else min(params.max_tokens, room)
+        return self._limits.max_tokens(num_prompt_tokens, params.max_tokens)
+
+    @property
+    def _limits(self) -> RequestLimits:
+        length = self.max_model_len
+        return RequestLimits(length, length, 1) if self.limits is None else self.limits

@@ -102,7 +102,7 @@ class LLMEngine:
             facts.vocab_size,
             facts.eos_token_ids,
         )
-        self.checker = RequestChecker.of(config, facts, tokenizer)
+        self.checker = RequestChecker.of(config, facts, executor.kv_cache, tokenizer)
         self.block_manager = BlockManager(
             executor.kv_cache.num_blocks,
             executor.kv_cache.block_size,

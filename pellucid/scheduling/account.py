@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pellucid.scheduling.block_manager import BlockManager
-from pellucid.scheduling.request import EngineCoreRequest, Request
+from pellucid.scheduling.request import Request
 
 
 class BatchAccount:
@@ -40,13 +40,6 @@ class BatchAccount:
     def counts_empty_steps(self) -> bool:
         """True when a step without entries changes the account, so that it has a record."""
         return False
-
-    def refuse_impossible(self, core: EngineCoreRequest) -> None:
-        """Refuses what could not run even alone.
-
-        Raises:
-            InvalidRequestError: with the numbers.
-        """
 
     def why_not(self, request: Request, running: Sequence[Request]) -> str | None:
         """The reason why a request that has its blocks cannot join those that run, or None."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
+from pellucid.errors import ConfigError, InvariantError
 from pellucid.scheduling.account import BatchAccount
 from pellucid.scheduling.block_manager import BlockManager
 from pellucid.scheduling.config import SchedulerConfig
+from pellucid.scheduling.limits import blocks_for, padded_to
 from pellucid.scheduling.passes import Step
-from pellucid.scheduling.request import EngineCoreRequest, Request
+from pellucid.scheduling.request import Request
 from pellucid.scheduling.wait import WAIT_NO_BLOCKS, WAIT_TKV_LENGTH, WAIT_TKV_VOLUME
 
 
@@ -35,6 +36,17 @@ def account(config: SchedulerConfig, blocks: BlockManager) -> BatchAccount:
     return PaddedBatch(
         blocks.block_size, blocks.num_blocks, config.max_num_seqs, config.max_model_len, config.max_batch_tkv_limit
     )
+
+
+def tkv_limit(asked: int | None, max_num_seqs: int, max_model_len: int) -> int:
+    """Most sequences x length of a batch.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if asked is not None and asked < 1:
+        raise ConfigError(f"max_batch_tkv_limit is {asked}; it must be at least 1")
+    return asked or max_model_len * max_num_seqs
 
 
 @dataclass
@@ -58,10 +70,8 @@ class PaddedBatch(BatchAccount):
     def __init__(
         self, block_size: int, num_blocks: int, max_num_seqs: int, max_model_len: int, max_batch_tkv_limit: int | None
     ) -> None:
-        if max_batch_tkv_limit is not None and max_batch_tkv_limit < 1:
-            raise ConfigError(f"max_batch_tkv_limit is {max_batch_tkv_limit}; it must be at least 1")
         self.block_size, self.num_blocks, self.max_model_len = block_size, num_blocks, max_model_len
-        self.max_batch_tkv_limit = max_batch_tkv_limit or max_model_len * max_num_seqs
+        self.max_batch_tkv_limit = tkv_limit(max_batch_tkv_limit, max_num_seqs, max_model_len)
         self.tkv = 0
         self._sequences: dict[str, _Sequence] = {}
 
@@ -90,27 +100,6 @@ class PaddedBatch(BatchAccount):
     @property
     def counts_empty_steps(self) -> bool:
         return True
-
-    def refuse_impossible(self, core: EngineCoreRequest) -> None:
-        """Refuses what could not run even in a batch of its own.
-
-        Raises:
-            InvalidRequestError: with the numbers.
-        """
-        num_prompt, padded = len(core.prompt_token_ids), self._padded(len(core.prompt_token_ids))
-        max_tokens = max(1, core.max_tokens, core.sampling_params.max_tokens or 0)
-        length, needs = padded + max_tokens - 1, self._reserved(padded, num_prompt, max_tokens)
-        asked = f"prompt of {num_prompt} tokens, padded to {padded}, with max_tokens {max_tokens}"
-        if length > self.max_model_len:
-            raise InvalidRequestError(f"{asked} comes to {length}; max_model_len is {self.max_model_len}", "max_tokens")
-        if needs > self.num_blocks:
-            raise InvalidRequestError(
-                f"{asked} needs {needs} blocks of {self.block_size} tokens; {self.num_blocks} exist", "max_tokens"
-            )
-        if length > self.max_batch_tkv_limit:
-            raise InvalidRequestError(
-                f"{asked} comes to {length}; max_batch_tkv_limit is {self.max_batch_tkv_limit}", "max_tokens"
-            )
 
     def why_not(self, request: Request, running: Sequence[Request]) -> str | None:
         """The reason why a prompt cannot join those that run, or None. Alone it always can."""
@@ -175,10 +164,10 @@ class PaddedBatch(BatchAccount):
     # ---- arithmetic ------------------------------------------------------------------------------------------------
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        return blocks_for(num_tokens, self.block_size)
 
     def _padded(self, num_tokens: int) -> int:
-        return self._blocks_for(num_tokens) * self.block_size
+        return padded_to(num_tokens, self.block_size)
 
     def _reserved(self, tkv: int, num_prompt: int, max_tokens: int) -> int:
         """Blocks of a sequence whose prompt ends at `tkv`, without those that padding alone would fill."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pellucid.config import EngineConfig
 from pellucid.errors import ConfigError
 from pellucid.scheduling import padded
 from pellucid.scheduling.account import BatchAccount
 from pellucid.scheduling.block_manager import BlockManager
 from pellucid.scheduling.config import SchedulerConfig
+from pellucid.scheduling.limits import RequestLimits
 from pellucid.scheduling.passes import Step
 
 
@@ -51,6 +53,25 @@ POLICIES: dict[str, Policy] = {
     "prefill_first": Policy(prefill_first, whole_prompts=True),
     "padded": Policy(padded.take, padded.account, whole_prompts=True, newest_first=True, one_shape=True),
 }
+
+
+def limits_of(
+    config: SchedulerConfig | EngineConfig, *, max_model_len: int, num_blocks: int, block_size: int
+) -> RequestLimits:
+    """What a request may ask for under the policy of `config`.
+
+    Raises:
+        ConfigError: `max_batch_tkv_limit` is below 1.
+    """
+    policy = POLICIES[config.policy]
+    return RequestLimits(
+        max_model_len,
+        num_blocks,
+        block_size,
+        config.policy,
+        config.max_num_batched_tokens if policy.whole_prompts else None,
+        padded.tkv_limit(config.max_batch_tkv_limit, config.max_num_seqs, max_model_len) if policy.one_shape else None,
+    )
 
 
 def policy_of(config: SchedulerConfig) -> Policy:

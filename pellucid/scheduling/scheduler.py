@@ -17,7 +17,7 @@ from pellucid.errors import InvalidRequestError, InvariantError
 from pellucid.scheduling.block_manager import BlockManager
 from pellucid.scheduling.config import SchedulerConfig
 from pellucid.scheduling.passes import Step
-from pellucid.scheduling.policies import policy_of
+from pellucid.scheduling.policies import limits_of, policy_of
 from pellucid.scheduling.queues import Queues
 from pellucid.scheduling.request import EngineCoreRequest, Request, RequestStatus
 
@@ -50,6 +50,12 @@ class RequestScheduler:
         self.policy = policy_of(config)
         self.block_manager = block_manager
         self.account = self.policy.account(config, block_manager)
+        self.limits = limits_of(
+            config,
+            max_model_len=config.max_model_len,
+            num_blocks=block_manager.num_blocks,
+            block_size=block_manager.block_size,
+        )
         self._queues = Queues(block_manager, self.policy.newest_first)
         self._requests: dict[str, Request] = {}  # all records, finished ones until they are forgotten
         self._finished: list[str] = []  # ended since the last plan
@@ -127,7 +133,9 @@ class RequestScheduler:
         Raises:
             InvalidRequestError: it could never run; the text has the values and the limits.
         """
-        self._refuse_impossible(core)
+        if core.request_id in self._requests:
+            raise InvalidRequestError(f"request id {core.request_id!r} is in use", param="request_id")
+        self.limits.refuse_impossible(len(core.prompt_token_ids), core.max_tokens)
         request = Request(core, sequence=self._num_arrivals)
         self._num_arrivals += 1
         self._requests[core.request_id] = request
@@ -326,31 +334,3 @@ class RequestScheduler:
         self._queues.end(request, status)
         request.stop_reason, request.error = stop_reason, error
         self._finished.append(request.request_id)
-
-    def _refuse_impossible(self, core: EngineCoreRequest) -> None:
-        num_prompt, limits, manager = len(core.prompt_token_ids), self.config, self.block_manager
-        if core.request_id in self._requests:
-            raise InvalidRequestError(f"request id {core.request_id!r} is in use", param="request_id")
-        if num_prompt == 0:
-            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", param="prompt")
-        if core.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {core.max_tokens}; it must be at least 1", param="max_tokens")
-        if num_prompt + 1 > limits.max_model_len:
-            raise InvalidRequestError(
-                f"prompt has {num_prompt} tokens and needs room for 1 more; max_model_len is {limits.max_model_len}",
-                param="prompt",
-            )
-        needs = manager.blocks_for(num_prompt + 1)
-        if needs > manager.num_blocks:
-            raise InvalidRequestError(
-                f"prompt of {num_prompt} tokens + 1 needs {needs} blocks of {manager.block_size} tokens; "
-                f"{manager.num_blocks} exist",
-                param="prompt",
-            )
-        self.account.refuse_impossible(core)
-        if self.policy.whole_prompts and num_prompt > limits.max_num_batched_tokens:
-            raise InvalidRequestError(
-                f"prompt has {num_prompt} tokens; policy {limits.policy} computes whole prompts and "
-                f"max_num_batched_tokens is {limits.max_num_batched_tokens}",
-                param="prompt",
-            )

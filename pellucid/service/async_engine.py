@@ -67,7 +67,7 @@ class AsyncLLMEngine:
         self.created = int(time.time())  # unix seconds: when it was loaded
         self.tokenizer: Tokenizer | None = Tokenizer.of(loaded.facts)
         self._transport = transport
-        self._checker = RequestChecker.of(config, loaded.facts, self.tokenizer)
+        self._checker = RequestChecker.of(config, loaded.facts, loaded.kv_cache, self.tokenizer)
         self._tokenisers = ThreadPoolExecutor(_NUM_TOKENISERS, thread_name_prefix="pellucid-tokeniser")
         # Structures are compiled apart: those that take seconds are waited for by other structures alone.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="pellucid-compiler")

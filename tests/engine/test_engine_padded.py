@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from utils.tiny_models import build_tiny_checkpoint
 from pellucid import LLM, SamplingParams
 from pellucid.api.outputs import RequestOutput
 from pellucid.config import EngineConfig
+from pellucid.contract.executor import KVCacheSize
+from pellucid.contract.facts import ContractDigest, ModelFacts
+from pellucid.contract.plan import ModelRunnerOutput
+from pellucid.engine.admission import RequestChecker
 from pellucid.errors import ConfigError, InvalidRequestError, InvariantError
 from pellucid.scheduling.config import DraftConfig, SchedulerConfig
 from pellucid.scheduling.padded import PaddedBatch
@@ -205,6 +210,75 @@ def test_padded_when_a_request_can_never_run_then_it_is_refused_with_the_numbers
             llm.generate([[5] * prompt], SamplingParams(max_tokens=max_tokens))
         fits = SamplingParams(max_tokens=1, temperature=0)
         assert len(llm.generate([[5] * 60], fits)[0]["token_ids"]) == 1, "the engine goes on"
+
+
+def said(call: Callable[[], object]) -> tuple[str, str | None]:
+    try:
+        call()
+    except InvalidRequestError as error:
+        return str(error), error.param
+    return "", None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    policy=st.sampled_from(["mixed", "prefill_first", "padded"]),
+    num_blocks=st.integers(1, 6),
+    max_model_len=st.integers(2, 300),
+    tkv_limit=st.none() | st.integers(1, 400),
+    num_batched=st.integers(1, 200),
+    num_prompt=st.integers(0, 310),
+    asked=st.none() | st.integers(1, 310),
+)
+def test_checker_and_scheduler_when_asked_the_same_then_they_say_the_same(
+    policy: Any,
+    num_blocks: int,
+    max_model_len: int,
+    tkv_limit: int | None,
+    num_batched: int,
+    num_prompt: int,
+    asked: int | None,
+) -> None:
+    """And all that they let in comes to its end alone, within what its blocks, its length and its batch may be."""
+    tkv_limit = tkv_limit if policy == "padded" else None
+    config = EngineConfig(
+        "m", policy=policy, max_num_seqs=1, max_num_batched_tokens=num_batched, max_batch_tkv_limit=tkv_limit
+    )
+    facts = ModelFacts(
+        *("m", "llama", "float32", 1000, 2, 3, max_model_len, (EOS,), {}, {}, {}, "f"),
+        ContractDigest(1, "avx2", "w", ("float32",), "int8", "r"),
+        num_threads=1,
+    )
+    checker = RequestChecker.of(config, facts, KVCacheSize(num_blocks, 64, 1, 1), None)
+    limits = SchedulerConfig(1, num_batched, max_model_len, policy, max_batch_tkv_limit=tkv_limit)
+    a_world = World(limits, num_blocks, 64, caching=False)
+    params = SamplingParams(max_tokens=asked)
+    max_tokens = checker.max_tokens(num_prompt, params)
+    found = said(lambda: checker.check(prompt_of(3, num_prompt), params))
+    request = replace(make_request("a", prompt_of(3, num_prompt), max_tokens=1), max_tokens=max_tokens)
+    assert said(lambda: a_world.scheduler.add(request)) == found
+    if policy == "padded" and asked is None and not found[0]:
+        more = SamplingParams(max_tokens=max_tokens + 1)
+        assert said(lambda: checker.check(prompt_of(3, num_prompt), more))[0], (
+            "without max_tokens it gets all there is room for"
+        )
+    if policy == "padded" and not found[0]:
+        most, length = a_world.scheduler.account, 0
+        for _ in range(max_tokens + 3):
+            a_world.scheduler.check_invariants()
+            plan = a_world.scheduler.schedule()
+            tokens = {entry.request_id: 5 for entry in plan.entries if entry.samples}
+            a_world.scheduler.apply(plan, ModelRunnerOutput(tokens))
+            length = max(length, most.tkv)
+        assert not a_world.scheduler.has_unfinished
+        assert length == -(-num_prompt // 64) * 64 + max_tokens - 1
+
+
+def test_padded_without_max_tokens_when_blocks_are_few_then_it_gets_what_they_hold(model: Path) -> None:
+    params = SamplingParams(max_tokens=None, ignore_eos=True, temperature=0)
+    with padded_llm(model, num_blocks=2) as llm:
+        (output,) = llm.generate([[5] * 10], params)
+    assert len(output["token_ids"]) == 128 - 64 + 1
 
 
 def test_padded_without_max_tokens_when_a_prompt_runs_then_it_gets_what_the_padded_length_leaves(model: Path) -> None:

@@ -21,18 +21,26 @@ WAIT_BEHIND_HEAD = "head of the queue waits"
 
 
 @dataclass(frozen=True)
+class RequestSampling:
+    """What sampling alone must know of a request, beside its tokens. A structure stands in `params` by its source: whoever samples
+    finds its grammar, or compiles it."""
+
+    params: SamplingParams
+    seed: int
+    choice_index: int = 0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class NewRequest:
     """All that the executor must know of a request before its first step, or again after a preemption."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]  # not empty after a preemption
-    sampling_params: SamplingParams
-    seed: int
-    choice_index: int
     block_ids: tuple[int, ...]  # all blocks held before this step's `new_block_ids`
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    eos_token_ids: tuple[int, ...] = ()
+    sampling: RequestSampling
     hidden_states: HiddenStatesParams | None = None
     capture: tuple[str, ...] = ()  # names of activations
     steering: SteeringParams | None = None

@@ -10,7 +10,7 @@ from functools import partial
 from pellucid.api.outputs import EngineCoreOutput, RequestOutput
 from pellucid.api.request_options import NO_OPTIONS, RequestOptions
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.api.structured_outputs import CustomStructure
+from pellucid.api.structured_outputs import CustomStructure, Grammar
 from pellucid.engine.admission import Prompt
 from pellucid.engine.engine import LLMEngine, StepOutputs
 from pellucid.engine.turns import Turns, Waiter
@@ -30,6 +30,7 @@ class Submission:
     request_id: str | None = None
     stream: bool = True
     text: str | None = None
+    grammar: Grammar | None = None  # held until the engine has found it
 
 
 class Reader(Waiter):
@@ -104,7 +105,7 @@ class EngineClient:
         structure = params.structured_outputs if isinstance(params, SamplingParams) else None
         if params is not None and structure is not None and not isinstance(structure, CustomStructure):
             checker.check(token_ids, params, given.options)
-            checker.grammar(params)
+            return replace(given, prompt=token_ids, text=text, grammar=checker.grammar(params))
         return replace(given, prompt=token_ids, text=text)
 
     def _add_all(self, prepared: Sequence[Submission], reader: Reader | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -159,25 +160,31 @@ class ModelRunner:
             self._rows.remove(request)
 
     def _row(self, new: NewRequest) -> SamplingRow:
+        sampling = new.sampling
         return SamplingRow(
-            new.sampling_params,
-            new.seed,
-            new.choice_index,
+            sampling.params,
+            sampling.seed,
+            sampling.choice_index,
             new.prompt_token_ids,
             list(new.output_token_ids),
-            new.bad_words_token_ids,
-            new.eos_token_ids,
+            sampling.bad_words_token_ids,
+            sampling.eos_token_ids,
             self._matcher(new),
         )
 
     def _matcher(self, new: NewRequest) -> Matcher | None:
-        if new.sampling_params.structured_outputs is None:
+        params, eos_token_ids = new.sampling.params, new.sampling.eos_token_ids
+        if params.structured_outputs is None:
             return None
         from pellucid.structure.grammar import grammar_of
 
-        tokenizer = Tokenizer.of(self._facts)
-        grammar = grammar_of(new.sampling_params, tokenizer, self._facts.vocab_size, new.eos_token_ids)
+        grammar = grammar_of(params, self._tokenizer, self._facts.vocab_size, eos_token_ids)
         return None if grammar is None else grammar.matcher(new.output_token_ids)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        """Read when the first structure comes, and kept: in a process of its own nobody else holds it."""
+        return Tokenizer.of(self._facts)
 
     def _sample(
         self, entries: Sequence[PlanEntry], requests: Sequence[RunnerRequest], logits: F32, found: _Sampled

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pellucid.contract.plan import WAIT_BEHIND_HEAD, NewRequest, PlanEntry, StepKind, StepPlan, WaitingReasons
+from pellucid.contract.plan import (
+    WAIT_BEHIND_HEAD,
+    NewRequest,
+    PlanEntry,
+    RequestSampling,
+    StepKind,
+    StepPlan,
+    WaitingReasons,
+)
 from pellucid.errors import InvariantError
 from pellucid.scheduling.account import BatchAccount
 from pellucid.scheduling.block_manager import BlockManager
@@ -212,12 +220,14 @@ class Step:
                 request_id=request.request_id,
                 prompt_token_ids=request.prompt_token_ids,
                 output_token_ids=tuple(request.output_token_ids),
-                sampling_params=request.sampling_params,
-                seed=request.core.seed,
-                choice_index=request.core.choice_index,
                 block_ids=tuple(request.block_table[:num_shared]),
-                bad_words_token_ids=request.core.bad_words_token_ids,
-                eos_token_ids=request.core.eos_token_ids,
+                sampling=RequestSampling(
+                    request.sampling_params,
+                    request.core.seed,
+                    request.core.choice_index,
+                    request.core.bad_words_token_ids,
+                    request.core.eos_token_ids,
+                ),
                 hidden_states=request.core.hidden_states,
                 capture=request.core.capture,
                 steering=request.core.steering,

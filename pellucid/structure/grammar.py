@@ -155,8 +155,9 @@ class _Vocabulary:
 
 
 class _Cache:
-    """Results by key, the least recently used dropped first; each is made once, however many ask at once. A forked process
-    begins anew: where another thread was making one, the locks would never be free."""
+    """Results by key, the least recently used dropped first; each is made once, however many ask at once, and a grammar not again
+    while somebody holds it, such as the engine of a request that waits. A forked process begins anew: where another thread was
+    making one, the locks would never be free."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -165,6 +166,7 @@ class _Cache:
     def _begin(self) -> None:
         self._home, self._lock = Home("this cache of grammars"), Lock()
         self._made: OrderedDict[object, tuple[Lock, list[Any]]] = OrderedDict()
+        self._held: WeakValueDictionary[object, Any] = WeakValueDictionary()
 
     def get(self, key: object, make: Callable[[], Made]) -> Made:
         if self._home.is_left:
@@ -176,7 +178,10 @@ class _Cache:
                 self._made.popitem(last=False)
         with lock:
             if not made:
-                made.append(make())
+                held = self._held.get(key)
+                made.append(make() if held is None else held)
+                if isinstance(made[0], CompiledGrammar):
+                    self._held[key] = made[0]
             result: Made = made[0]
             return result
 
@@ -185,14 +190,12 @@ class _Cache:
         if self._home.is_left:
             return False
         with self._lock:
-            return bool(self._made.get(key, (None, ()))[1])
+            return bool(self._made.get(key, (None, ()))[1]) or key in self._held
 
 
 _TRIAL = GrammarTrial()
 _grammars = _Cache(MAX_CACHED_GRAMMARS)
 _vocabularies = _Cache(4)
-# Those that somebody holds, such as the engine of a request that waits: they are not compiled again, however many came since.
-_used: WeakValueDictionary[object, CompiledGrammar] = WeakValueDictionary()
 
 
 def grammar_of(
@@ -233,10 +236,9 @@ def compile_grammar(
     if not eos:
         raise InvalidRequestError(f"{FIELD} needs a model with an end token, and this one has none", FIELD)
     key = (spec, (tokenizer.fingerprint, width, eos))
-    made = _used.get(key) or _grammars.get(key, lambda: _compile(spec, tokenizer, width, eos))
+    made = _grammars.get(key, lambda: _compile(spec, tokenizer, width, eos))
     if isinstance(made, str):
         raise InvalidRequestError(made, f"{FIELD}.{spec.kind}")
-    _used[key] = made
     return made
 
 
@@ -249,8 +251,7 @@ def is_compiled(
 ) -> bool:
     """True when `compile_grammar` knows its answer, and gives it at once."""
     width, eos = _vocabulary_of(tokenizer, vocab_size, eos_token_ids)
-    key = (spec, (tokenizer.fingerprint, width, eos))
-    return key in _used or _grammars.has(key)
+    return _grammars.has((spec, (tokenizer.fingerprint, width, eos)))
 
 
 def _vocabulary_of(

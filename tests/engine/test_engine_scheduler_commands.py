@@ -171,7 +171,7 @@ def test_preempted_request_when_admitted_again_then_the_executor_gets_all_of_it_
     first = next_token(list(b.prompt_token_ids), 9, 0)
     second = next_token([*b.prompt_token_ids, first], 9, 0)
     assert (new.request_id, new.prompt_token_ids, new.output_token_ids) == ("b", b.prompt_token_ids, (first, second))
-    assert (new.seed, new.choice_index, new.block_ids) == (9, 0, ())
+    assert (new.sampling.seed, new.sampling.choice_index, new.block_ids) == (9, 0, ())
     assert plans[3].finished == ("a",)
 
 

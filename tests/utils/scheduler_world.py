@@ -164,7 +164,7 @@ class FakeExecutor:
         """The accepted drafts and the token behind them."""
         known, sampled = self.known[entry.request_id], []
         for draft in (*entry.draft_token_ids, None):
-            sampled.append(next_token(known.tokens, known.new.seed, known.new.choice_index))
+            sampled.append(next_token(known.tokens, known.new.sampling.seed, known.new.sampling.choice_index))
             known.tokens.append(sampled[-1])
             if sampled[-1] != draft:
                 break

@@ -53,7 +53,6 @@ class Measured:
     prompt_tokens: int
     output_tokens: int
     first_token: list[float]  # of each request, since it was submitted
-    end_to_end: list[float]
     between_tokens: list[float]  # mean time from a token to the next, of each request with more than one
     step_seconds: list[float]  # of each step, with what the host does around it
     records: list[StepRecord]  # of the last steps, as many as the trace holds
@@ -100,7 +99,6 @@ def run(llm: LLM, workload: Workload) -> Measured:
         prompt_tokens=sum(map(len, workload.prompts)),
         output_tokens=made,
         first_token=first,
-        end_to_end=whole,
         between_tokens=[(e - f) / (n - 1) for e, f, (_, n) in zip(whole, first, timed, strict=True) if n > 1],
         step_seconds=step_seconds,
         records=records,

@@ -21,7 +21,7 @@ from pellucid.contract.facts import ContractDigest
 from pellucid.core import abi
 from pellucid.errors import RowError, UnsupportedModelError, WeightFormatError
 from pellucid.executor.loader import LoadedModel, OpenedModel, bundle_json, open_model
-from pellucid.models.registry import ModelRegistry
+from pellucid.models.registry import source_of
 from pellucid.ops import gather_rows
 from pellucid.ops.dispatch import Step, step_scope
 from pellucid.ops.native import NativeBackend
@@ -107,7 +107,7 @@ def _steering_rows(spans: Iterable[tuple[int, int, Any]], like: torch.Tensor) ->
 def contract_of_module(opened: OpenedModel, dtype: str, isa: str, kv_cache_dtype: str) -> ContractDigest:
     """The contract of a module that cannot become a program: its code counts, and the weights as the files have them."""
     whole = hashlib.sha256(repr(sorted(opened.checkpoint.config.items())).encode())
-    whole.update(ModelRegistry.registered_digest().encode())
+    whole.update(source_of(type(opened.module)).encode())
     for name, parameter in opened.module.named_parameters():
         whole.update(name.encode())
         for piece in getattr(parameter, "pieces", ()):

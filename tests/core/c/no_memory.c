@@ -53,7 +53,7 @@ static void probe(float *logits) {
   int32_t n = 0;
   for (int32_t seq = 0; seq < SEQS; ++seq)
     if (pld_seq_pos_max(slot, seq) >= 0) tokens[n] = 3, wanted[n] = 1, seqs[n++] = seq;
-  pld_decode_batch batch = {sizeof batch, n, 0, tokens, NULL, seqs, wanted, NULL, NULL, NULL, NULL};
+  pld_decode_batch batch = {sizeof batch, n, 0, tokens, NULL, seqs, wanted, NULL, NULL, NULL, NULL, NULL, NULL};
   if (pld_decode(program, slot, &batch) != PLD_OK) die("probe", "fails");
   for (int32_t i = 0; i < n; ++i) {
     memcpy(logits + i * info.vocab_size, pld_logits_of(program, i), sizeof(float) * (size_t)info.vocab_size);
@@ -66,7 +66,7 @@ static void probe(float *logits) {
 
 static pld_status decode_slot(void) {
   static const int32_t tokens[] = {5, 6, 7, 8}, seqs[] = {0, 3, 4, 0}, positions[] = {10, 0, 2, 12};
-  pld_decode_batch batch = {sizeof batch, 4, 0, tokens, positions, seqs, NULL, NULL, NULL, NULL, NULL};
+  pld_decode_batch batch = {sizeof batch, 4, 0, tokens, positions, seqs, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
   return pld_decode(program, slot, &batch);
 }
 
@@ -74,7 +74,7 @@ static int32_t stop = 0;
 static pld_status decode_block(void) {
   static const int32_t tokens[] = {5, 6, 7}, seqs[] = {7, 8, 9}, tables[] = {0, 1, 2}, lens[] = {1, 1, 1};
   static const int64_t cells[] = {0, 8, 16};
-  pld_decode_batch batch = {sizeof batch, 3, 1, tokens, NULL, seqs, NULL, cells, tables, lens, &stop};
+  pld_decode_batch batch = {sizeof batch, 3, 1, tokens, NULL, seqs, NULL, cells, tables, lens, &stop, NULL, NULL};
   const pld_status status = pld_decode(program, block, &batch);
   for (int32_t seq = 7; seq <= 9; ++seq) /* known exactly when it was decoded */
     if ((pld_request_free(block, seq) == PLD_OK) != (status == PLD_OK)) die("decode_block", "a sequence is left");
@@ -154,7 +154,7 @@ static pld_status open_model(void) {
 
 static void fill(void) {
   static const int32_t tokens[] = {4, 5, 6, 9, 11}, seqs[] = {0, 0, 0, 1, 1};
-  pld_decode_batch batch = {sizeof batch, 5, 0, tokens, NULL, seqs, NULL, NULL, NULL, NULL, NULL};
+  pld_decode_batch batch = {sizeof batch, 5, 0, tokens, NULL, seqs, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
   for (int32_t seq = 0; seq < SEQS; ++seq) pld_request_free(slot, seq);
   if (pld_decode(program, slot, &batch) != PLD_OK || pld_seq_cp(slot, 5, 0, 0, 2) != PLD_OK) die("fill", "fails");
 }

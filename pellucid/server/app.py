@@ -116,6 +116,7 @@ class _Endpoints:
         for path, endpoint, model in self.bodies:
             app.post(path, openapi_extra=json_body(model))(endpoint)
         app.post("/v1/requests/{request_id}/cancel")(self.cancel)
+        app.post("/debug/reset_prefix_cache")(self.reset_prefix_cache)
         app.delete("/v1/responses/{response_id}")(self._responses.delete_response)
         for path, answer in (
             ("/v1/models", self.models),
@@ -272,6 +273,13 @@ class _Endpoints:
     async def kv_cache_stats(self) -> Response:
         """Blocks in use and free, and what the prefix cache saved."""
         return JsonResponse((await self._engine.stats()).kv_cache)
+
+    async def reset_prefix_cache(self) -> Response:
+        """Forgets all cached blocks; 409 while requests hold blocks."""
+        if not await self._engine.reset_prefix_cache():
+            message = "requests hold blocks of the KV cache: ask again when /debug/kv_cache_stats says used_blocks 0"
+            raise HttpError(409, message, code="blocks_in_use")
+        return JsonResponse({"reset": True})
 
     async def steps(
         self, since: int = Query(0, ge=0, le=2**62), limit: int = Query(256, ge=1, le=MAX_STEPS)

@@ -327,6 +327,34 @@ def test_given_steps_when_read_from_a_number_then_they_follow_it(narrow: Running
         assert refused.json()["error"]["param"] == query.partition("=")[0]
 
 
+def test_given_a_cached_prompt_when_the_prefix_cache_is_reset_then_nothing_is_hit(narrow: RunningServer) -> None:
+    def ask(path: str) -> httpx.Response:
+        return httpx.post(narrow.url + path, timeout=_PATIENCE)
+
+    def hits() -> int:
+        before = httpx.get(f"{narrow.url}/debug/kv_cache_stats", timeout=_PATIENCE).json()["prefix_hits"]
+        body = {"prompt": [9] * 70, "max_tokens": 1, "temperature": 0}
+        httpx.post(f"{narrow.url}/v1/completions", json=body, timeout=_PATIENCE).raise_for_status()
+        return int(httpx.get(f"{narrow.url}/debug/kv_cache_stats", timeout=_PATIENCE).json()["prefix_hits"] - before)
+
+    assert (hits(), hits() > 0) == (0, True)
+    assert (ask("/debug/reset_prefix_cache").status_code, hits(), hits() > 0) == (200, 0, True)
+    with httpx.stream("POST", f"{narrow.url}/v1/completions", json={**_LONG, "stream": True}, timeout=_PATIENCE) as one:
+        lines = one.iter_lines()  # held: without it the client would leave
+        next(lines)
+        refused = ask("/debug/reset_prefix_cache")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "blocks_in_use")
+    until(lambda: ask("/debug/reset_prefix_cache").json() == {"reset": True}, "blocks that are free again")
+
+
+def test_given_keys_when_the_prefix_cache_is_reset_then_it_takes_the_admin_key(keyed: RunningServer) -> None:
+    def status(key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.post(f"{keyed.url}/debug/reset_prefix_cache", headers=headers, timeout=_PATIENCE).status_code
+
+    assert (status("first"), status("boss")) == (401, 200)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

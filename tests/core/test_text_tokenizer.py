@@ -435,22 +435,19 @@ def test_given_the_serving_path_when_a_tokenizer_is_loaded_then_no_heavy_module_
 # --- a real model, where there is one ---------------------------------------------------------------
 
 
-def real_gguf() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pellucid"
-    directory = Path(os.environ.get("PELLUCID_CACHE") or home) / "models" / "smollm2-135m-instruct"
-    files = sorted(directory.glob("*.gguf"))
-    if not files:
-        pytest.skip("the model smollm2-135m-instruct is not in the cache")
-    return files[0]
+@pytest.fixture
+def gguf_file(real_model: Path) -> Path:
+    if real_model.suffix != ".gguf":
+        pytest.skip(f"{real_model.name} is no GGUF file")
+    return real_model
 
 
-def test_given_smollm2_when_text_is_encoded_then_ids_equal_auto_tokenizer() -> None:
+def test_given_a_real_gguf_when_text_is_encoded_then_ids_equal_auto_tokenizer(gguf_file: Path) -> None:
     import gguf
 
-    file = real_gguf()
-    fields = gguf.GGUFReader(str(file)).fields
+    fields = gguf.GGUFReader(str(gguf_file)).fields
     tokenizer = Tokenizer.from_gguf({key: field.contents() for key, field in fields.items()})
-    oracle = auto_tokenizer(file.parent, gguf_file=file.name)
+    oracle = auto_tokenizer(gguf_file.parent, gguf_file=gguf_file.name)
     for text in SAMPLES:
         # transformers does not know this vocabulary's rule that digits stand alone, which shows after two spaces.
         if not any(f"{space}{digit}" in text for space in ("  ", "\n ", "\n\n") for digit in "0123456789"):
@@ -464,12 +461,12 @@ def test_given_smollm2_when_text_is_encoded_then_ids_equal_auto_tokenizer() -> N
 
 
 def test_given_a_long_text_when_encoded_then_ids_are_as_always_and_other_threads_go_on(
-    monkeypatch: pytest.MonkeyPatch,
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gguf
 
-    file = real_gguf()
-    tokenizer = Tokenizer.from_gguf({key: field.contents() for key, field in gguf.GGUFReader(str(file)).fields.items()})
+    fields = gguf.GGUFReader(str(gguf_file)).fields
+    tokenizer = Tokenizer.from_gguf({key: field.contents() for key, field in fields.items()})
     text = "".join(SAMPLES) * 400
     turns = 0
     found: list[list[int]] = []

@@ -110,12 +110,15 @@ class RequestOutputDict(dict[str, Any], RequestOutput):
     """A `RequestOutput` that is a dict: its storage holds the six keys, so that `json.dumps`, `dict(out)` and `==` are those of a
     dict. All else (`outputs`, `prompt`, arrays, `metrics`) are attributes alone. What `LLM` and `AsyncLLMEngine` give."""
 
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        """Takes what `RequestOutput` takes, so that `dataclasses.replace` works."""
+        RequestOutput.__init__(self, *values, **fields)
+        super().__init__((key, RequestOutput.__getitem__(self, key)) for key in _KEYS)
+
     @classmethod
     def of(cls, output: RequestOutput) -> RequestOutputDict:
         """The same output, whose parts are shared."""
-        made = cls({key: output[key] for key in _KEYS})
-        made.__dict__.update(vars(output))
-        return made
+        return cls(**vars(output))
 
     __hash__ = None  # type: ignore[assignment]
 

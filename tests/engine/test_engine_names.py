@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import sys
@@ -142,6 +143,9 @@ async def test_output_when_used_as_a_dict_then_it_is_one_and_the_rest_are_attrib
     shallow = copy.copy(out)
     assert shallow.outputs is out.outputs
     assert copy.deepcopy(out).outputs[0] is not out.outputs[0]
+    replaced = dataclasses.replace(out, request_id="other", prompt="p")
+    assert (type(replaced), list(replaced), replaced.prompt) == (type(out), KEYS, "p")
+    assert replaced == {**out, "request_id": "other"}
 
 
 def test_server_when_states_are_asked_for_then_it_imports_no_torch(model: Path) -> None:

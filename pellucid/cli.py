@@ -104,7 +104,7 @@ def run(
 
     source = _opened(file)
     if output != "-" and os.path.exists(output) and file != "-" and os.path.samefile(file, output):
-        raise InvalidRequestError(f"{output} is the input too; results need a file of their own")
+        raise InvalidRequestError(None, f"{output} is the input too", limit="results need a file of their own")
     with source, loaded(model, options) as llm:
         defaults = sampling_defaults(llm, options)
         SamplingParams.from_dict(defaults)  # refused once, not on every line
@@ -288,7 +288,7 @@ def _opened(file: str) -> BinaryIO:
     try:
         return open(file, "rb")
     except OSError as error:
-        raise InvalidRequestError(f"{file} cannot be read: {error.strerror}") from None
+        raise InvalidRequestError(None, f"{file} cannot be read: {error.strerror}") from None
 
 
 def _version(wanted: bool) -> None:

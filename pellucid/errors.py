@@ -1,8 +1,10 @@
-"""Typed errors. Each carries the value and the limit in its text, so that a person can act on it."""
+"""Typed errors. Each carries the value and the limit, so that a person can act on it."""
 
 from __future__ import annotations
 
+import enum
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -41,11 +43,37 @@ def items_of(field: str, value: object, what: str, limit: int) -> list[Any]:
             raise TypeError
         items = list(itertools.islice(value, limit + 1))  # type: ignore[call-overload]
     except TypeError:
-        raise InvalidRequestError(f"{field} is {shown(value)}; it must be a list of {what}", field) from None
+        raise InvalidRequestError(field, "is", value, f"it must be a list of {what}") from None
     if len(items) > limit:
         count = f"{len(value):,}" if isinstance(value, Sized) else f"more than {limit:,}"
-        raise InvalidRequestError(f"{field} has {count} entries; the limit is {limit:,}", field)
+        raise InvalidRequestError(field, f"has {count} entries", limit=f"the limit is {limit:,}")
     return items
+
+
+class FieldName(str):
+    """A field's path within the words of an error."""
+
+    __slots__ = ()
+
+
+class Quoted(str):
+    """A value that was quoted already, as by another process: it is shown as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Absent(enum.Enum):
+    """Says that an error quotes no value, for any value may be one."""
+
+    ABSENT = 0
+
+
+ABSENT = Absent.ABSENT
+# A text, or texts and names of fields that follow each other.
+Words = str | tuple[str, ...]
 
 
 class PellucidError(Exception):
@@ -68,11 +96,58 @@ def sendable(text: str) -> str:
 
 
 class InvalidRequestError(PellucidError, ValueError):
-    """A request or parameter is refused before it reaches the engine. `param` names the field."""
+    """A request or parameter is refused before it reaches the engine.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+    Its text is composed here alone: `field`, `problem`, `value`, and behind a semicolon `limit`.
+
+    Attributes:
+        field: path of the field, such as "stop[3]"; None for a request as a whole.
+        problem: what is wrong with it: "is" before the value, or ": a whole sentence"; as a tuple it names the field itself.
+        value: what was given, where the text quotes it.
+        limit: what is allowed.
+    """
+
+    def __init__(self, field: str | None, problem: Words, value: object = ABSENT, limit: Words = "") -> None:
+        super().__init__(field, problem, value, limit)
+        self.field, self.problem, self.value, self.limit = field, problem, value, limit
+        begin = "" if field is None or isinstance(problem, tuple) else field
+        begin += " " if begin and problem[:1] != ":" else ""
+        quoted = "" if value is ABSENT else f" {shown(value)}"
+        self._text = begin + _spelled(problem) + quoted + (f"; {_spelled(limit)}" if limit else "")
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        value = self.value if self.value is ABSENT else Quoted(shown(self.value))
+        return type(self), (self.field, self.problem, value, self.limit)
+
+    @property
+    def param(self) -> str | None:
+        """The name of the field that `field` is a part of."""
+        found = re.search(r"[^.\[\]]+", self.field or "")
+        return found and found[0]
+
+    def named(self, names: Mapping[str, str]) -> InvalidRequestError:
+        """The same error where fields are called otherwise: `names` maps paths as they are here to paths as they are there."""
+        field = None if self.field is None else renamed_path(self.field, names)
+        return InvalidRequestError(field, _renamed(self.problem, names), self.value, _renamed(self.limit, names))
+
+
+def renamed_path(path: str, names: Mapping[str, str]) -> str:
+    """A path whose longest beginning that `names` has is called otherwise."""
+    begins = [end for end in range(len(path), 0, -1) if path[end : end + 1] in ("", ".", "[")]
+    return next((names[path[:end]] + path[end:] for end in begins if path[:end] in names), path)
+
+
+def _spelled(words: Words) -> str:
+    return words if isinstance(words, str) else "".join(map(str, words))
+
+
+def _renamed(words: Words, names: Mapping[str, str]) -> Words:
+    if isinstance(words, str):
+        return words
+    return tuple(FieldName(renamed_path(part, names)) if isinstance(part, FieldName) else part for part in words)
 
 
 class ConfigError(PellucidError, ValueError):

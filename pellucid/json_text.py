@@ -77,14 +77,17 @@ def check_values(value: Any, whole: str) -> None:
 
 
 def _check(value: Any, path: tuple[int | str, ...], whole: str) -> None:
-    where, param = path_of(path) or whole, str(path[0]) if path else None
+    where = path_of(path) or None
+    begin = "" if where else f"{whole} "
     if isinstance(value, str):
         found = lone_surrogate(value)
         if found:
-            raise InvalidRequestError(f"{where} holds {found}; it must be well-formed Unicode", param)
+            raise InvalidRequestError(where, f"{begin}holds {found}", limit="it must be well-formed Unicode")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidRequestError(f"{where} is {value}; it must be a finite number, for JSON has no others", param)
+            raise InvalidRequestError(
+                where, f"{begin}is {value}", limit="it must be a finite number, for JSON has no others"
+            )
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check(item, (*path, index), whole)

@@ -103,6 +103,8 @@ class LLM:
         """
         prompts = _prompts(inputs)
         params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams())
+        if priority is not None and not isinstance(priority, (int, Sequence)):
+            raise InvalidRequestError("priority", "is", priority, "it must be one int, or a list with one each")
         priorities = _one_each("priority", priority, len(prompts), 0)
         hidden = HiddenStatesParams.from_request(return_hidden_states, hidden_states_for_tokens, hidden_states_layers)
         captured, steered = CaptureParams.from_request(capture), SteeringParams.from_request(steering)
@@ -133,9 +135,7 @@ class LLM:
         given: Any = items_of("messages", messages, "messages or of conversations", _MOST_INPUTS)
         variables = {} if chat_template_kwargs is None else chat_template_kwargs
         if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
-            raise InvalidRequestError(
-                f"chat_template_kwargs is {shown(variables)}; it must map names to values", "chat_template_kwargs"
-            )
+            raise InvalidRequestError("chat_template_kwargs", "is", variables, "it must map names to values")
         prompts = [
             tokenizer.encode_chat(
                 conversation,
@@ -183,14 +183,15 @@ class LLM:
         prompts = items_of("prompts", prompts, "texts or lists of token ids", _MOST_INPUTS)
         continuations = items_of("continuations", continuations, "texts or lists of token ids", _MOST_INPUTS)
         if len(prompts) != len(continuations):
-            raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
+            problem = f": there are {len(prompts)} prompts and {len(continuations)} continuations"
+            raise InvalidRequestError("continuations", problem, limit="each prompt needs one")
         pairs = [
             (self._ids("prompts", p, True), self._ids("continuations", c, False))
             for p, c in zip(prompts, continuations, strict=True)
         ]
         for index, (prompt, continuation) in enumerate(pairs):
             if not prompt or not continuation:
-                raise InvalidRequestError(f"prompts[{index}] or continuations[{index}] has no tokens", "inputs")
+                raise InvalidRequestError("inputs", (f"prompts[{index}] or continuations[{index}] has no tokens",))
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         outputs = self.generate([prompt + continuation for prompt, continuation in pairs], params, use_tqdm=False)
         scores = []
@@ -214,7 +215,7 @@ class LLM:
             InvalidRequestError: the model has none.
         """
         if self.engine.tokenizer is None:
-            raise InvalidRequestError("the model has no tokenizer: give token ids", "inputs")
+            raise InvalidRequestError("inputs", ("the model has no tokenizer: give token ids",))
         return self.engine.tokenizer
 
     # ---- the engine -----------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
         return [default] * count
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != count:
-            raise ValueError(f"{name} has {len(given)} entries; there are {count} inputs")
+            raise InvalidRequestError(name, f"has {len(given)} entries", limit=f"there are {count} inputs")
         return list(given)
     if not isinstance(given, type(default)):
         raise TypeError(f"{name} is {shown(given)}; it must be one {type(default).__name__}, or a list with one each")

@@ -14,7 +14,7 @@ from numbers import Real
 import numpy as np
 import numpy.typing as npt
 
-from pellucid.errors import InvalidRequestError, shown, shown_number
+from pellucid.errors import InvalidRequestError, shown_number
 from pellucid.float32 import as_float32, first_not_finite
 
 MAX_POSITIONS = 1 << 20
@@ -48,7 +48,9 @@ class HiddenStatesLimits:
         if needed > self.max_bytes:
             choices = f" for each of {n} choices" if n > 1 else ""
             raise InvalidRequestError(
-                f"{told.format(f'{needed:,}')}{choices}); hidden_states_max_mb allows {self.max_bytes:,}", field
+                field,
+                (f"{told.format(f'{needed:,}')}{choices})",),
+                limit=f"hidden_states_max_mb allows {self.max_bytes:,}",
             )
 
 
@@ -78,7 +80,7 @@ class HiddenStatesParams:
         flags = {"return_hidden_states": return_hidden_states, "hidden_states_stream": stream}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
-                raise InvalidRequestError(f"{name} is {shown(flag)}; it must be true or false", name)
+                raise InvalidRequestError(name, "is", flag, "it must be true or false")
         found = cls(
             _integers("hidden_states_for_tokens", for_tokens), _integers("hidden_states_layers", layers), bool(stream)
         )
@@ -87,7 +89,7 @@ class HiddenStatesParams:
         if found != cls():
             said = "hidden_states_for_tokens" if found.positions is not None else "hidden_states_layers"
             said = said if found.positions is not None or found.layers is not None else "hidden_states_stream"
-            raise InvalidRequestError(f"{said} needs return_hidden_states to be true", said)
+            raise InvalidRequestError(said, "needs return_hidden_states to be true")
         return None
 
     @property
@@ -109,21 +111,22 @@ class HiddenStatesParams:
         most = num_prompt_tokens + max_tokens - 1  # rows
         for position in self.positions or ():
             if not -most <= position < most:
+                told = f"{num_prompt_tokens:,} prompt tokens and at most {max_tokens:,} generated ones"
                 raise InvalidRequestError(
-                    f"hidden_states_for_tokens names position {shown_number(position)}; {num_prompt_tokens:,} prompt tokens and at "
-                    f"most {max_tokens:,} generated ones have rows in [{-most:,}, {most:,})",
                     "hidden_states_for_tokens",
+                    f"names position {shown_number(position)}",
+                    limit=f"{told} have rows in [{-most:,}, {most:,})",
                 )
         for layer in self.wanted_layers:
             if not -1 <= layer <= limits.num_layers:
                 raise InvalidRequestError(
-                    f"hidden_states_layers names layer {layer}; layers are -1 and [0, {limits.num_layers}]",
-                    "hidden_states_layers",
+                    "hidden_states_layers", f"names layer {layer}", limit=f"layers are -1 and [0, {limits.num_layers}]"
                 )
             if layer != FINAL_LAYER and layer_name(layer) not in limits.activations:
                 raise InvalidRequestError(
-                    f"hidden_states_layers names layer {layer}; the model has no activation {layer_name(layer)!r}",
                     "hidden_states_layers",
+                    f"names layer {layer}",
+                    limit=f"the model has no activation {layer_name(layer)!r}",
                 )
         rows = most if self.stream else 1 if self.positions is None else len(self.positions)
         width = len(self.wanted_layers) * limits.hidden_size
@@ -164,9 +167,7 @@ class SteeringParams:
         if steering is None:
             return None
         if not isinstance(steering, Mapping) or not 0 < len(steering) <= MAX_STEERED:
-            raise InvalidRequestError(
-                f"steering is {shown(steering)}; it must map 1 to {MAX_STEERED} names to vectors", "steering"
-            )
+            raise InvalidRequestError("steering", "is", steering, f"it must map 1 to {MAX_STEERED} names to vectors")
         return cls(dict(steering))
 
     def check(self, limits: HiddenStatesLimits) -> None:
@@ -179,12 +180,13 @@ class SteeringParams:
             width = limits.steerable.get(name)
             if width is None:
                 raise InvalidRequestError(
-                    f"steering names {name!r}; the model has no such activation that a vector can be added to",
                     "steering",
+                    f"names {name!r}",
+                    limit="the model has no such activation that a vector can be added to",
                 )
             if vector.shape != (width,):
                 raise InvalidRequestError(
-                    f"steering[{name!r}] has {vector.size:,} values; the activation is {width:,} wide", "steering"
+                    f"steering[{name!r}]", f"has {vector.size:,} values", limit=f"the activation is {width:,} wide"
                 )
 
     @property
@@ -198,7 +200,7 @@ class SteeringParams:
 
 def _name(name: object) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= 256:
-        raise InvalidRequestError(f"steering names {shown(name)}; it must be a name", "steering")
+        raise InvalidRequestError("steering", "names", name, "it must be a name")
     return name
 
 
@@ -217,12 +219,12 @@ def _vector(name: object, values: object) -> npt.NDArray[np.float32]:
     except (TypeError, ValueError, OverflowError):
         vector = np.zeros(0, np.float32)
     if vector.ndim != 1 or not vector.size:
-        raise InvalidRequestError(f"steering[{name!r}] is {shown(values)}; it must be finite numbers", "steering")
+        raise InvalidRequestError(f"steering[{name!r}]", "is", values, "it must be finite numbers")
     index = first_not_finite(vector)
     if index is not None:
         value = np.asarray(values)[index]
         raise InvalidRequestError(
-            f"steering[{name!r}][{index}] is {value:g}; it must be finite numbers, in float32 too", "steering"
+            f"steering[{name!r}][{index}]", f"is {value:g}", limit="it must be finite numbers, in float32 too"
         )
     return vector
 
@@ -246,14 +248,14 @@ class CaptureParams:
         if capture is None:
             return None
         if isinstance(capture, (str, bytes)) or not isinstance(capture, Sequence):
-            raise InvalidRequestError(f"capture is {shown(capture)}; it must be a list of names", "capture")
+            raise InvalidRequestError("capture", "is", capture, "it must be a list of names")
         if not 0 < len(capture) <= MAX_CAPTURED:
             raise InvalidRequestError(
-                f"capture has {len(capture):,} entries; it must have 1 to {MAX_CAPTURED:,}", "capture"
+                "capture", f"has {len(capture):,} entries", limit=f"it must have 1 to {MAX_CAPTURED:,}"
             )
         for index, name in enumerate(capture):
             if not isinstance(name, str) or not 0 < len(name) <= 256:
-                raise InvalidRequestError(f"capture[{index}] is {shown(name)}; it must be a name", "capture")
+                raise InvalidRequestError(f"capture[{index}]", "is", name, "it must be a name")
         return cls(tuple(capture))
 
     def resolve(self, limits: HiddenStatesLimits) -> tuple[str, ...]:
@@ -267,8 +269,9 @@ class CaptureParams:
             found = [known for known in limits.activations if _stands_for(name, known)]
             if not found:
                 raise InvalidRequestError(
-                    f"capture names {name!r}; the model has no such activation (`pellucid info MODEL --activations` lists them)",
                     "capture",
+                    f"names {name!r}",
+                    limit="the model has no such activation (`pellucid info MODEL --activations` lists them)",
                 )
             wanted.update(found)
         return tuple(name for name in limits.activations if name in wanted)
@@ -340,10 +343,10 @@ def _integers(name: str, value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise InvalidRequestError(f"{name} is {shown(value)}; it must be a list of integers", name)
+        raise InvalidRequestError(name, "is", value, "it must be a list of integers")
     if not 0 < len(value) <= MAX_POSITIONS:
-        raise InvalidRequestError(f"{name} has {len(value):,} entries; it must have 1 to {MAX_POSITIONS:,}", name)
+        raise InvalidRequestError(name, f"has {len(value):,} entries", limit=f"it must have 1 to {MAX_POSITIONS:,}")
     for index, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, int):
-            raise InvalidRequestError(f"{name}[{index}] is {shown(item)}; it must be an integer", name)
+            raise InvalidRequestError(f"{name}[{index}]", "is", item, "it must be an integer")
     return tuple(value)

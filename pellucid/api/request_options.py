@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.api.sampling_params import check_well_formed
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError
 
 MAX_CACHE_SALT_CHARACTERS = 512
 MAX_REQUEST_ID_CHARACTERS = 512
@@ -33,10 +33,10 @@ def check_options(request_id: str | None, options: RequestOptions) -> None:
         InvalidRequestError: naming the field, the value and the limit.
     """
     if not isinstance(options, RequestOptions):
-        raise InvalidRequestError(f"options is a {type(options).__name__}; it must be RequestOptions", "options")
+        raise InvalidRequestError("options", f"is a {type(options).__name__}", limit="it must be RequestOptions")
     priority = options.priority
     if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
-        raise InvalidRequestError(f"priority is {shown(priority)}; it must be an integer of 32 bits", "priority")
+        raise InvalidRequestError("priority", "is", priority, "it must be an integer of 32 bits")
     if options.cache_salt is not None:
         _check_name("cache_salt", options.cache_salt, MAX_CACHE_SALT_CHARACTERS)
     if request_id is not None:
@@ -46,5 +46,5 @@ def check_options(request_id: str | None, options: RequestOptions) -> None:
 def _check_name(name: str, value: object, limit: int) -> None:
     if not isinstance(value, str) or not 0 < len(value) <= limit:
         shown = f"has {len(value):,} characters" if isinstance(value, str) else f"is a {type(value).__name__}"
-        raise InvalidRequestError(f"{name} {shown}; it must be a text of 1 to {limit} characters", name)
+        raise InvalidRequestError(name, shown, limit=f"it must be a text of 1 to {limit} characters")
     check_well_formed(name, value)

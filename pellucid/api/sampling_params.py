@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.api.structured_outputs import CustomStructure, StructuredOutputsParams
-from pellucid.errors import InvalidRequestError, items_of, shown
+from pellucid.errors import FieldName, InvalidRequestError, items_of
 from pellucid.float32 import Range
 from pellucid.json_text import lone_surrogate
 
@@ -42,12 +42,12 @@ FLOAT_RANGES = {
 }
 _INTEGER_RANGES = {
     "n": Range(1, MAX_N, f"in [1, {MAX_N}]"),
-    "max_tokens": Range(1, MAX_TOKEN_COUNT, "at least 1, or None"),
+    "max_tokens": Range(1, MAX_TOKEN_COUNT, "at least 1"),
     "min_tokens": Range(0, MAX_TOKEN_COUNT, "at least 0"),
     "top_k": Range(-1, MAX_TOKEN_ID, "at least 1, or 0 or -1 for all"),
-    "seed": Range(MIN_SEED, MAX_SEED, "in [-2**63, 2**64 - 1], or None"),
-    "logprobs": Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
-    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}], or None"),
+    "seed": Range(MIN_SEED, MAX_SEED, "in [-2**63, 2**64 - 1]"),
+    "logprobs": Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
 }
 _OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
@@ -102,9 +102,8 @@ class SamplingParams:
         for name in _FLAGS:
             _flag(name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            _refuse(
-                "min_tokens", f"min_tokens is {self.min_tokens:,}; it must be at most max_tokens, {self.max_tokens:,}"
-            )
+            limit = ("it must be at most ", FieldName("max_tokens"), f", {self.max_tokens:,}")
+            raise InvalidRequestError("min_tokens", f"is {self.min_tokens:,}", limit=limit)
         self._set("stop", _strings("stop", self.stop, MAX_STOPS))
         self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
@@ -112,7 +111,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_TOKEN_ID))
             if not self.allowed_token_ids:
-                _refuse("allowed_token_ids", "allowed_token_ids is empty; it must name at least one token, or be None")
+                raise InvalidRequestError("allowed_token_ids", "is empty", limit="it must name at least one token")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, CustomStructure):
             self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
@@ -184,7 +183,9 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
         outside = [token_id for token_id in getattr(params, name) or () if token_id >= vocab_size]
         if outside:
-            _refuse(name, f"{name} names token {outside[0]}; the vocabulary has {vocab_size:,} tokens")
+            raise InvalidRequestError(
+                name, f"names token {outside[0]}", limit=f"the vocabulary has {vocab_size:,} tokens"
+            )
 
 
 def check_well_formed(name: str, text: str) -> None:
@@ -195,7 +196,7 @@ def check_well_formed(name: str, text: str) -> None:
     """
     found = lone_surrogate(text)
     if found:
-        raise InvalidRequestError(f"{name} holds {found}; it must be well-formed Unicode", name)
+        raise InvalidRequestError(name, f"holds {found}", limit="it must be well-formed Unicode")
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
@@ -204,72 +205,74 @@ def _check_names(values: Mapping[str, Any]) -> None:
         raise TypeError(f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(sorted(_NAMES))}")
 
 
-def _refuse(param: str, message: str) -> None:
-    raise InvalidRequestError(message, param=param)
-
-
-def _shown(value: object) -> str:
+def _plain(value: object) -> object:
     """`value` as an error quotes it: numpy's numbers as Python's."""
-    return shown(value.item() if isinstance(value, np.generic) else value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def _float(name: str, value: object, limits: Range, param: str | None = None) -> float:
+def _float(name: str, value: object, limits: Range) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        _refuse(param or name, f"{name} is {_shown(value)}; it must be a number {limits.text}")
+        raise InvalidRequestError(name, "is", _plain(value), f"it must be a number {limits.text}")
     if not limits.holds(value):  # type: ignore[arg-type]  # false for NaN too; ints too large for a float compare exactly
-        _refuse(param or name, f"{name} is {_shown(value)}; it must be {limits.text}")
+        raise InvalidRequestError(name, "is", _plain(value), f"it must be {limits.text}")
     return float(value)  # type: ignore[arg-type]
 
 
-def integer(name: str, value: object, limits: Range, param: str | None = None) -> int:
+def integer(name: str, value: object, limits: Range) -> int:
     """`value` as an int.
 
     Raises:
         InvalidRequestError: it is none, or not in `limits`.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        _refuse(param or name, f"{name} is {_shown(value)}; it must be an integer {limits.text}")
+        raise InvalidRequestError(name, "is", _plain(value), f"it must be an integer {limits.text}")
     number = int(value)  # type: ignore[call-overload]
     if not limits.low <= number <= limits.high:
-        _refuse(param or name, f"{name} is {_shown(value)}; it must be {limits.text}")
+        raise InvalidRequestError(name, "is", _plain(value), f"it must be {limits.text}")
     return int(number)
 
 
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        _refuse(name, f"{name} is {_shown(value)}; it must be true or false")
+        raise InvalidRequestError(name, "is", _plain(value), "it must be true or false")
 
 
 def _strings(name: str, value: object, limit: int) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else items_of(name, () if value is None else value, "strings", limit)
     for index, item in enumerate(items):
         if not isinstance(item, str):
-            _refuse(name, f"{name}[{index}] is {_shown(item)}; it must be a string")
+            raise InvalidRequestError(f"{name}[{index}]", "is", _plain(item), "it must be a string")
         if not item:
-            _refuse(name, f"{name}[{index}] is empty; it must have at least one character")
+            raise InvalidRequestError(f"{name}[{index}]", "is empty", limit="it must have at least one character")
         if len(item) > MAX_STOP_CHARACTERS:
-            _refuse(name, f"{name}[{index}] has {len(item):,} characters; the limit is {MAX_STOP_CHARACTERS:,}")
+            raise InvalidRequestError(
+                f"{name}[{index}]", f"has {len(item):,} characters", limit=f"the limit is {MAX_STOP_CHARACTERS:,}"
+            )
         check_well_formed(name, item)
     return tuple(items)
 
 
 def _token_ids(name: str, value: object, limit: int) -> tuple[int, ...]:
     items = items_of(name, () if value is None else value, "token ids", limit)
-    return tuple(integer(f"{name}[{index}]", item, _TOKEN_RANGE, name) for index, item in enumerate(items))
+    return tuple(integer(f"{name}[{index}]", item, _TOKEN_RANGE) for index, item in enumerate(items))
 
 
 def _biases(name: str, value: object) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        _refuse(name, f"{name} is {_shown(value)}; it must map token ids to numbers")
+        raise InvalidRequestError(name, "is", _plain(value), "it must map token ids to numbers")
     pairs = dict(value)  # type: ignore[call-overload]
     if len(pairs) > MAX_LOGIT_BIASES:
-        _refuse(name, f"{name} has {len(pairs):,} entries; the limit is {MAX_LOGIT_BIASES:,}")
-    return {
-        integer(f"a key of {name}", key, _TOKEN_RANGE, name): _float(f"{name}[{key!r}]", bias, BIAS_RANGE, name)
-        for key, bias in pairs.items()
-    }
+        raise InvalidRequestError(name, f"has {len(pairs):,} entries", limit=f"the limit is {MAX_LOGIT_BIASES:,}")
+    return {_key(name, key): _float(f"{name}[{key!r}]", bias, BIAS_RANGE) for key, bias in pairs.items()}
+
+
+def _key(name: str, key: object) -> int:
+    try:
+        return integer(name, key, _TOKEN_RANGE)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(name, ("a key of ", FieldName(name), " is"), error.value, error.limit) from None
 
 
 def _key_to_id(key: object) -> object:

@@ -59,11 +59,11 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         for name in ("json_object", "disable_any_whitespace"):
             if not isinstance(getattr(self, name), bool):
-                _refuse(name, f"is {shown(getattr(self, name))}; it must be true or false")
+                raise InvalidRequestError(f"{FIELD}.{name}", "is", getattr(self, name), "it must be true or false")
         given = self._given()
         if len(given) != 1:
             raise InvalidRequestError(
-                f"{FIELD} has {', '.join(given) or 'nothing'}; it must have exactly one of {', '.join(_KINDS)}", FIELD
+                FIELD, f"has {', '.join(given) or 'nothing'}", limit=f"it must have exactly one of {', '.join(_KINDS)}"
             )
         if self.json is not None:
             self._set("json", _schema_text(self.json))
@@ -81,10 +81,16 @@ class StructuredOutputsParams:
         if self.whitespace_pattern is not None:
             _text("whitespace_pattern", self.whitespace_pattern, MAX_WHITESPACE_CHARACTERS)
             if self.disable_any_whitespace:
-                _refuse("whitespace_pattern", "is given beside disable_any_whitespace; only one of them can hold")
+                raise InvalidRequestError(
+                    f"{FIELD}.whitespace_pattern",
+                    "is given beside disable_any_whitespace",
+                    limit="only one of them can hold",
+                )
         for name in ("whitespace_pattern", "disable_any_whitespace"):
             if getattr(self, name) and kind not in ("json", "json_object"):
-                _refuse(name, f"is given beside {kind}; it is about json and json_object")
+                raise InvalidRequestError(
+                    f"{FIELD}.{name}", f"is given beside {kind}", limit="it is about json and json_object"
+                )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -107,11 +113,11 @@ class StructuredOutputsParams:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise InvalidRequestError(f"{FIELD} is {shown(value)}; it must be an object", FIELD)
+            raise InvalidRequestError(FIELD, "is", value, "it must be an object")
         unknown = [name for name in value if name not in _NAMES]
         if unknown:
             raise InvalidRequestError(
-                f"{FIELD} has the unknown key {shown(unknown[0])}; known are {', '.join(sorted(_NAMES))}", FIELD
+                FIELD, "has the unknown key", unknown[0], f"known are {', '.join(sorted(_NAMES))}"
             )
         return cls(**{name: one for name, one in value.items() if one is not None})
 
@@ -153,40 +159,46 @@ class CustomStructure(ABC):
         """
 
 
-def _refuse(name: str, problem: str) -> NoReturn:
-    raise InvalidRequestError(f"{FIELD}.{name} {problem}", f"{FIELD}.{name}")
-
-
 def _text(name: str, value: object, limit: int) -> str:
     if not isinstance(value, str):
-        _refuse(name, f"is {shown(value)}; it must be a string")
+        raise InvalidRequestError(f"{FIELD}.{name}", "is", value, "it must be a string")
     if not value:
-        _refuse(name, "is empty; it must have at least one character")
+        raise InvalidRequestError(f"{FIELD}.{name}", "is empty", limit="it must have at least one character")
     if len(value) > limit:
-        _refuse(name, f"has {len(value):,} characters; the limit is {limit:,}")
+        raise InvalidRequestError(f"{FIELD}.{name}", f"has {len(value):,} characters", limit=f"the limit is {limit:,}")
     found = lone_surrogate(value)
     if found:
-        _refuse(name, f"holds {found}; it must be well-formed Unicode")
+        raise InvalidRequestError(f"{FIELD}.{name}", f"holds {found}", limit="it must be well-formed Unicode")
     return value
 
 
 def _choices(value: object) -> tuple[str, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        _refuse("choice", f"is {shown(value)}; it must be a list of strings")
+        raise InvalidRequestError(f"{FIELD}.choice", "is", value, "it must be a list of strings")
     if not 1 <= len(value) <= MAX_CHOICES:
-        _refuse("choice", f"has {len(value):,} entries; it must have 1 to {MAX_CHOICES:,}")
+        raise InvalidRequestError(
+            f"{FIELD}.choice", f"has {len(value):,} entries", limit=f"it must have 1 to {MAX_CHOICES:,}"
+        )
     choices = tuple(_text(f"choice[{index}]", one, MAX_CHOICE_CHARACTERS) for index, one in enumerate(value))
     if sum(map(len, choices)) > MAX_CHOICES_CHARACTERS:
-        _refuse("choice", f"has {sum(map(len, choices)):,} characters; the limit is {MAX_CHOICES_CHARACTERS:,}")
+        raise InvalidRequestError(
+            f"{FIELD}.choice",
+            f"has {sum(map(len, choices)):,} characters",
+            limit=f"the limit is {MAX_CHOICES_CHARACTERS:,}",
+        )
     return choices
 
 
 def _check_grammar(value: object) -> None:
     text = _text("grammar", value, MAX_GRAMMAR_BYTES)
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
-        _refuse("grammar", f"has {len(text.encode()):,} bytes; the limit is {MAX_GRAMMAR_BYTES:,}")
+        raise InvalidRequestError(
+            f"{FIELD}.grammar", f"has {len(text.encode()):,} bytes", limit=f"the limit is {MAX_GRAMMAR_BYTES:,}"
+        )
     if bracket_depth(text) > MAX_GRAMMAR_DEPTH:
-        _refuse("grammar", f"nests {bracket_depth(text):,} brackets; the limit is {MAX_GRAMMAR_DEPTH}")
+        raise InvalidRequestError(
+            f"{FIELD}.grammar", f"nests {bracket_depth(text):,} brackets", limit=f"the limit is {MAX_GRAMMAR_DEPTH}"
+        )
 
 
 def bracket_depth(text: str) -> int:
@@ -205,16 +217,22 @@ def _schema_text(value: object) -> str:
     """The schema as compact JSON; the order of its properties is kept, for it is the order of the output's."""
     schema = _parse_schema(value) if isinstance(value, str) else value
     if not isinstance(schema, Mapping):
-        _refuse("json", f"is {shown(schema)}; it must be a JSON schema: an object")
+        raise InvalidRequestError(f"{FIELD}.json", "is", schema, "it must be a JSON schema: an object")
     if "x-guidance" in schema:
-        _refuse("json", "has the key 'x-guidance'; use whitespace_pattern or disable_any_whitespace")
+        raise InvalidRequestError(
+            f"{FIELD}.json", "has the key 'x-guidance'", limit="use whitespace_pattern or disable_any_whitespace"
+        )
     _check_values(schema)
     try:
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_no_json)
     except (TypeError, ValueError, RecursionError) as error:
-        _refuse("json", f"is no JSON: {error}")
+        raise InvalidRequestError(f"{FIELD}.json", f"is no JSON: {error}") from None
     if len(text) > MAX_SCHEMA_BYTES or len(text.encode(errors="replace")) > MAX_SCHEMA_BYTES:
-        _refuse("json", f"has {len(text.encode(errors='replace')):,} bytes; the limit is {MAX_SCHEMA_BYTES:,}")
+        raise InvalidRequestError(
+            f"{FIELD}.json",
+            f"has {len(text.encode(errors='replace')):,} bytes",
+            limit=f"the limit is {MAX_SCHEMA_BYTES:,}",
+        )
     return _text("json", text, MAX_SCHEMA_BYTES)
 
 
@@ -224,13 +242,17 @@ def _no_json(value: object) -> NoReturn:
 
 def _parse_schema(text: str) -> Any:
     if len(text) > MAX_SCHEMA_BYTES:
-        _refuse("json", f"has {len(text):,} characters; the limit is {MAX_SCHEMA_BYTES:,}")
+        raise InvalidRequestError(
+            f"{FIELD}.json", f"has {len(text):,} characters", limit=f"the limit is {MAX_SCHEMA_BYTES:,}"
+        )
     try:
         return json.loads(text, parse_constant=_no_json)
     except RecursionError:
-        _refuse("json", f"nests too deeply; the limit is {MAX_SCHEMA_DEPTH}")
+        raise InvalidRequestError(
+            f"{FIELD}.json", "nests too deeply", limit=f"the limit is {MAX_SCHEMA_DEPTH}"
+        ) from None
     except (TypeError, ValueError) as error:
-        _refuse("json", f"is no JSON: {error}")
+        raise InvalidRequestError(f"{FIELD}.json", f"is no JSON: {error}") from None
 
 
 def _check_values(schema: Mapping[str, Any]) -> None:
@@ -241,9 +263,15 @@ def _check_values(schema: Mapping[str, Any]) -> None:
         value, depth = pending.pop()
         count += 1
         if depth > MAX_SCHEMA_DEPTH:
-            _refuse("json", f"nests more than {depth - 1} lists and objects; the limit is {MAX_SCHEMA_DEPTH}")
+            raise InvalidRequestError(
+                f"{FIELD}.json",
+                f"nests more than {depth - 1} lists and objects",
+                limit=f"the limit is {MAX_SCHEMA_DEPTH}",
+            )
         if count > MAX_SCHEMA_VALUES:
-            _refuse("json", f"has more than {MAX_SCHEMA_VALUES:,} values; that is the limit")
+            raise InvalidRequestError(
+                f"{FIELD}.json", f"has more than {MAX_SCHEMA_VALUES:,} values", limit="that is the limit"
+            )
         pending.extend((one, depth + 1) for one in _containers(value))
 
 

@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 def positive(name: str, value: int, least: int = 1) -> None:
     """Raises InvalidRequestError when an option is too small."""
     if value < least:
-        raise InvalidRequestError(f"{name} is {value}; it must be at least {least}", name)
+        raise InvalidRequestError(name, f"is {value}", limit=f"it must be at least {least}")
 
 
 def _quiet(text: str) -> None:
@@ -86,7 +86,9 @@ def throughput(
     """
     positive("num_prompts", num_prompts)
     if not 0 <= random_range_ratio < 1:
-        raise InvalidRequestError(f"random_range_ratio is {random_range_ratio}; it must be at least 0 and below 1")
+        raise InvalidRequestError(
+            None, f"random_range_ratio is {random_range_ratio}", limit="it must be at least 0 and below 1"
+        )
     inputs = spread_lengths(input_len, random_range_ratio, num_prompts, seed)
     outputs = spread_lengths(output_len, random_range_ratio, num_prompts, seed + 1)
     workload = Workload.random(inputs, outputs, llm.engine.vocab_size, seed)
@@ -126,12 +128,12 @@ def batch_curve(
     """
     positive("num_steps", num_steps)
     if not batch_sizes:
-        raise InvalidRequestError("batch_sizes is empty; it needs at least one size", "batch_sizes")
+        raise InvalidRequestError("batch_sizes", "is empty", limit="it needs at least one size")
     for batch in batch_sizes:
         positive("batch_sizes", batch)
     most = llm.config.max_num_seqs
     if max(batch_sizes) > most:
-        raise InvalidRequestError(f"batch_sizes has {max(batch_sizes)}; max_num_seqs is {most}", "batch_sizes")
+        raise InvalidRequestError("batch_sizes", f"has {max(batch_sizes)}", limit=f"max_num_seqs is {most}")
     limits = limits or measure_limits(llm.config.num_threads, llm.config.isa)
     executor = llm.engine.executor
     cost = None
@@ -170,7 +172,7 @@ def decode_steps(llm: LLM, prompts: Sequence[Sequence[int]], num_steps: int) -> 
     budget = llm.config.max_num_batched_tokens - count
     if budget < 1:
         raise InvalidRequestError(
-            f"{count} sequences are too many: max_num_batched_tokens is {llm.config.max_num_batched_tokens}"
+            None, f"{count} sequences are too many: max_num_batched_tokens is {llm.config.max_num_batched_tokens}"
         )
     output_len = num_steps + 2 + math.ceil(total / budget)
     Workload([list(prompt) for prompt in prompts], [output_len] * count).check(llm.engine.max_model_len)
@@ -196,7 +198,8 @@ def decode_steps(llm: LLM, prompts: Sequence[Sequence[int]], num_steps: int) -> 
     if len(found) <= num_steps:
         tokens = llm.engine.block_manager.num_free_blocks * llm.config.block_size
         raise InvalidRequestError(
-            f"{count} requests of {len(prompts[0]):,} + {output_len:,} tokens did not run at once: the cache holds {tokens:,} tokens"
+            None,
+            f"{count} requests of {len(prompts[0]):,} + {output_len:,} tokens did not run at once: the cache holds {tokens:,} tokens",
         )
     return found[1:], contexts / len(found)
 

@@ -139,7 +139,9 @@ class _Bench:
             return [made[i % len(made)] for i in range(o.num_warmups)], made
         if o.dataset_name == "prefix_repetition" and o.num_prompts < o.prefix_repetition_num_prefixes:
             raise InvalidRequestError(
-                f"num_prompts is {o.num_prompts}; prefix_repetition_num_prefixes is {o.prefix_repetition_num_prefixes}"
+                None,
+                f"num_prompts is {o.num_prompts}",
+                limit=f"prefix_repetition_num_prefixes is {o.prefix_repetition_num_prefixes}",
             )
         pool = dataset.id_pool(self.vocab_size())
         trial = self.drawn(pool, 1 + o.num_warmups, o.seed + _WARM_UP_SEED)
@@ -153,7 +155,7 @@ class _Bench:
         o = self.options
         if self.tokenizer is None:
             needs = "a chat takes text" if o.is_chat else f"the server refused token ids ({why})"
-            raise InvalidRequestError(f"{needs}: --tokenizer makes texts of exact lengths", "tokenizer")
+            raise InvalidRequestError("tokenizer", (f"{needs}: --tokenizer makes texts of exact lengths",))
         pool = dataset.word_pool(self.tokenizer)
         made = self.drawn(pool, 1 + o.num_warmups, o.seed + _WARM_UP_SEED)
         trial = dataset.as_texts(made, self.tokenizer, pool)

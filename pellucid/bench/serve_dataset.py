@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.bench.figures import spread_lengths
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError
 from pellucid.json_text import check_values, loads
 from pellucid.text.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def id_pool(vocab_size: int) -> range:
         InvalidRequestError: no id is left in so small a vocabulary.
     """
     if vocab_size < 1:
-        raise InvalidRequestError(f"random_vocab_size is {vocab_size}; it must be at least 1", "random_vocab_size")
+        raise InvalidRequestError("random_vocab_size", f"is {vocab_size}", limit="it must be at least 1")
     return range(min(_FIRST_TOKEN, vocab_size - 1), vocab_size)
 
 
@@ -50,7 +50,9 @@ def word_pool(tokenizer: Tokenizer) -> list[int]:
         if text.strip().isascii() and text.strip().isalpha() and tokenizer.encode(f" {text.strip()}", False) == [token]:
             found.append(token)
     if len(found) < 2:
-        raise InvalidRequestError("the tokenizer has no whole words to make texts of an exact length from", "tokenizer")
+        raise InvalidRequestError(
+            "tokenizer", ("the tokenizer has no whole words to make texts of an exact length from",)
+        )
     return found
 
 
@@ -73,7 +75,9 @@ def random_requests(
     _at_least("random_output_len", output_len, 1)
     _at_least("random_input_len + random_prefix_len", input_len + prefix_len, 1)
     if not 0 <= range_ratio < 1:
-        raise InvalidRequestError(f"random_range_ratio is {range_ratio}; it must be at least 0 and below 1")
+        raise InvalidRequestError(
+            None, f"random_range_ratio is {range_ratio}", limit="it must be at least 0 and below 1"
+        )
     draw = random.Random(seed)
     prefix = _ids(draw, pool, prefix_len)
     inputs = spread_lengths(input_len, range_ratio, count, seed) if input_len else [0] * count
@@ -101,7 +105,9 @@ def prefix_requests(
     _at_least("prefix_repetition_output_len", output_len, 1)
     _at_least("prefix_repetition_num_prefixes", num_prefixes, 1)
     if count < num_prefixes:
-        raise InvalidRequestError(f"num_prompts is {count}; prefix_repetition_num_prefixes is {num_prefixes}")
+        raise InvalidRequestError(
+            None, f"num_prompts is {count}", limit=f"prefix_repetition_num_prefixes is {num_prefixes}"
+        )
     draw = random.Random(seed)
     made = []
     for _ in range(num_prefixes):
@@ -120,13 +126,13 @@ def custom_requests(path: Path, count: int, *, output_len: int, is_chat: bool) -
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # a JSON text may hold other ends of lines
     except (OSError, UnicodeDecodeError, MemoryError) as error:
-        raise InvalidRequestError(f"dataset_path {path} cannot be read: {error}", "dataset_path") from None
+        raise InvalidRequestError("dataset_path", f"{path} cannot be read: {error}") from None
     try:
         made = [_of_line(line, i, output_len, is_chat) for i, line in enumerate(lines, 1) if line.strip()]
     except InvalidRequestError as error:
-        raise InvalidRequestError(f"dataset_path {path}: {error}", error.param) from None
+        raise InvalidRequestError(error.param, (f"dataset_path {path}: {error}",)) from None
     if not made:
-        raise InvalidRequestError(f"dataset_path {path} has no lines", "dataset_path")
+        raise InvalidRequestError("dataset_path", f"{path} has no lines")
     return [made[i % len(made)] for i in range(count)]
 
 
@@ -151,7 +157,9 @@ def payload_of(request: LoadRequest, is_chat: bool) -> dict[str, Any]:
     if not is_chat:
         return {"prompt": request.prompt, "max_tokens": request.output_tokens}
     if _is_ids(request.prompt):
-        raise InvalidRequestError("a chat takes text, not token ids; --tokenizer makes texts of exact lengths")
+        raise InvalidRequestError(
+            None, "a chat takes text, not token ids", limit="--tokenizer makes texts of exact lengths"
+        )
     messages = request.prompt
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -172,7 +180,7 @@ def _of_ids(ids: list[int], output_tokens: int) -> LoadRequest:
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise InvalidRequestError(f"{name} is {value}; it must be at least {least}", name)
+        raise InvalidRequestError(name, f"is {value}", limit=f"it must be at least {least}")
 
 
 def _fitting_text(prompt: Any, tokenizer: Tokenizer, pool: Sequence[int]) -> str:
@@ -184,26 +192,32 @@ def _fitting_text(prompt: Any, tokenizer: Tokenizer, pool: Sequence[int]) -> str
         if not excess:
             return text
         ids = ids[: max(1, len(ids) - excess)] if excess > 0 else ids + [pool[turn % len(pool)]] * -excess
-    raise InvalidRequestError(f"no text of exactly {len(prompt):,} tokens was found with this tokenizer", "tokenizer")
+    raise InvalidRequestError(
+        "tokenizer", (f"no text of exactly {len(prompt):,} tokens was found with this tokenizer",)
+    )
 
 
 def _of_line(line: str, number: int, output_len: int, is_chat: bool) -> LoadRequest:
     try:
         found = loads(line)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"line {number} is not JSON: {error}", "dataset_path") from None
+        raise InvalidRequestError("dataset_path", (f"line {number} is not JSON: {error}",)) from None
     if not isinstance(found, dict) or ("prompt" in found) == ("messages" in found):
-        raise InvalidRequestError(f"line {number} needs either prompt or messages", "dataset_path")
+        raise InvalidRequestError("dataset_path", (f"line {number} needs either prompt or messages",))
     check_values(found, f"line {number}")
     wanted = found.get("output_tokens", output_len)
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise InvalidRequestError(
-            f"line {number}: output_tokens is {shown(wanted)}; it must be at least 1", "output_tokens"
+            "output_tokens", (f"line {number}: output_tokens is",), wanted, "it must be at least 1"
         )
     prompt = found.get("prompt", found.get("messages"))
     if "messages" in found and not is_chat:
-        raise InvalidRequestError(f"line {number} has messages; they need --backend openai-chat", "dataset_path")
+        raise InvalidRequestError(
+            "dataset_path", (f"line {number} has messages",), limit="they need --backend openai-chat"
+        )
     if not prompt or not isinstance(prompt, (str, list)) or (is_chat and _is_ids(prompt)):
         takes = "messages or a text" if is_chat else "a text or token ids"
-        raise InvalidRequestError(f"line {number}: the prompt is {str(prompt)[:40]!r}; it takes {takes}", "prompt")
+        raise InvalidRequestError(
+            "prompt", (f"line {number}: the prompt is {str(prompt)[:40]!r}",), limit=f"it takes {takes}"
+        )
     return LoadRequest(prompt, len(prompt) if _is_ids(prompt) else None, wanted)

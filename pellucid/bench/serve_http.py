@@ -48,9 +48,9 @@ class Address:
         try:
             port = split.port
         except ValueError as error:
-            raise InvalidRequestError(f"url is {url!r}: {error}", "url") from None
+            raise InvalidRequestError("url", f"is {url!r}: {error}") from None
         if split.scheme not in _PORTS or not split.hostname:
-            raise InvalidRequestError(f"url is {url!r}; it takes http://host:port or https://host:port", "url")
+            raise InvalidRequestError("url", f"is {url!r}", limit="it takes http://host:port or https://host:port")
         return cls(split.scheme, split.hostname, port or _PORTS[split.scheme], split.path.rstrip("/"))
 
     @property

@@ -33,20 +33,24 @@ class Arrivals:
         for name in ("request_rate", "burstiness"):
             value = getattr(self, name)
             if not value > 0:
-                raise InvalidRequestError(f"{name} is {value}; it must be above 0", name)
+                raise InvalidRequestError(name, f"is {value}", limit="it must be above 0")
         ends = (self.ramp_up_start_rps, self.ramp_up_end_rps)
         if self.ramp_up_strategy is None:
             if ends != (None, None):
-                raise InvalidRequestError("ramp_up_start_rps and ramp_up_end_rps need ramp_up_strategy")
+                raise InvalidRequestError(None, "ramp_up_start_rps and ramp_up_end_rps need ramp_up_strategy")
             return
         if self.ramp_up_strategy not in RAMPS:
-            raise InvalidRequestError(f"ramp_up_strategy is {self.ramp_up_strategy!r}; it takes {' or '.join(RAMPS)}")
+            raise InvalidRequestError(
+                None, f"ramp_up_strategy is {self.ramp_up_strategy!r}", limit=f"it takes {' or '.join(RAMPS)}"
+            )
         if math.isfinite(self.request_rate):
-            raise InvalidRequestError(f"request_rate is {self.request_rate}; with ramp_up_strategy it is not given")
+            raise InvalidRequestError(
+                None, f"request_rate is {self.request_rate}", limit="with ramp_up_strategy it is not given"
+            )
         for name in ("ramp_up_start_rps", "ramp_up_end_rps"):
             value = getattr(self, name)
             if value is None or not 0 < value < math.inf:
-                raise InvalidRequestError(f"{name} is {value}; with ramp_up_strategy it must be above 0", name)
+                raise InvalidRequestError(name, f"is {value}", limit="with ramp_up_strategy it must be above 0")
 
     def rates(self, count: int) -> list[float]:
         """Requests a second before each request."""

@@ -60,13 +60,13 @@ def goodput_limits(pairs: Sequence[str]) -> dict[str, float]:
     for pair in " ".join(pairs).replace(",", " ").split():
         key, _, text = pair.partition(":")
         if key not in GOODPUT_METRICS:
-            raise InvalidRequestError(f"goodput has {key!r}; it takes {', '.join(GOODPUT_METRICS)}", "goodput")
+            raise InvalidRequestError("goodput", f"has {key!r}", limit=f"it takes {', '.join(GOODPUT_METRICS)}")
         try:
             limits[key] = float(text)
         except ValueError:
-            raise InvalidRequestError(f"goodput has {pair!r}; it takes KEY:MILLISECONDS", "goodput") from None
+            raise InvalidRequestError("goodput", f"has {pair!r}", limit="it takes KEY:MILLISECONDS") from None
         if not limits[key] >= 0:
-            raise InvalidRequestError(f"goodput has {pair!r}; milliseconds are at least 0", "goodput")
+            raise InvalidRequestError("goodput", f"has {pair!r}", limit="milliseconds are at least 0")
     return limits
 
 

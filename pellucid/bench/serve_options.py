@@ -81,13 +81,13 @@ class ServeOptions:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InvalidRequestError(f"{name} is {value}; it must be at least {least}", name)
+                raise InvalidRequestError(name, f"is {value}", limit=f"it must be at least {least}")
         if not 0 < self.request_timeout < math.inf:
-            raise InvalidRequestError(f"request_timeout is {self.request_timeout}; it must be above 0")
+            raise InvalidRequestError(None, f"request_timeout is {self.request_timeout}", limit="it must be above 0")
         if not 0 <= self.temperature < math.inf:
-            raise InvalidRequestError(f"temperature is {self.temperature}; it must be at least 0", "temperature")
+            raise InvalidRequestError("temperature", f"is {self.temperature}", limit="it must be at least 0")
         if (self.dataset_path is None) == (self.dataset_name == "custom"):
-            raise InvalidRequestError("dataset_path is for --dataset-name custom, and needed there", "dataset_path")
+            raise InvalidRequestError("dataset_path", "is for --dataset-name custom, and needed there")
         # Read here, so that what is wrong is refused before anything runs.
         _ = self.arrivals, self.limits, self.percentiles, self.metrics, self.extra
 
@@ -141,7 +141,9 @@ class ServeOptions:
             except ValueError:
                 found.append(math.nan)
             if not 0 <= found[-1] <= 100:
-                raise InvalidRequestError(f"metric_percentiles has {text!r}; it takes numbers from 0 to 100, as 50,99")
+                raise InvalidRequestError(
+                    None, f"metric_percentiles has {text!r}", limit="it takes numbers from 0 to 100, as 50,99"
+                )
         return found
 
     @cached_property
@@ -150,9 +152,9 @@ class ServeOptions:
         try:
             found = loads(self.extra_body) if self.extra_body else {}
         except ValueError as error:
-            raise InvalidRequestError(f"extra_body is not JSON: {error}", "extra_body") from None
+            raise InvalidRequestError("extra_body", f"is not JSON: {error}") from None
         if not isinstance(found, dict):
-            raise InvalidRequestError("extra_body is no JSON object", "extra_body")
+            raise InvalidRequestError("extra_body", "is no JSON object")
         return found
 
 
@@ -164,4 +166,4 @@ def api_key_of(given: str | None) -> str | None:
 def one_of(name: str, value: str, allowed: Any) -> None:
     """Raises InvalidRequestError for a value that is none of those."""
     if value not in allowed:
-        raise InvalidRequestError(f"{name} has {value!r}; it takes {', '.join(allowed)}", name)
+        raise InvalidRequestError(name, f"has {value!r}", limit=f"it takes {', '.join(allowed)}")

@@ -19,14 +19,16 @@ def check_timeline(path: Path) -> None:
         InvalidRequestError: another format, a folder that does not exist, or matplotlib is missing.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise InvalidRequestError(f"plot_timeline is {path}; it takes a file that ends in {' or '.join(_FORMATS)}")
+        raise InvalidRequestError(
+            None, f"plot_timeline is {path}", limit=f"it takes a file that ends in {' or '.join(_FORMATS)}"
+        )
     if not path.absolute().parent.is_dir():
-        raise InvalidRequestError(f"{path} cannot be written: its folder does not exist", "plot_timeline")
+        raise InvalidRequestError("plot_timeline", (f"{path} cannot be written: its folder does not exist",))
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         text = "plot_timeline needs matplotlib, which is not installed: pip install 'pellucid[bench]'"
-        raise InvalidRequestError(text, "plot_timeline") from None
+        raise InvalidRequestError("plot_timeline", (text,)) from None
 
 
 def draw_timeline(run: LoadRun, path: Path, title: str) -> None:

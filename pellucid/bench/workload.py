@@ -38,10 +38,14 @@ class Workload:
         """Raises InvalidRequestError when a request would be cut short or refused."""
         for prompt, output_len in zip(self.prompts, self.output_lens, strict=True):
             if min(len(prompt), output_len) < 1:
-                raise InvalidRequestError(f"a request has {len(prompt)} + {output_len} tokens; both must be at least 1")
+                raise InvalidRequestError(
+                    None, f"a request has {len(prompt)} + {output_len} tokens", limit="both must be at least 1"
+                )
             if len(prompt) + output_len > max_model_len:
                 raise InvalidRequestError(
-                    f"a request has {len(prompt):,} + {output_len:,} tokens; max_model_len is {max_model_len:,}"
+                    None,
+                    f"a request has {len(prompt):,} + {output_len:,} tokens",
+                    limit=f"max_model_len is {max_model_len:,}",
                 )
 
 

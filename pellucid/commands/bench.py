@@ -63,7 +63,7 @@ def _finish(report: dict[str, Any], model: str | None, engine: dict[str, Any], o
 def _check_target(output_json: Path | None) -> None:
     """Refused before anything runs, not after."""
     if output_json is not None and not output_json.absolute().parent.is_dir():
-        raise InvalidRequestError(f"{output_json} cannot be written: its folder does not exist", "output_json")
+        raise InvalidRequestError("output_json", (f"{output_json} cannot be written: its folder does not exist",))
 
 
 @app.command()
@@ -178,5 +178,5 @@ def _sizes(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if not part.isdecimal() or int(part) < 1:
-            raise InvalidRequestError(f"batch_sizes has {part!r}; it takes positive numbers, as 1,8,32", "batch_sizes")
+            raise InvalidRequestError("batch_sizes", f"has {part!r}", limit="it takes positive numbers, as 1,8,32")
     return [int(part) for part in parts]

@@ -81,7 +81,7 @@ def serve(
     if plot_timeline is not None:
         check_timeline(plot_timeline)
     if is_saved and not result_dir.is_dir():
-        raise InvalidRequestError(f"result_dir {result_dir} does not exist", "result_dir")
+        raise InvalidRequestError("result_dir", f"{result_dir} does not exist")
     result = asyncio.run(_run(asked))
     _show(result)
     if is_saved:
@@ -173,5 +173,5 @@ def _file_name(report: dict[str, Any]) -> str:
 def _goodput(named: list[str] | None, further: list[str] | None) -> tuple[str, ...]:
     """Of `--goodput a:1 b:2`, as vLLM takes it, the second pair arrives as an argument of the command."""
     if further and not named:
-        raise InvalidRequestError(f"unexpected argument {further[0]!r}")
+        raise InvalidRequestError(None, f"unexpected argument {further[0]!r}")
     return (*(named or ()), *(further or ()))

@@ -132,7 +132,7 @@ def capture_jsonl(
     wanted = CaptureParams.from_request(names)
     limits = llm.engine.checker.hidden_states
     if wanted is None or limits is None:
-        raise InvalidRequestError("capture needs names, and an engine that hands out hidden states", "capture")
+        raise InvalidRequestError("capture", "needs names, and an engine that hands out hidden states")
     resolved = wanted.resolve(limits)
     metadata = {
         "pellucid": VERSION,

@@ -30,12 +30,12 @@ def check_server(url: str, options: CheckOptions, only: Sequence[str], json_path
     """
     for name in ("timeout", "deadline", "max_tokens", "long_tokens", "rapid_requests", "concurrency"):
         if not 0 < getattr(options, name) < float("inf"):
-            raise InvalidRequestError(f"{name} is {getattr(options, name)}; it must be above 0", name)
+            raise InvalidRequestError(name, f"is {getattr(options, name)}", limit="it must be above 0")
     for name in only:
         if name not in CHECKS:
-            raise InvalidRequestError(f"there is no check {name!r}; there are {', '.join(CHECKS)}", "only")
+            raise InvalidRequestError("only", (f"there is no check {name!r}",), limit=f"there are {', '.join(CHECKS)}")
     if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise InvalidRequestError(f"{json_path} cannot be written: its folder does not exist", "json")
+        raise InvalidRequestError("json", (f"{json_path} cannot be written: its folder does not exist",))
     names = [name for name in CHECKS if name in only or not only]
     model, results = asyncio.run(run_checks(api_url(url), options, names, _Progress(1 + len(names)).tell))
     failed = [result for result in results if not result.passed]

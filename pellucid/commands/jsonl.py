@@ -50,7 +50,7 @@ def results(path: str) -> Iterator[Callable[[str], object]]:
     try:
         opened = LineFile(Path(path))
     except StorageError as error:
-        raise InvalidRequestError(str(error), "output") from error
+        raise InvalidRequestError("output", (str(error),)) from error
     with closing(opened) as file:
         yield lambda line: file.write(line.encode("utf-8", "backslashreplace"))
 

@@ -133,4 +133,4 @@ def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InvalidRequestError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InvalidRequestError(None, f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None

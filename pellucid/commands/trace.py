@@ -55,12 +55,14 @@ def show(
 
     if output is not None and output.suffix not in _DRAWINGS:
         raise InvalidRequestError(
-            f"{output} ends in {output.suffix!r}; it must end in {' or '.join(_DRAWINGS)}", "output"
+            "output", (f"{output} ends in {output.suffix!r}",), limit=f"it must end in {' or '.join(_DRAWINGS)}"
         )
     trace = TraceReader(file)
     steps = (first or 0, trace.last_step() if last is None else last)
     if steps[0] > steps[1]:
-        raise InvalidRequestError(f"there are no steps {steps[0]:,} to {steps[1]:,}; the last is {trace.last_step():,}")
+        raise InvalidRequestError(
+            None, f"there are no steps {steps[0]:,} to {steps[1]:,}", limit=f"the last is {trace.last_step():,}"
+        )
     only = request or []
     if output is not None:
         _draw(trace, steps, only, output)
@@ -86,7 +88,9 @@ def why(
     trace = TraceReader(file)
     found = Why(request).feed(_lines(trace))
     if not found.stretches and found.submitted is None:
-        raise InvalidRequestError(f"the trace has no request {request!r}: `pellucid trace show` names some", "request")
+        raise InvalidRequestError(
+            "request", (f"the trace has no request {request!r}: `pellucid trace show` names some",)
+        )
     print(_why_head(found))
     rows: list[tuple[str, ...]] = [("steps", "seconds", "what")]
     for stretch in found.stretches:
@@ -220,7 +224,7 @@ def _draw(trace: TraceReader, steps: tuple[int, int], only: list[str], output: P
         else:
             write_whole(output, to_svg(drawing))
     except StorageError as error:
-        raise InvalidRequestError(str(error), "output") from error
+        raise InvalidRequestError("output", (str(error),)) from error
     print(f"{output}: {count:,} requests{hidden}", file=sys.stderr)
 
 

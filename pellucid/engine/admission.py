@@ -70,7 +70,7 @@ class RequestChecker:
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise InvalidRequestError("prompt is text, but the model has no tokenizer: give token ids", "prompt")
+                raise InvalidRequestError("prompt", "is text, but the model has no tokenizer: give token ids")
             check_well_formed("prompt", prompt)
             token_ids = self.tokenizer.encode(prompt)
             if token_ids and max(token_ids) >= self.vocab_size:
@@ -83,7 +83,7 @@ class RequestChecker:
             token_ids = list(prompt if isinstance(prompt, Sized) else islice(prompt, self.max_model_len))
         except TypeError:
             raise InvalidRequestError(
-                f"prompt is a {type(prompt).__name__}; it must be a text or a list of token ids", "prompt"
+                "prompt", f"is a {type(prompt).__name__}", limit="it must be a text or a list of token ids"
             ) from None
         if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             self._refuse_ids(token_ids)
@@ -94,16 +94,17 @@ class RequestChecker:
         list."""
         for index, token in enumerate(token_ids):
             if isinstance(token, bool) or not isinstance(token, int):
-                raise InvalidRequestError(f"{field}[{index}] is {shown(token)}; token ids are integers", field)
+                raise InvalidRequestError(f"{field}[{index}]", "is", token, "token ids are integers")
             if 0 <= token < self.vocab_size:
                 continue
             limit = f"token ids are in [0, {self.vocab_size:,})"
             if text is None or self.tokenizer is None:
-                raise InvalidRequestError(f"{field}[{index}] is {shown_number(token)}; {limit}", field)
+                raise InvalidRequestError(f"{field}[{index}]", f"is {shown_number(token)}", limit=limit)
             spelling = self.tokenizer.raw_token(token)
             raise InvalidRequestError(
-                f"{field}: the tokenizer makes {shown(spelling)} token {token:,}, which the model has not; {limit}",
                 field,
+                f": the tokenizer makes {shown(spelling)} token {token:,}, which the model has not",
+                limit=limit,
             )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -111,7 +112,7 @@ class RequestChecker:
         if not params.bad_words:
             return ()
         if self.tokenizer is None:
-            raise InvalidRequestError("bad_words need a tokenizer, and the model has none", "bad_words")
+            raise InvalidRequestError("bad_words", "need a tokenizer, and the model has none")
         found: dict[tuple[int, ...], None] = {}
         for text in (text for word in params.bad_words for text in (word, " " + word.lstrip())):
             token_ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -131,11 +132,11 @@ class RequestChecker:
             InvalidRequestError: naming the field, the value and the limit.
         """
         if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"params is a {type(params).__name__}; it must be SamplingParams", "params")
+            raise InvalidRequestError("params", f"is a {type(params).__name__}", limit="it must be SamplingParams")
         self._limits.refuse_impossible(len(token_ids), self.max_tokens(len(token_ids), params))
         check_vocabulary(params, self.vocab_size)
         if params.stop and self.tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer, and the model has none", "stop")
+            raise InvalidRequestError("stop", "strings need a tokenizer, and the model has none")
         bad_words = self._bad_words(params)
         hidden_states, capture, steering = options.hidden_states, options.capture, options.steering
         asked = {"return_hidden_states": hidden_states, "capture": capture, "steering": steering}
@@ -143,7 +144,7 @@ class RequestChecker:
         if not fields:
             return Admitted(bad_words)
         if self.hidden_states is None:
-            raise InvalidRequestError(f"{fields[0]}: this engine hands out no hidden states", fields[0])
+            raise InvalidRequestError(fields[0], ": this engine hands out no hidden states")
         if steering is not None:
             steering.check(self.hidden_states)
         limits, num_prompt, max_tokens = self.hidden_states, len(token_ids), self.max_tokens(len(token_ids), params)
@@ -189,7 +190,7 @@ class RequestChecker:
         logits_V = np.zeros(self.vocab_size, np.float32)
         edit(row, logits_V)
         if np.isneginf(logits_V).all():
-            raise InvalidRequestError(row.nothing_left(self.vocab_size), "allowed_token_ids")
+            raise InvalidRequestError("allowed_token_ids", (row.nothing_left(self.vocab_size),))
 
     def has_grammar(self, params: SamplingParams) -> bool:
         """True when `grammar` has nothing to compile."""

@@ -165,7 +165,7 @@ class LLMEngine:
         request_id = f"req-{number}" if request_id is None else request_id
         check_options(request_id, options)
         if request_id in self._choice_ids:
-            raise InvalidRequestError(f"request_id {request_id!r} is in use", param="request_id")
+            raise InvalidRequestError("request_id", f"{request_id!r} is in use")
         text, token_ids = self.checker.tokenise(prompt)
         admitted = self.checker.check(token_ids, params, options)
         if self._recorder is not None:

@@ -93,7 +93,7 @@ def variant_of(file: ProgramFile, keep: Sequence[str] = (), steer: Sequence[str]
 def _check_names(field: str, names: Sequence[str], known: Mapping[str, int]) -> None:
     for name in names:
         if name not in known:
-            raise InvalidRequestError(f"{field} names {name!r}; the model has no such activation", field)
+            raise InvalidRequestError(field, f"names {name!r}", limit="the model has no such activation")
 
 
 class _Tables:

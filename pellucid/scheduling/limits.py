@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import FieldName, InvalidRequestError
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -45,41 +45,45 @@ class RequestLimits:
             InvalidRequestError: with the numbers.
         """
         if num_prompt == 0:
-            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
+            raise InvalidRequestError(
+                "prompt", ("the ", FieldName("prompt"), " is empty"), limit="it needs at least 1 token"
+            )
         if num_prompt + 1 > self.max_model_len:
             raise InvalidRequestError(
-                f"prompt has {num_prompt:,} tokens and needs room for 1 more; max_model_len is {self.max_model_len:,}",
                 "prompt",
+                f"has {num_prompt:,} tokens and needs room for 1 more",
+                limit=f"max_model_len is {self.max_model_len:,}",
             )
         if max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens}; it must be at least 1", "max_tokens")
+            raise InvalidRequestError("max_tokens", f"is {max_tokens}", limit="it must be at least 1")
         needs = blocks_for(num_prompt + 1, self.block_size)
         if needs > self.num_blocks:
             raise InvalidRequestError(
-                f"prompt of {num_prompt:,} tokens + 1 needs {needs:,} blocks of {self.block_size} tokens; "
-                f"{self.num_blocks:,} exist",
                 "prompt",
+                f"of {num_prompt:,} tokens + 1 needs {needs:,} blocks of {self.block_size} tokens",
+                limit=f"{self.num_blocks:,} exist",
             )
         if self.max_batch_tkv_limit is not None:
             self._refuse_padded(num_prompt, max_tokens, self.max_batch_tkv_limit)
         if self.most_prompt_tokens is not None and num_prompt > self.most_prompt_tokens:
             raise InvalidRequestError(
-                f"prompt has {num_prompt:,} tokens; policy {self.policy} computes whole prompts and "
-                f"max_num_batched_tokens is {self.most_prompt_tokens:,}",
                 "prompt",
+                f"has {num_prompt:,} tokens",
+                limit=f"policy {self.policy} computes whole prompts and max_num_batched_tokens is {self.most_prompt_tokens:,}",
             )
 
     def _refuse_padded(self, num_prompt: int, max_tokens: int, max_batch_tkv_limit: int) -> None:
         padded = padded_to(num_prompt, self.block_size)
         length = padded + max_tokens - 1
         needs = blocks_for(length, self.block_size)
-        asked = f"prompt of {num_prompt:,} tokens, padded to {padded:,}, with max_tokens {max_tokens:,}"
         if length > self.max_model_len:
-            problem = f"comes to {length:,}; max_model_len is {self.max_model_len:,}"
+            problem, limit = f"comes to {length:,}", f"max_model_len is {self.max_model_len:,}"
         elif needs > self.num_blocks:
-            problem = f"needs {needs:,} blocks of {self.block_size} tokens; {self.num_blocks:,} exist"
+            problem, limit = f"needs {needs:,} blocks of {self.block_size} tokens", f"{self.num_blocks:,} exist"
         elif length > max_batch_tkv_limit:
-            problem = f"comes to {length:,}; max_batch_tkv_limit is {max_batch_tkv_limit:,}"
+            problem, limit = f"comes to {length:,}", f"max_batch_tkv_limit is {max_batch_tkv_limit:,}"
         else:
             return
-        raise InvalidRequestError(f"{asked} {problem}", "max_tokens")
+        padding = f" of {num_prompt:,} tokens, padded to {padded:,}, with "
+        asked = (FieldName("prompt"), padding, FieldName("max_tokens"), f" {max_tokens:,} {problem}")
+        raise InvalidRequestError("max_tokens", asked, limit=limit)

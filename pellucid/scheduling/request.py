@@ -57,7 +57,7 @@ class EngineCoreRequest:
         positions = None if hidden.positions is None else list(hidden.positions)
         same = (True, positions, None if hidden.layers is None else list(hidden.layers))
         if asked not in ((False, None, None), same):
-            raise InvalidRequestError(f"hidden_states is {hidden}; the three fields say {asked}", "hidden_states")
+            raise InvalidRequestError("hidden_states", f"is {hidden}", limit=f"the three fields say {asked}")
         for name, value in zip(
             ("return_hidden_states", "hidden_states_for_tokens", "hidden_states_layers"), same, strict=True
         ):

@@ -134,7 +134,7 @@ class RequestScheduler:
             InvalidRequestError: it could never run; the text has the values and the limits.
         """
         if core.request_id in self._requests:
-            raise InvalidRequestError(f"request id {core.request_id!r} is in use", param="request_id")
+            raise InvalidRequestError("request_id", f"{core.request_id!r} is in use")
         self.limits.refuse_impossible(len(core.prompt_token_ids), core.max_tokens)
         request = Request(core, sequence=self._num_arrivals)
         self._num_arrivals += 1

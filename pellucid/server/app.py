@@ -80,7 +80,7 @@ async def _query_error(_: Request, error: Exception) -> Response:
     """A value of the query or the path, in our shape."""
     found: Any = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": "failed"}
     name, text = str(found["loc"][-1]), str(found["msg"])
-    raise InvalidRequestError(f"{name} is {shown(found.get('input'))}: {text[:1].lower()}{text[1:]}", name)
+    raise InvalidRequestError(name, f"is {shown(found.get('input'))}: {text[:1].lower()}{text[1:]}")
 
 
 async def _routing_error(_: Request, error: Exception) -> Response:
@@ -140,7 +140,7 @@ class _Endpoints:
         request = await self._context.read(http, ChatCompletionRequest)
         prepared = await context.preparer.prepare(turn_of(request), context.sampling_params(request))
         prompt, params = prepared.prompt_token_ids, prepared.params
-        job = context.job(http, request, [prompt], params, prepared.structure_field)
+        job = context.job(http, request, [prompt], params, prepared.calls)
         identity = context.identity("chatcmpl", job.request_id, request.model)
         reader = prepared.style.reader()
         answer = ChatAnswer(request, identity, prompt, params.n, context.logprobs, reader, prepared.begun)

@@ -17,8 +17,53 @@ from pellucid.config import EngineConfig
 from pellucid.contract.executor import KVCacheSize
 from pellucid.contract.facts import ModelFacts
 from pellucid.engine.metrics import EngineStats
-from pellucid.errors import EngineDeadError, InvalidRequestError, NativeError, PellucidError, QueueFullError
+from pellucid.errors import (
+    ABSENT,
+    EngineDeadError,
+    FieldName,
+    InvalidRequestError,
+    NativeError,
+    PellucidError,
+    QueueFullError,
+    Quoted,
+    Words,
+    sendable,
+    shown,
+)
 from pellucid.trace.records import StepRecord
+
+_Words = str | list[tuple[bool, str]]  # whether it is a field's name, and the text
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """What an `InvalidRequestError` is made of; its value as it is shown."""
+
+    field: str | None
+    problem: _Words
+    value: str | None
+    limit: _Words
+
+    @classmethod
+    def of(cls, error: InvalidRequestError) -> Refusal:
+        """The data of an error."""
+        value = None if error.value is ABSENT else sendable(shown(error.value))
+        field = None if error.field is None else sendable(error.field)
+        return cls(field, _sent(error.problem), value, _sent(error.limit))
+
+    def to_error(self) -> InvalidRequestError:
+        """The error again."""
+        value = ABSENT if self.value is None else Quoted(self.value)
+        return InvalidRequestError(self.field, _received(self.problem), value, _received(self.limit))
+
+
+def _sent(words: Words) -> _Words:
+    if isinstance(words, str):
+        return sendable(words)
+    return [(isinstance(part, FieldName), sendable(part)) for part in words]
+
+
+def _received(words: _Words) -> Words:
+    return words if isinstance(words, str) else tuple(FieldName(part) if is_name else part for is_name, part in words)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
@@ -26,7 +71,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
     kind: str
     text: str
-    param: str | None = None
+    refusal: Refusal | None = None
     retry_after: float = 0.0
     status: int = 0
 
@@ -36,7 +81,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
         return cls(
             type(error).__name__,
             str(error),
-            getattr(error, "param", None),
+            Refusal.of(error) if isinstance(error, InvalidRequestError) else None,
             getattr(error, "retry_after", 0.0),
             getattr(error, "status", 0) if isinstance(error, NativeError) else 0,
         )
@@ -46,8 +91,8 @@ class ErrorInfo(msgspec.Struct, frozen=True):
         kind = _ERRORS.get(self.kind)
         if kind is None:
             return PellucidError(f"{self.kind}: {self.text}" if self.text else self.kind)
-        if kind is InvalidRequestError:
-            return InvalidRequestError(self.text, self.param)
+        if self.refusal is not None:
+            return self.refusal.to_error()
         if kind is QueueFullError:
             return QueueFullError(self.text, self.retry_after)
         if kind is NativeError:

@@ -190,7 +190,7 @@ class EngineOwner:
 
     def _dropped(self, request_id: str | None = None) -> list[Event]:
         """Refuses what is not queued yet."""
-        error = ErrorInfo.of(InvalidRequestError("the request was cancelled before it was queued", "request_id"))
+        error = ErrorInfo.of(InvalidRequestError("request_id", ("the request was cancelled before it was queued",)))
         return [Refused(submit.call, error) for submit in self._compiling.drop(request_id)]
 
     @staticmethod

@@ -86,9 +86,11 @@ class ProcessTransport:
         try:
             frame = encode(command)
         except (UnicodeError, OverflowError, TypeError) as error:
-            raise InvalidRequestError(f"the request cannot be sent to the engine process: {error}") from None
+            raise InvalidRequestError(None, f"the request cannot be sent to the engine process: {error}") from None
         if len(frame) > MAX_COMMAND_BYTES:
-            raise InvalidRequestError(f"the request has {len(frame):,} bytes; the limit is {MAX_COMMAND_BYTES:,}")
+            raise InvalidRequestError(
+                None, f"the request has {len(frame):,} bytes", limit=f"the limit is {MAX_COMMAND_BYTES:,}"
+            )
         with self._sending:
             if not self._is_closed:
                 self._commands.send(frame, zmq.NOBLOCK)

@@ -71,7 +71,7 @@ class RequestBook:
             name = f"req-{next(self._numbers)}" if request_id is None else request_id
             old = self.streams.get(name)
             if old is not None and not old.has_ended:
-                raise InvalidRequestError(f"request_id {name!r} is in use", param="request_id")
+                raise InvalidRequestError("request_id", f"{name!r} is in use")
             if num_state_bytes:
                 self._reserve(num_state_bytes)
             if old is not None:
@@ -94,7 +94,7 @@ class RequestBook:
         taken, most = self._num_state_bytes, self._max_state_bytes
         told = f"the hidden states and activations of this request take up to {num_bytes:,} bytes"
         if num_bytes > most:
-            raise InvalidRequestError(f"{told}; hidden_states_total_mb allows {most:,}", "return_hidden_states")
+            raise InvalidRequestError("return_hidden_states", (told,), limit=f"hidden_states_total_mb allows {most:,}")
         if taken + num_bytes > most:
             raise QueueFullError(f"{told}, those of others {taken:,}; hidden_states_total_mb allows {most:,}", 1.0)
         self._num_state_bytes = taken + num_bytes

@@ -151,7 +151,7 @@ class _Vocabulary:
         self.eos_token_id = eos_token_ids[0]
 
     def __call__(self, text: str) -> list[int]:
-        raise InvalidRequestError(f"a grammar asks for the tokens of {text!r}, which {FIELD} does not do", FIELD)
+        raise InvalidRequestError(f"{FIELD}.grammar", f"asks for the tokens of {text!r}, which is not done")
 
 
 class _Cache:
@@ -212,7 +212,7 @@ def grammar_of(
     if isinstance(structure, CustomStructure):
         return structure.compile(vocab_size)
     if tokenizer is None:
-        raise InvalidRequestError(f"{FIELD} need a tokenizer, and the model has none", FIELD)
+        raise InvalidRequestError(FIELD, "need a tokenizer, and the model has none")
     return compile_grammar(structure, tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
@@ -234,11 +234,11 @@ def compile_grammar(
     """
     width, eos = _vocabulary_of(tokenizer, vocab_size, eos_token_ids)
     if not eos:
-        raise InvalidRequestError(f"{FIELD} needs a model with an end token, and this one has none", FIELD)
+        raise InvalidRequestError(FIELD, "needs a model with an end token, and this one has none")
     key = (spec, (tokenizer.fingerprint, width, eos))
     made = _grammars.get(key, lambda: _compile(spec, tokenizer, width, eos))
     if isinstance(made, str):
-        raise InvalidRequestError(made, f"{FIELD}.{spec.kind}")
+        raise InvalidRequestError(f"{FIELD}.{spec.kind}", f": {made}")
     return made
 
 
@@ -285,13 +285,13 @@ def _compile(
     special = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_token_ids}
     problem = None if spec.kind in _NEEDS_NO_TRIAL else _TRIAL.run(spec, vocab_size, special)
     if problem is not None:
-        return f"{FIELD}.{spec.kind}: {problem}"
+        return problem
     source, limits = grammar_source(spec, special), LLParserLimits(**LIMITS)
     try:
         grammar = CompiledGrammar(spec, vocab_size, lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits))
         first = grammar.matcher()
     except GrammarError as error:
-        return f"{FIELD}.{spec.kind}: {error}"
+        return str(error)
     first.fill()
     problem = first.error or (None if first.mask.any() else "no text satisfies it")
-    return grammar if problem is None else f"{FIELD}.{spec.kind}: {problem}"
+    return grammar if problem is None else problem

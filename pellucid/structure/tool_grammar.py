@@ -42,7 +42,7 @@ def forced_calls(
     chosen = [tool for tool in tools if name in (None, tool.name)]
     if not chosen:
         known = ", ".join(tool.name for tool in tools) or "none"
-        raise InvalidRequestError(f"tool_choice names {name!r}; the tools are: {known}", "tool_choice")
+        raise InvalidRequestError("tool_choice", f"names {name!r}", limit=f"the tools are: {known}")
     rules = _rules(dialect, chosen, _Text(tokenizer), parallel and name is None)
     return _structure(["start: calls", *rules], reasoning)
 
@@ -66,14 +66,12 @@ def calls_or_answer(
     begin = dialect.wrap[0] or next(iter(dialect.begins), "")
     if dialect.at_start or not begin or (text.token(begin) is None and begin[0] in _JSON_BEGINS):
         raise InvalidRequestError(
-            f"tools: calls of the dialect {dialect.name} begin as JSON does, so no structure of the answer can hold "
-            "beside them; force a call, or leave one of the two out",
             "tools",
+            f": calls of the dialect {dialect.name} begin as JSON does, so no structure of the answer can hold beside them",
+            limit="force a call, or leave one of the two out",
         )
     if answer.kind not in ("json", "json_object"):
-        raise InvalidRequestError(
-            f"tools: beside them an answer can only be structured as JSON, not {answer.kind}", "tools"
-        )
+        raise InvalidRequestError("tools", f": beside them an answer can only be structured as JSON, not {answer.kind}")
     schema = json.dumps(json_schema(answer))
     rules = _rules(dialect, tools, text, parallel)
     return _structure(["start: calls | answer", f"answer: %json {schema}", *rules], reasoning)
@@ -145,8 +143,8 @@ def _arguments(tool: Tool) -> str:
     try:
         return _schema({"type": "object", **tool.parameters})
     except InvalidRequestError as error:
-        problem = str(error).replace("structured_outputs.json", f"the schema of tool {tool.name!r}", 1)
-        raise InvalidRequestError(problem, "tools") from None
+        problem = f": the schema of tool {tool.name!r} {error.problem}"
+        raise InvalidRequestError("tools", problem, error.value, error.limit) from None
 
 
 def _object(dialect: ToolDialect, tool: Tool, text: _Text) -> str:

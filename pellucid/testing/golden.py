@@ -27,13 +27,17 @@ class GoldenTokens(CustomStructure):
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.token_ids = tuple(int(token_id) for token_id in token_ids)
         if not self.token_ids or min(self.token_ids) < 0:
-            raise InvalidRequestError(f"golden tokens are {list(self.token_ids)[:8]}; they must be token ids", FIELD)
+            raise InvalidRequestError(
+                FIELD, (f"golden tokens are {list(self.token_ids)[:8]}",), limit="they must be token ids"
+            )
 
     def compile(self, vocab_size: int) -> Grammar:
         """Raises `InvalidRequestError` when a token is not in the vocabulary."""
         if max(self.token_ids) >= vocab_size:
             raise InvalidRequestError(
-                f"golden tokens name token {max(self.token_ids)}; the vocabulary has {vocab_size:,} tokens", FIELD
+                FIELD,
+                (f"golden tokens name token {max(self.token_ids)}",),
+                limit=f"the vocabulary has {vocab_size:,} tokens",
             )
         return _GoldenGrammar(self.token_ids, vocab_size)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import FieldName, InvalidRequestError
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages], str]
@@ -115,4 +115,4 @@ def _tagged(messages: Messages, place: _Place, tag: str) -> Messages:
 
 
 def _refused(why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"continue_final_message: {why}", "messages")
+    return InvalidRequestError("messages", (FieldName("continue_final_message"), f": {why}"))

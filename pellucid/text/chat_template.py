@@ -56,7 +56,7 @@ def render_chat(
     """
     if not isinstance(add_generation_prompt, bool):
         told = shown(add_generation_prompt)
-        raise InvalidRequestError(f"add_generation_prompt is {told}; it must be true or false", "add_generation_prompt")
+        raise InvalidRequestError("add_generation_prompt", f"is {told}", limit="it must be true or false")
     values: dict[str, Any] = {"documents": None}
     values.update(_plain(variables or {}, "template_kwargs"))
     values.update(
@@ -107,7 +107,7 @@ def _template_errors(what: str) -> Iterator[None]:
     try:
         yield
     except RaisedByTemplate as error:
-        raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
+        raise InvalidRequestError("messages", (f"the chat template refuses these messages: {error}",)) from error
     except TemplateSyntaxError as error:
         raise TokenizerError(f"the chat template {what}: line {error.lineno}: {error.message}") from error
     except Exception as error:  # whatever a template can provoke: types, missing keys, recursion, memory
@@ -119,22 +119,22 @@ def _template_errors(what: str) -> Iterator[None]:
 
 def _checked_list(messages: object) -> Sequence[object]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise InvalidRequestError(f"messages is a {type(messages).__name__}; it must be a list of dicts", "messages")
+        raise InvalidRequestError("messages", f"is a {type(messages).__name__}", limit="it must be a list of dicts")
     if not messages:
-        raise InvalidRequestError("messages is empty; it must hold at least one message", "messages")
+        raise InvalidRequestError("messages", "is empty", limit="it must hold at least one message")
     return messages
 
 
 def _message(index: int, message: object, source: str) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
-        raise InvalidRequestError(f"{where} is a {type(message).__name__}; it must be a dict", "messages")
+        raise InvalidRequestError(where, f"is a {type(message).__name__}", limit="it must be a dict")
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        raise InvalidRequestError(f"{where}.role is {role!r}; it must be a non-empty string", "messages")
+        raise InvalidRequestError(f"{where}.role", f"is {role!r}", limit="it must be a non-empty string")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
-        raise InvalidRequestError(f"{where} has no content; only a message with tool_calls may lack it", "messages")
+        raise InvalidRequestError(where, "has no content", limit="only a message with tool_calls may lack it")
     plain: dict[str, Any] = _plain(message, where)
     if content is None:
         if not _READS_NONE.search(source):
@@ -145,7 +145,7 @@ def _message(index: int, message: object, source: str) -> dict[str, Any]:
         plain["content"] = [{"type": "text", "text": text} for text in texts] if reads_parts else "\n".join(texts)
     elif not isinstance(content, str):
         raise InvalidRequestError(
-            f"{where}.content is a {type(content).__name__}; it must be a string or a list of text parts", "messages"
+            f"{where}.content", f"is a {type(content).__name__}", limit="it must be a string or a list of text parts"
         )
     return plain
 
@@ -154,12 +154,12 @@ def _part_text(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise InvalidRequestError(f"{where} is a {type(part).__name__}; it must be a text part", "messages")
+        raise InvalidRequestError(where, f"is a {type(part).__name__}", limit="it must be a text part")
     kind, text = part.get("type", "text"), part.get("text")
     if kind not in _TEXT_PARTS:
-        raise InvalidRequestError(f"{where} has type {kind!r}; only text parts are understood", "messages")
+        raise InvalidRequestError(where, f"has type {kind!r}", limit="only text parts are understood")
     if not isinstance(text, str):
-        raise InvalidRequestError(f"{where}.text is a {type(text).__name__}; it must be a string", "messages")
+        raise InvalidRequestError(f"{where}.text", f"is a {type(text).__name__}", limit="it must be a string")
     return text
 
 
@@ -170,19 +170,19 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, str):
         return _plain_text(value, where)
     if depth > _MAX_DEPTH:
-        raise InvalidRequestError(f"{where} is nested deeper than {_MAX_DEPTH}", _field(where))
+        raise InvalidRequestError(where, f"is nested deeper than {_MAX_DEPTH}")
     if isinstance(value, Mapping):
         texts = {_plain_text(str(key), where): item for key, item in value.items()}
         return {key: _plain(item, f"{where}.{key}", depth + 1) for key, item in texts.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    raise InvalidRequestError(f"{where} is a {type(value).__name__}; only JSON values are understood", _field(where))
+    raise InvalidRequestError(where, f"is a {type(value).__name__}", limit="only JSON values are understood")
 
 
 def _plain_text(text: str, where: str) -> str:
     found = lone_surrogate(text)
     if found:
-        raise InvalidRequestError(f"{where} holds {found}; it must be well-formed Unicode", _field(where))
+        raise InvalidRequestError(where, f"holds {found}", limit="it must be well-formed Unicode")
     return str(text)
 
 

@@ -49,7 +49,7 @@ class IncrementalDetokenizer:
             delta = self._stream.feed(token_ids)
         except OverflowError as error:
             raise InvalidRequestError(
-                f"token ids {shown(list(token_ids))} must lie in 0..{2**32 - 1}", "token_ids"
+                "token_ids", (f"token ids {shown(list(token_ids))} must lie in 0..{2**32 - 1}",)
             ) from error
         if delta:
             self._parts.append(delta)
@@ -158,9 +158,7 @@ def token_bytes_of(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
         InvalidRequestError: the text of a token depends on its neighbours in ways that are not known here.
     """
     if tokenizer.decoding is Decoding.OTHER:
-        raise InvalidRequestError(
-            "structured_outputs need a tokenizer of bytes; this model has another", "structured_outputs"
-        )
+        raise InvalidRequestError("structured_outputs", "need a tokenizer of bytes", limit="this model has another")
     if tokenizer.decoding is Decoding.BYTE_LEVEL:
         whole = tokenizer.cached(_BytePieces, False)
         return [whole[token_id] for token_id in range(vocab_size)]

@@ -27,7 +27,7 @@ class StopChecker:
             stop = (stop,)
         for index, string in enumerate(stop):
             if not isinstance(string, str) or not string:
-                raise InvalidRequestError(f"stop[{index}] is {string!r}; it must be a non-empty string", "stop")
+                raise InvalidRequestError(f"stop[{index}]", f"is {string!r}", limit="it must be a non-empty string")
         self._stop = tuple(dict.fromkeys(stop))
         self._first_characters = frozenset(string[0] for string in self._stop)
         self._longest = max(map(len, self._stop), default=0)

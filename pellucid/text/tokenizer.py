@@ -187,13 +187,11 @@ class Tokenizer:
         ids = list(ids)
         for index, token_id in enumerate(ids):
             if not hasattr(token_id, "__index__"):
-                raise InvalidRequestError(
-                    f"token_ids[{index}] is {shown(token_id)}; it must be an integer", "token_ids"
-                )
+                raise InvalidRequestError(f"token_ids[{index}]", "is", token_id, "it must be an integer")
         if ids and not (min(ids) >= 0 and max(ids) < self._id_limit):
             wrong = next(token_id for token_id in ids if not 0 <= token_id < self._id_limit)
             raise InvalidRequestError(
-                f"token id {shown(wrong)} is not in the vocabulary 0..{self._id_limit - 1}", "token_ids"
+                "token_ids", f": token id {shown(wrong)} is not in the vocabulary 0..{self._id_limit - 1}"
             )
         return self.raw_decode(ids, skip_special_tokens)
 
@@ -210,7 +208,7 @@ class Tokenizer:
         """
         if not 0 <= token_id < self._id_limit:
             raise InvalidRequestError(
-                f"token id {shown(token_id)} is not in the vocabulary 0..{self._id_limit - 1}", "token_ids"
+                "token_ids", f": token id {shown(token_id)} is not in the vocabulary 0..{self._id_limit - 1}"
             )
         return self.raw_token(token_id) or ""
 
@@ -348,10 +346,10 @@ def _texts(value: Any) -> dict[str, str]:
 
 def _check_text(text: object) -> None:
     if not isinstance(text, str):
-        raise InvalidRequestError(f"text is a {type(text).__name__}; it must be a str", "prompt")
+        raise InvalidRequestError("prompt", (f"text is a {type(text).__name__}",), limit="it must be a str")
     found = lone_surrogate(text)
     if found:
-        raise InvalidRequestError(f"text holds {found}; it must be well-formed Unicode", "prompt")
+        raise InvalidRequestError("prompt", (f"text holds {found}",), limit="it must be well-formed Unicode")
 
 
 _SPM_DECODERS: tuple[dict[str, object], ...] = (

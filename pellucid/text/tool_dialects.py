@@ -188,23 +188,23 @@ def tools_of(tools: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
         InvalidRequestError: naming the index and what is wrong with it.
     """
     if len(tools) > MAX_TOOLS:
-        raise InvalidRequestError(f"tools has {len(tools):,} entries; the limit is {MAX_TOOLS}", "tools")
+        raise InvalidRequestError("tools", f"has {len(tools):,} entries", limit=f"the limit is {MAX_TOOLS}")
     made = tuple(_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools))
     names = [tool.name for tool in made]
     twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
-        raise InvalidRequestError(f"tools names {twice!r} twice", "tools")
+        raise InvalidRequestError("tools", f"names {twice!r} twice")
     return made
 
 
 def _tool(where: str, tool: object) -> Tool:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping):
-        raise InvalidRequestError(f'{where} must be {{"type": "function", "function": {{…}}}}', "tools")
+        raise InvalidRequestError(where, 'must be {"type": "function", "function": {…}}')
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         text = "must be 1 to 64 letters, digits, dots, dashes or underscores"
-        raise InvalidRequestError(f"{where}.function.name is {str(name)[:80]!r}; it {text}", "tools")
+        raise InvalidRequestError(f"{where}.function.name", f"is {str(name)[:80]!r}", limit=f"it {text}")
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise InvalidRequestError(f"{where}.function.parameters must be a JSON schema: an object", "tools")
+        raise InvalidRequestError(f"{where}.function.parameters", "must be a JSON schema: an object")
     return Tool(name, parameters or {"type": "object", "properties": {}})

@@ -68,7 +68,7 @@ class Recorder:
         structure = params.structured_outputs
         if isinstance(structure, CustomStructure):
             kind = type(structure).__name__
-            raise InvalidRequestError(f"{FIELD} is a {kind}, which is code: a trace cannot hold it", FIELD)
+            raise InvalidRequestError(FIELD, f"is a {kind}, which is code: a trace cannot hold it")
 
     def submitted(
         self,

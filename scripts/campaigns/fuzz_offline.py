@@ -417,7 +417,7 @@ def _plant_unnamed(engine: Any) -> None:
 
     def wrong(token_ids: Any, params: Any, *rest: Any) -> Any:
         if getattr(params, "temperature", 0) == 2.5:
-            raise InvalidRequestError("something is wrong")
+            raise InvalidRequestError(None, "something is wrong")
         return check(token_ids, params, *rest)
 
     object.__setattr__(checker, "check", wrong)

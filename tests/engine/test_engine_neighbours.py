@@ -119,7 +119,7 @@ class FailingStructure(CustomStructure):
 
     def compile(self, vocab_size: int) -> Grammar:
         if self.where == "compile":
-            raise InvalidRequestError("planted: no structure", "structured_outputs")
+            raise InvalidRequestError("structured_outputs", ("planted: no structure",))
         return self  # type: ignore[return-value]
 
     def matcher(self, output_token_ids: Sequence[int] = ()) -> Matcher:

@@ -148,7 +148,7 @@ def test_all_when_aborted_then_those_that_are_being_compiled_too(world: World) -
 
 
 def test_structure_when_it_is_refused_then_the_caller_is_told(world: World) -> None:
-    world.problem = InvalidRequestError("no text satisfies it", "structured_outputs.regex")
+    world.problem = InvalidRequestError("structured_outputs.regex", ": no text satisfies it")
     world.may_compile.set()
     world.say(Submit(1, "waits", [5, 6], STRUCTURED))
     refused = world.answer(1)

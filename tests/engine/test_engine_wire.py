@@ -32,6 +32,7 @@ from pellucid.service.messages import (
     News,
     ReadStats,
     ReadSteps,
+    Refusal,
     Refused,
     ResetPrefixCache,
     Shutdown,
@@ -71,7 +72,7 @@ OUTPUT = RequestOutput(
     RequestMetrics(0.1, 0.2, 0.3, 4, 0.1, 0.1),
 )
 RECORD = StepRecord(1, "mixed", tokens={"a": 3}, waiting=["b", "c"], waiting_reasons={"b": "full", "c": "behind"})
-ERROR = ErrorInfo("InvalidRequestError", "no", "prompt")
+ERROR = ErrorInfo("InvalidRequestError", "no", Refusal("stop[1]", [(True, "stop[1]"), (False, " is")], "5", "no"))
 FACTS = ModelFacts(
     *("m", "llama", "float32", 1, 2, 3, 4, (5,), {"top_p": 0.5, "eos_token_id": [1, 2]}, {"layers.0": 2}, {}, "f"),
     ContractDigest(1, "avx2", "w", ("float32",), "int8", "r"),
@@ -169,7 +170,7 @@ def test_frames_when_cut_or_changed_anywhere_then_the_decoder_never_raises() -> 
 
 _KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PellucidError)]
 _MORE: dict[type, tuple[Any, ...]] = {
-    errors.InvalidRequestError: ("prompt",),
+    errors.InvalidRequestError: (("why",),),
     errors.QueueFullError: (2.5,),
     errors.NativeError: (-3,),
 }

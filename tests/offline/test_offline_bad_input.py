@@ -67,6 +67,16 @@ REQUESTS: dict[str, Case] = {
         ValueError,
         "sampling_params has 1 entries; there are 2 inputs",
     ),
+    "no priorities": (
+        lambda m: m.generate([[5]], priority=[]),
+        InvalidRequestError,
+        "priority has 0 entries; there are 1 inputs",
+    ),
+    "priority that is no integer": (
+        lambda m: m.generate([[5]], priority=1.5),
+        InvalidRequestError,
+        "priority is 1.5; it must be one int",
+    ),
     "params of another type": (lambda m: m.generate([[5]], {"n": 1}), TypeError, "it must be one SamplingParams"),
     "chat template's end that is no flag": (
         lambda m: m.chat([{"role": "user", "content": "a"}], add_generation_prompt=np.zeros(0)),  # type: ignore[arg-type]
@@ -205,7 +215,7 @@ REQUESTS: dict[str, Case] = {
         "hidden_states_for_tokens.* a number of too many digits",
     ),
     "long parameters": (lambda m: m.generate("a", LONG), TypeError, "sampling_params is a number of too many digits"),
-    "score of unequal lists": (lambda m: m.score(["a"], []), ValueError, "1 prompts and 0 continuations"),
+    "score of unequal lists": (lambda m: m.score(["a"], []), InvalidRequestError, "1 prompts and 0 continuations"),
     "chat without role": (lambda m: m.chat([{"content": "x"}]), InvalidRequestError, r"messages\[0\]"),
 }
 

@@ -285,7 +285,7 @@ def test_bad_schema_when_submitted_then_refused_and_nothing_is_queued(tiny_model
         params = SamplingParams.from_dict({"structured_outputs": {"json": {"type": "strin"}}})
         with pytest.raises(InvalidRequestError, match="Invalid type: strin") as caught:
             llm.client.submit("hello", params)
-        assert caught.value.param == "structured_outputs.json"
+        assert caught.value.field == "structured_outputs.json"
         assert not llm.client.has_unfinished
 
 

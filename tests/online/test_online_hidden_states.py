@@ -275,13 +275,13 @@ def test_embedding_when_asked_by_the_official_client_then_both_formats_agree(ser
 
 BAD_EMBEDDINGS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"input": []}, "input"),
-    "empty text": ({"input": ""}, "prompt"),
+    "empty text": ({"input": ""}, "input"),
     "mixed": ({"input": ["a", 3]}, "input"),
     "negative id": ({"input": [-1]}, "input"),
-    "id beyond the vocabulary": ({"input": [10**6]}, "prompt"),
+    "id beyond the vocabulary": ({"input": [10**6]}, "input"),
     "float ids": ({"input": [1.5]}, "input"),
     "too many": ({"input": ["a"] * 300}, "input"),
-    "too long": ({"input": [5] * 600}, "prompt"),
+    "too long": ({"input": [5] * 600}, "input"),
     "dimensions": ({"input": "a", "dimensions": 8}, "dimensions"),
     "format": ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
     "pooling": ({"input": "a", "pooling": "max"}, "pooling"),

@@ -171,7 +171,8 @@ def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
 def test_structure_when_malformed_then_refused_with_field_and_limit(asked: Any, param: str, text: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams.from_dict({"structured_outputs": asked})
-    assert caught.value.param == param
+    assert caught.value.param == "structured_outputs"
+    assert caught.value.field == param
     assert text in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -180,7 +181,7 @@ def test_structure_when_malformed_then_refused_with_field_and_limit(asked: Any, 
 def test_structure_when_it_cannot_be_compiled_then_refused_with_the_reason(asked: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         compile_grammar(structure(**asked), byte_level())
-    assert caught.value.param == f"structured_outputs.{next(iter(asked))}"
+    assert caught.value.field == f"structured_outputs.{next(iter(asked))}"
     assert text in str(caught.value)
     assert len(str(caught.value)) < 500
 

@@ -21,14 +21,6 @@ from pellucid.server.anthropic.protocol import (
 from pellucid.server.chat.protocol import ChatCompletionRequest
 from pellucid.server.responses.input import as_chat, shared_fields
 
-# What chat calls a field that a message's request knows under another name.
-NAMES = {
-    "stop": "stop_sequences",
-    "max_completion_tokens": "max_tokens",
-    "response_format.json_schema.schema": "output_config.format.schema",
-    "response_format": "output_config.format",
-    "reasoning_effort": "output_config.effort",
-}
 _CHOICES: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
 _EFFORTS = {"max": "xhigh"}
 
@@ -75,11 +67,13 @@ def _is_left_open(messages: Sequence[Turn]) -> bool:
     texts = [last.content] if isinstance(last.content, str) else [getattr(block, "text", "") for block in blocks]
     if not "".join(texts).strip() or not all(isinstance(block, TextBlock) for block in blocks):
         raise InvalidRequestError(
-            "the last of messages is the assistant's; it must have text, and nothing else", "messages"
+            "messages", ("the last of messages is the assistant's",), limit="it must have text, and nothing else"
         )
     if texts[-1] != texts[-1].rstrip():
         place = where if isinstance(last.content, str) else f"{where}[{len(texts) - 1}].text"
-        raise InvalidRequestError(f"{place}: final assistant content cannot end with trailing whitespace", "messages")
+        raise InvalidRequestError(
+            "messages", (f"{place}: final assistant content cannot end with trailing whitespace",)
+        )
     return True
 
 
@@ -90,7 +84,7 @@ def _messages(turn: Turn) -> list[dict[str, Any]]:
     strange = _NOT_OF[turn.role]
     for block in turn.content:
         if isinstance(block, strange):
-            raise InvalidRequestError(f"a block of type {block.type!r} cannot be the {turn.role}'s", "messages")
+            raise InvalidRequestError("messages", (f"a block of type {block.type!r} cannot be the {turn.role}'s",))
     return [_assistant(turn.content)] if turn.role == "assistant" else _user(turn.content)
 
 

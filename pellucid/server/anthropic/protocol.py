@@ -24,6 +24,16 @@ MAX_ID_CHARACTERS = 256
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 
+# What chat calls a field that a message's request knows under another name.
+NAMES: Mapping[str, str] = {
+    "stop": "stop_sequences",
+    "max_completion_tokens": "max_tokens",
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
+
+
 class CacheControl(Strict):
     """Where a prefix ends that should be cached. Whole blocks of every prompt are: it changes nothing."""
 
@@ -129,7 +139,7 @@ class ToolChoice(Strict):
     def _check_name(self) -> ToolChoice:
         if (self.name is not None) != (self.type == "tool"):
             raise InvalidRequestError(
-                f"tool_choice is of type {self.type!r}; tool needs a name, and no other type has one", "tool_choice"
+                "tool_choice", f"is of type {self.type!r}", limit="tool needs a name, and no other type has one"
             )
         return self
 
@@ -190,6 +200,11 @@ class Conversation(Strict):
     )
     speed: Literal["standard"] | None = Field(None, description="Only standard: there is one speed.")
 
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """As `NAMES`."""
+        return NAMES
+
 
 class CountTokensRequest(Conversation):
     """The body of POST /v1/messages/count_tokens."""
@@ -239,7 +254,8 @@ class MessagesRequest(Conversation, RequestFields):
         budget = None if self.thinking is None else self.thinking.budget_tokens
         if budget is not None and budget >= self.max_tokens:
             raise InvalidRequestError(
-                f"thinking.budget_tokens is {budget:,}; it must be less than max_tokens, {self.max_tokens:,}",
-                "thinking",
+                "thinking.budget_tokens",
+                f"is {budget:,}",
+                limit=f"it must be less than max_tokens, {self.max_tokens:,}",
             )
         return self

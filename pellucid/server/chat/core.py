@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from starlette.requests import Request
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import renamed_path
 from pellucid.server.chat.preparing import Prepared
 from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.chat.turns import turn_of
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.job import Job
+
+
+def speak_of(http: Request, chat: ChatCompletionRequest, names: Mapping[str, str]) -> None:
+    """From here on errors are told under a client's names of fields: `names` has those of a request for chat."""
+    own = {inside: renamed_path(name, names) for inside, name in chat.field_names.items()}
+    http.state.field_names = {**names, **own}
 
 
 async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepared:
@@ -26,7 +31,7 @@ async def prepared(context: ServerContext, chat: ChatCompletionRequest) -> Prepa
 
 def job_of(context: ServerContext, http: Request, chat: ChatCompletionRequest, made: Prepared) -> Job:
     """What is generated for a request. Raises as `ServerContext.job`."""
-    return context.job(http, chat, [made.prompt_token_ids], made.params, made.structure_field)
+    return context.job(http, chat, [made.prompt_token_ids], made.params, made.calls)
 
 
 async def without_oldest_turns(context: ServerContext, chat: ChatCompletionRequest) -> ChatCompletionRequest:
@@ -56,21 +61,3 @@ def _shorter(messages: Sequence[Message]) -> list[list[Message]]:
     head = next((n for n, one in enumerate(messages) if one.role not in ("system", "developer")), len(messages))
     starts = [n for n in range(head + 1, len(messages)) if messages[n].role == "user"]
     return [list(messages), *([*messages[:head], *messages[n:]] for n in starts)]
-
-
-@contextmanager
-def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of chat completions name their fields; here they are called otherwise: `names` says how. Longer names come first."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise _spoken(error, names) from None
-
-
-def _spoken(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
-    message, param = str(error), error.param or ""
-    for name, own in names.items():
-        head = name.partition(".")[0]
-        if name in message and head in param.split(", or "):
-            return InvalidRequestError(message.replace(name, own, 1), param.replace(head, own.partition(".")[0]))
-    return error

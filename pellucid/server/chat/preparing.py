@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.api.structured_outputs import StructuredOutputsParams
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
+from pellucid.errors import FieldName, InvalidRequestError
 from pellucid.server.chat.parsing import OutputStyle
 from pellucid.server.chat.template import ChatPrompt, ChatText
 from pellucid.server.chat.turns import ToolUse, Turn
+from pellucid.server.generate.job import CallStructure
 from pellucid.server.generate.prompts import Prompts
-from pellucid.server.generate.protocol_structure import renamed
 from pellucid.server.http.settings import AUTO, OFF, ServerSettings
 from pellucid.structure.tool_grammar import calls_or_answer, forced_calls
 from pellucid.text.reasoning_parser import REASONING_DIALECTS, ReasoningDialect, detect_reasoning, stands_behind
@@ -25,13 +25,13 @@ from pellucid.text.tool_prompt import shows_tools
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is generated, and how it is read. `structure_field` is what an error of the structure is said of; `begun` is what of the
-    answer the prompt ends with."""
+    """What is generated, and how it is read. `calls`: what its structure is made of beside tools; `begun`: what of the answer the
+    prompt ends with."""
 
     prompt_token_ids: list[int]
     params: SamplingParams
     style: OutputStyle
-    structure_field: str
+    calls: CallStructure | None
     begun: str = ""
 
 
@@ -79,23 +79,23 @@ class Preparer:
         known = self._known(turn.tools)
         prompt = self._text.prompt(turn)
         style = self._style(turn, known, prompt)
-        params, structure_field = self._constrained(turn, params, style, tokenizer)
+        params, calls = self._constrained(turn, params, style, tokenizer)
         dialects = (style.reasoning, style.tools)
         if any(dialect is not None and dialect.name in self._special for dialect in dialects):
             params = dataclasses.replace(params, skip_special_tokens=False)  # markers must be in the text
         ids = tokenizer.encode(prompt.text, bool(turn.add_special_tokens))
-        return Prepared(ids, params, style, structure_field, prompt.begun)
+        return Prepared(ids, params, style, calls, prompt.begun)
 
     def _known(self, tools: ToolUse) -> tuple[Tool, ...]:
         """The tools, checked also where none may be called."""
         known = tools_of(tools.definitions)
         if tools.choice == "required" and not known:
-            raise InvalidRequestError("tool_choice asks for a call, but there are no tools", "tool_choice")
+            raise InvalidRequestError("tool_choice", "asks for a call, but there are no tools")
         if tools.name is not None and tools.name not in {tool.name for tool in known}:
             names = ", ".join(tool.name for tool in known)
-            raise InvalidRequestError(f"tool_choice names {shown(tools.name)}; the tools are: {names}", "tool_choice")
+            raise InvalidRequestError("tool_choice", "names", tools.name, f"the tools are: {names}")
         if tools.is_allowed and self._tools is None:
-            raise InvalidRequestError("tools: tool calling is switched off on this server (tool_dialect)", "tools")
+            raise InvalidRequestError("tools", ": tool calling is switched off on this server (tool_dialect)")
         return known
 
     def _style(self, turn: Turn, known: tuple[Tool, ...], prompt: ChatPrompt) -> OutputStyle:
@@ -113,27 +113,22 @@ class Preparer:
 
     def _constrained(
         self, turn: Turn, params: SamplingParams, style: OutputStyle, tokenizer: Tokenizer
-    ) -> tuple[SamplingParams, str]:
-        """The parameters with the structure that calls, reasoning and the request's own make together; and its field."""
+    ) -> tuple[SamplingParams, CallStructure | None]:
+        """The parameters with the structure that calls, reasoning and the request's own make together, and its parts."""
         forced = turn.tools.choice == "required" and style.tools is not None
-        structure_field = turn.structure_field
+        own = params.structured_outputs
         # A response_format speaks of the answer's text. A forced call has none, so that both hold.
-        speaks_of_text = structure_field.partition(".")[0] == "response_format"
-        if forced and params.structured_outputs is not None and not speaks_of_text:
-            raise InvalidRequestError(
-                f"{structure_field} is given beside a tool_choice that forces a call; only one can hold", "tool_choice"
-            )
-        if forced:
-            structure_field = "tools"
-        elif style.tools is not None:
-            structure_field = f"tools, or {structure_field}"
+        if forced and own is not None and not turn.speaks_of_text:
+            problem = (FieldName(FIELD), " is given beside a ", FieldName("tool_choice"), " that forces a call")
+            raise InvalidRequestError("tool_choice", problem, limit="only one can hold")
+        calls = None if style.tools is None else CallStructure(None if forced else own)
         try:
-            spec = _structure(turn.tools, params.structured_outputs, style, tokenizer)
-            if spec is not params.structured_outputs:
+            spec = _structure(turn.tools, own, style, tokenizer)
+            if spec is not own:
                 params = dataclasses.replace(params, structured_outputs=spec)
-            return params, structure_field
+            return params, calls
         except InvalidRequestError as error:
-            raise renamed(error, structure_field) from None
+            raise error if calls is None else calls.named(error) from None
 
 
 def _structure(

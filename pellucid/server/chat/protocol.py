@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from pellucid.errors import InvalidRequestError
 from pellucid.server.chat.tools import MAX_TOOLS, NamedTool, ToolCall, ToolDefinition
-from pellucid.server.generate.protocol import Integer, Strict, sampling_field
+from pellucid.server.generate.protocol import Integer, Strict, by_kind, sampling_field
 from pellucid.server.generate.protocol_structure import StructureFields
 
 MAX_MESSAGES = 4096
@@ -27,15 +27,25 @@ class TextPart(Strict):
     @model_validator(mode="after")
     def _has_its_text(self) -> TextPart:
         if (self.refusal if self.type == "refusal" else self.text) is None:
-            raise InvalidRequestError(f"a part of type {self.type!r} lacks its text", "messages")
+            raise InvalidRequestError("messages", f"has a part of type {self.type!r} that lacks its text")
         return self
+
+
+Content = Annotated[
+    Annotated[str, Tag("@text")] | Annotated[list[TextPart], Tag("@list")],
+    by_kind("it must be a text or a list of parts"),
+]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("@text")] | Annotated[NamedTool, Tag("@object")],
+    by_kind("it must be none, auto, required or an object of type function"),
+]
 
 
 class Message(Strict):
     """One message of a conversation. Keys that clients echo from an answer may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
-    content: str | list[TextPart] | None = Field(None, description="Text, or parts of type text.")
+    content: Content | None = Field(None, description="Text, or parts of type text.")
     name: str | None = Field(None, max_length=256, description="Of the speaker, for templates that show it.")
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS, description="Calls that the assistant made.")
     tool_call_id: str | None = Field(None, max_length=256, description="The call that a tool's message answers.")
@@ -119,7 +129,7 @@ class ChatCompletionRequest(StructureFields):
     tools: list[ToolDefinition] | None = Field(
         None, max_length=MAX_TOOLS, description="Functions that the model may call."
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tool_choice: ToolChoice | None = Field(
         None,
         description="auto (the default with tools): the model decides; none: the tools are not shown; required, or one by "
         "name: the answer is nothing but calls, whose arguments follow the tools' schemas.",
@@ -151,12 +161,20 @@ class ChatCompletionRequest(StructureFields):
     def _check_template(self) -> ChatCompletionRequest:
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt are both true; only one can be",
                 "continue_final_message",
+                ("continue_final_message and add_generation_prompt are both true",),
+                limit="only one can be",
             )
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
-            raise InvalidRequestError("top_logprobs is given, but logprobs is not true", "top_logprobs")
+            raise InvalidRequestError("top_logprobs", "is given, but logprobs is not true")
         return self
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """Also of what `SamplingParams` and the prompt's checks know under other names."""
+        tokens = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        logprobs = {} if self.top_logprobs is None else {"logprobs": "top_logprobs"}
+        return {"prompt": "messages", **tokens, **logprobs, **super().field_names}
 
     def sampling_values(self) -> dict[str, Any]:
         """As names of `SamplingParams`. `max_tokens` null or absent is "as many as the model's length allows"."""

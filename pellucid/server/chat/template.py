@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError
 from pellucid.server.chat.protocol import Message
 from pellucid.server.chat.turns import Turn
 from pellucid.text.chat_prefill import Messages, Render, content_text, left_open, text_behind
@@ -90,9 +90,7 @@ class ChatText:
             return {"enable_thinking": False}
         if effort == "none" and self._reasoning is None:
             return {}
-        raise InvalidRequestError(
-            f"reasoning_effort is {shown(effort)}; the model's chat template does not read it", "reasoning_effort"
-        )
+        raise InvalidRequestError("reasoning_effort", "is", effort, "the model's chat template does not read it")
 
 
 def _for_template(message: Message, template: str) -> dict[str, Any]:
@@ -105,5 +103,5 @@ def _for_template(message: Message, template: str) -> dict[str, Any]:
 def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
     taken = _RESERVED & given.keys()
     if taken:
-        raise InvalidRequestError(f"chat_template_kwargs.{min(taken)} is reserved", "chat_template_kwargs")
+        raise InvalidRequestError(f"chat_template_kwargs.{min(taken)}", "is reserved")
     return dict(given)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pellucid.api.structured_outputs import FIELD
 from pellucid.server.chat.protocol import ChatCompletionRequest, Message
 from pellucid.server.chat.tools import NamedTool
 
@@ -28,7 +27,8 @@ class ToolUse:
 
 @dataclass(frozen=True)
 class Turn:
-    """A conversation and how it goes on. `structure_field` is what the request calls the structure of its answer."""
+    """A conversation and how it goes on. `speaks_of_text`: its structure is a format of the answer's text,
+    which a forced call has not."""
 
     messages: Sequence[Message]
     tools: ToolUse = ToolUse()
@@ -38,7 +38,7 @@ class Turn:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_effort: str | None = None
     shows_reasoning: bool = True
-    structure_field: str = FIELD
+    speaks_of_text: bool = False
 
 
 def turn_of(request: ChatCompletionRequest) -> Turn:
@@ -52,7 +52,7 @@ def turn_of(request: ChatCompletionRequest) -> Turn:
         template_kwargs=request.chat_template_kwargs or {},
         reasoning_effort=request.reasoning_effort,
         shows_reasoning=request.include_reasoning is not False,
-        structure_field=request.structure_field,
+        speaks_of_text=request.response_format is not None,
     )
 
 

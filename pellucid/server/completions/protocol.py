@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, SkipValidation, model_validator
 
 from pellucid.api.sampling_params import MAX_TOKEN_COUNT, MAX_TOKEN_ID
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError
 from pellucid.server.generate.protocol import Integer, sampling_field
 from pellucid.server.generate.protocol_structure import StructureFields
 
@@ -46,10 +46,10 @@ class CompletionRequest(StructureFields):
     def _check_own(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
             raise InvalidRequestError(
-                f"best_of is {self.best_of}; it must equal n, for choices are not ranked", "best_of"
+                "best_of", f"is {self.best_of}", limit="it must equal n, for choices are not ranked"
             )
         if self.stream and self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo with logprobs cannot be streamed: leave out stream", "echo")
+            raise InvalidRequestError("echo", "with logprobs cannot be streamed: leave out stream")
         return self
 
     @property
@@ -84,18 +84,18 @@ def as_prompts(prompt: Any) -> Prompts:
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
-        raise InvalidRequestError(f"prompt is {shown(prompt)}; {_PROMPT_ERROR}", "prompt")
+        raise InvalidRequestError("prompt", "is", prompt, _PROMPT_ERROR)
     if not prompt:
-        raise InvalidRequestError("prompt is an empty list; it must have at least 1 entry", "prompt")
+        raise InvalidRequestError("prompt", "is an empty list", limit="it must have at least 1 entry")
     if _is_id_like(prompt[0]):
         return [check_ids(prompt, "prompt")]
     if len(prompt) > MAX_PROMPTS:
-        raise InvalidRequestError(f"prompt has {len(prompt):,} entries; the limit is {MAX_PROMPTS}", "prompt")
+        raise InvalidRequestError("prompt", f"has {len(prompt):,} entries", limit=f"the limit is {MAX_PROMPTS}")
     if all(isinstance(entry, str) for entry in prompt):
         return prompt
     if all(isinstance(entry, list) for entry in prompt):
         return [check_ids(entry, f"prompt[{index}]") for index, entry in enumerate(prompt)]
-    raise InvalidRequestError(f"prompt is {shown(prompt)}; {_PROMPT_ERROR}", "prompt")
+    raise InvalidRequestError("prompt", "is", prompt, _PROMPT_ERROR)
 
 
 def check_ids(ids: Sequence[Any], where: str) -> list[int]:
@@ -107,8 +107,7 @@ def check_ids(ids: Sequence[Any], where: str) -> list[int]:
     for index, token in enumerate(ids):
         if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
             raise InvalidRequestError(
-                f"{where}[{index}] is {shown(token)}; token ids are integers in [0, {MAX_TOKEN_ID:,}]",
-                where.partition("[")[0],
+                f"{where}[{index}]", "is", token, f"token ids are integers in [0, {MAX_TOKEN_ID:,}]"
             )
     return list(ids)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation, model_validator
 
-from pellucid.errors import InvalidRequestError
+from pellucid.errors import FieldName, InvalidRequestError
 from pellucid.server.chat.protocol import MAX_MESSAGES, Message
 from pellucid.server.chat.tools import MAX_TOOLS, ToolDefinition
 from pellucid.server.generate.protocol import MAX_NAME_CHARACTERS, Strict
@@ -30,13 +31,21 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise InvalidRequestError("give prompt or messages, one of the two", "prompt")
+            raise InvalidRequestError(
+                "prompt", ("give ", FieldName("prompt"), " or ", FieldName("messages"), ", one of the two")
+            )
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt are both true; only one can be",
                 "continue_final_message",
+                ("continue_final_message and add_generation_prompt are both true",),
+                limit="only one can be",
             )
         return self
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """That of the prompt, where it is a conversation."""
+        return {} if self.messages is None else {"prompt": "messages"}
 
 
 class DetokenizeRequest(Strict):
@@ -45,3 +54,8 @@ class DetokenizeRequest(Strict):
     model: str | None = Field(None, max_length=MAX_NAME_CHARACTERS, description="A name of /v1/models.")
     tokens: Annotated[list[int], SkipValidation] = Field(description="Token ids.")
     skip_special_tokens: bool | None = Field(None, description="Leaves special tokens out; false by default.")
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """That of the ids."""
+        return {"token_ids": "tokens"}

@@ -32,7 +32,7 @@ def wanted_options(
     """
     if request.dimensions is not None and request.dimensions != hidden_size:
         raise InvalidRequestError(
-            f"dimensions is {request.dimensions:,}; embeddings are not cut: it must be {hidden_size:,}", "dimensions"
+            "dimensions", f"is {request.dimensions:,}", limit=f"embeddings are not cut: it must be {hidden_size:,}"
         )
     rows = [(-1,) if request.pooling == "last" else tuple(range(len(prompt))) for prompt in prompts]
     return [RequestOptions(request.priority or 0, hidden_states=HiddenStatesParams(wanted)) for wanted in rows]

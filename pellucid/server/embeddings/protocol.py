@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SkipValidation, model_validator
 
-from pellucid.errors import InvalidRequestError
 from pellucid.server.completions.protocol import MAX_PROMPTS, Prompts, as_prompts
 from pellucid.server.generate.protocol import MAX_NAME_CHARACTERS, REQUEST_ID_PATTERN, Strict, check_refused
 
@@ -56,7 +55,9 @@ class EmbeddingRequest(Strict):
         Raises:
             InvalidRequestError: another shape, or too many.
         """
-        try:
-            return as_prompts(self.input)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(str(error).replace("prompt", "input", 1), "input") from None
+        return as_prompts(self.input)
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """That of the inputs, which the engine calls prompts."""
+        return {"prompt": "input"}

@@ -12,11 +12,11 @@ from starlette.requests import Request
 
 from pellucid.api.outputs import RequestOutput
 from pellucid.api.sampling_params import SamplingParams, model_defaults
-from pellucid.errors import EngineDrainingError, InvalidRequestError
+from pellucid.errors import EngineDrainingError, FieldName, InvalidRequestError
 from pellucid.server.chat.preparing import Preparer
 from pellucid.server.generate.answers import Identity
 from pellucid.server.generate.generation import Generation, Generator
-from pellucid.server.generate.job import Job
+from pellucid.server.generate.job import CallStructure, Job
 from pellucid.server.generate.logprobs import LogprobFormat
 from pellucid.server.generate.prompts import Prompts
 from pellucid.server.generate.protocol import RequestFields, Strict
@@ -68,6 +68,7 @@ class ServerContext:
         """
         self.check_not_draining()
         request = await read_json(http, model, self.settings.max_body_bytes, self.settings.body_timeout)
+        http.state.field_names = request.field_names
         self.check_model(getattr(request, "model", None))
         return request
 
@@ -80,7 +81,12 @@ class ServerContext:
         """
         submitting = self.generator.submit(job)
         is_slow = job.params.structured_outputs is not None
-        generation = await (unless_gone(http.receive, submitting) if is_slow else submitting)
+        try:
+            generation = await (unless_gone(http.receive, submitting) if is_slow else submitting)
+        except InvalidRequestError as error:
+            if job.calls is None:
+                raise
+            raise await self.prompts.run(job.calls.blamed, error, self.prompts.tokenizer) from None
         http.state.generation = generation
         return generation
 
@@ -119,11 +125,8 @@ class ServerContext:
             InvalidRequestError: naming field, value and limit.
         """
         values = request.sampling_values()
-        try:
-            # None is "not given" for all but max_tokens, where it means as many as the model's length allows.
-            return SamplingParams.with_defaults({**self.sampling_defaults, "max_tokens": None}, **values)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(*_renamed(request, error)) from None
+        # None is "not given" for all but max_tokens, where it means as many as the model's length allows.
+        return SamplingParams.with_defaults({**self.sampling_defaults, "max_tokens": None}, **values)
 
     def job(
         self,
@@ -131,7 +134,7 @@ class ServerContext:
         request: RequestFields,
         prompts: list[list[int]],
         params: SamplingParams,
-        structure_field: str | None = None,
+        calls: CallStructure | None = None,
     ) -> Job:
         """A job under the name that was asked for, else one that carries the HTTP request's id.
 
@@ -140,8 +143,13 @@ class ServerContext:
         """
         if len(prompts) * params.n > MAX_CHOICES:
             raise InvalidRequestError(
-                f"{len(prompts):,} prompts of n {params.n} are {len(prompts) * params.n:,} choices; the limit is {MAX_CHOICES:,}",
                 "n",
+                (
+                    f"{len(prompts):,} prompts of ",
+                    FieldName("n"),
+                    f" {params.n} are {len(prompts) * params.n:,} choices",
+                ),
+                limit=f"the limit is {MAX_CHOICES:,}",
             )
         name = self.job_name(http, request.request_id)
         return Job(
@@ -149,7 +157,7 @@ class ServerContext:
             prompts,
             params,
             [wanted_options(request, self.settings)] * len(prompts),
-            structure_field=request.structure_field if structure_field is None else structure_field,
+            calls=calls,
             stream=bool(request.stream),
         )
 
@@ -162,7 +170,7 @@ class ServerContext:
         if asked is None:
             return http.state.request_id if "x-request-id" not in http.headers else _unique(http.state.request_id)
         if self.generator.is_running(asked):
-            raise InvalidRequestError(f"request_id {asked!r} is in use", "request_id")
+            raise InvalidRequestError("request_id", f"{asked!r} is in use")
         return asked
 
     def identity(self, prefix: str, request_id: str, model: str | None) -> Identity:
@@ -174,15 +182,3 @@ class ServerContext:
 def _unique(request_id: str) -> str:
     """A client may send one X-Request-Id twice; the engine's names must differ."""
     return f"{request_id[:110]}-{uuid.uuid4().hex[:12]}"
-
-
-# What a request calls a field that `SamplingParams` knows under another name.
-_ALIASES = {"max_tokens": "max_completion_tokens", "logprobs": "top_logprobs"}
-
-
-def _renamed(request: RequestFields, error: InvalidRequestError) -> tuple[str, str | None]:
-    name, message = error.param, str(error)
-    alias = _ALIASES.get(name or "")
-    if name is not None and alias is not None and getattr(request, alias, None) is not None:
-        return message.replace(name, alias, 1), alias
-    return message, name

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from pellucid.api.outputs import EngineCoreOutput, RequestOutput
-from pellucid.errors import InvalidRequestError, PellucidError, RequestFailedError
+from pellucid.errors import PellucidError, RequestFailedError
 from pellucid.server.generate.job import Job
-from pellucid.server.generate.protocol_structure import renamed
 from pellucid.server.http.errors import RequestTimeoutError
 from pellucid.server.http.logs import generation_fields, log_generation
 from pellucid.server.http.metrics import Metrics
@@ -58,10 +57,8 @@ class Generator:
         self.metrics.observe_params(job.params)
         try:
             await generation.submit()
-        except BaseException as error:
+        except BaseException:
             await generation.close()
-            if isinstance(error, InvalidRequestError):
-                raise renamed(error, job.structure_field) from None
             raise
         return generation
 

@@ -7,7 +7,33 @@ from dataclasses import dataclass, field
 
 from pellucid.api.request_options import RequestOptions
 from pellucid.api.sampling_params import SamplingParams
-from pellucid.api.structured_outputs import FIELD
+from pellucid.api.structured_outputs import FIELD, StructuredOutputsParams
+from pellucid.errors import InvalidRequestError
+from pellucid.structure.grammar import compile_grammar
+from pellucid.text.tokenizer import Tokenizer
+
+# Where a structure that holds the grammar of calls is refused.
+_OF_TOOLS = {f"{FIELD}.grammar": "tools", f"{FIELD}.json": f"{FIELD}.json", FIELD: "tools"}
+
+
+@dataclass(frozen=True)
+class CallStructure:
+    """A structure made of calls of tools and, where `answer` is not None, of the request's own."""
+
+    answer: StructuredOutputsParams | None = None
+
+    def named(self, error: InvalidRequestError) -> InvalidRequestError:
+        """An error of the whole structure as one of the tools."""
+        return error.named(_OF_TOOLS)
+
+    def blamed(self, error: InvalidRequestError, tokenizer: Tokenizer) -> InvalidRequestError:
+        """An error of the whole structure as one of the part that is refused also when it stands alone."""
+        if error.param == FIELD and self.answer is not None:
+            try:
+                compile_grammar(self.answer, tokenizer)
+            except InvalidRequestError as own:
+                return own
+        return self.named(error)
 
 
 @dataclass(frozen=True)
@@ -18,7 +44,7 @@ class Job:
     prompts: list[list[int]]
     params: SamplingParams
     options: list[RequestOptions]  # of each prompt
-    structure_field: str = FIELD  # what the request calls the structure of its answer
+    calls: CallStructure | None = None  # the structure of the output is, at least in part, that of tool calls
     stream: bool = True  # deltas are read; without it only the whole
     arrived: float = field(default_factory=time.perf_counter)
 

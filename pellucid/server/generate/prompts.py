@@ -35,7 +35,7 @@ class Prompts:
             InvalidRequestError: it has none.
         """
         if self._tokenizer is None:
-            raise InvalidRequestError("the model has no tokenizer: give token ids", "prompt")
+            raise InvalidRequestError("prompt", ("the model has no tokenizer: give token ids",))
         return self._tokenizer
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, SkipValidation, ValidationError, model_validator
 
 from pellucid.api.sampling_params import SamplingParams, range_of
-from pellucid.api.structured_outputs import FIELD
 from pellucid.errors import InvalidRequestError, shown
 from pellucid.json_text import path_of
 
@@ -23,13 +22,18 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """What the client calls the fields that errors behind the validation speak of: their paths there, and its own."""
+        return {}
+
 
 def sampling_field(name: str, text: str) -> Any:
     """A field that `SamplingParams` checks: type, range and what it is called there are told in one place."""
     limits = range_of(name)
     if limits is None:
         return Field(None, description=text)
-    low, high, words = limits[0], limits[1], limits[2].removesuffix(", or None")
+    low, high, words = limits
     return Field(
         None, description=f"{text} {words[0].upper()}{words[1:]}.", json_schema_extra={"minimum": low, "maximum": high}
     )
@@ -127,11 +131,6 @@ class RequestFields(SamplingFields):
         None, description="While streaming, each chunk has a row for each of its tokens."
     )
 
-    @property
-    def structure_field(self) -> str:
-        """What the request calls the structure of its answer."""
-        return FIELD
-
     # Fields that are known and of which only these values can be honoured: (values, why no others).
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
@@ -144,13 +143,11 @@ class RequestFields(SamplingFields):
     def _check_stream_options(self) -> RequestFields:
         options = self.stream_options
         if options is not None and not self.stream:
-            raise InvalidRequestError("stream_options is given, but stream is not true", "stream_options")
+            raise InvalidRequestError("stream_options", "is given, but stream is not true")
         if options is not None and options.include_obfuscation:
-            raise InvalidRequestError(
-                "stream_options.include_obfuscation is true; chunks are not padded", "stream_options"
-            )
+            raise InvalidRequestError("stream_options.include_obfuscation", "is true", limit="chunks are not padded")
         if self.stream and self.prompt_logprobs is not None:
-            raise InvalidRequestError("prompt_logprobs cannot be streamed: leave out stream", "prompt_logprobs")
+            raise InvalidRequestError("prompt_logprobs", "cannot be streamed: leave out stream")
         return self
 
 
@@ -174,7 +171,7 @@ def check_refused(request: Strict, refused: Mapping[str, tuple[tuple[Any, ...], 
     for name, (allowed, why) in refused.items():
         value = getattr(request, name)
         if not any(value == one and type(value) is type(one) for one in allowed):
-            raise InvalidRequestError(f"{name} is {shown(value)}; {why}", name)
+            raise InvalidRequestError(name, "is", value, why)
 
 
 # Tags of unions begin with this, so that paths to fields can leave them out.
@@ -211,10 +208,10 @@ def as_invalid_request(error: ValidationError) -> InvalidRequestError:
         return own
     location = [part for part in found["loc"] if not str(part).startswith(TAG)]
     path = path_of(location)
-    param = str(location[0]) if location else None
     if found["type"] == "extra_forbidden":
-        return InvalidRequestError(f"unknown field {path!r}", param)
+        return InvalidRequestError(path, (f"unknown field {path!r}",))
     if found["type"] == "missing":
-        return InvalidRequestError(f"{path} is required", param)
+        return InvalidRequestError(path, "is required")
     text = found["msg"][0].lower() + found["msg"][1:]
-    return InvalidRequestError(f"{path or 'the body'} is {shown(found['input'])}: {text}", param)
+    problem = f"is {shown(found['input'])}: {text}"
+    return InvalidRequestError(path, problem) if path else InvalidRequestError(None, f"the body {problem}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -34,14 +33,14 @@ class ResponseFormat(Strict):
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             needed = "is required with" if self.json_schema is None else "is not for"
-            raise InvalidRequestError(f"response_format.json_schema {needed} type {self.type!r}", "response_format")
+            raise InvalidRequestError("response_format.json_schema", f"{needed} type {self.type!r}")
         return self
 
 
 class Structure(NamedTuple):
-    """A structure, and the field that asked for it."""
+    """A structure, and what the request calls its fields."""
 
-    field: str
+    names: Mapping[str, str]
     spec: StructuredOutputsParams
 
 
@@ -68,22 +67,22 @@ class StructureFields(RequestFields):
         """Made here, for long bodies are validated by another thread than the event loop's."""
         asked = [name for name in _READERS if getattr(self, name) is not None and not self._is_text(name)]
         if len(asked) > 1:
-            raise InvalidRequestError(f"{asked[0]} and {asked[1]} are both given; only one can be", asked[1])
+            raise InvalidRequestError(asked[1], (f"{asked[0]} and {asked[1]} are both given",), limit="only one can be")
         for name in asked:
-            field, make = _READERS[name](getattr(self, name))
+            names, make = _READERS[name](getattr(self, name))
             try:
-                self._structure = Structure(field, make())
+                self._structure = Structure(names, make())
             except InvalidRequestError as error:
-                raise renamed(error, field) from None
+                raise error.named(names) from None
         return self
 
     def _is_text(self, name: str) -> bool:
         return name == "response_format" and self.response_format is not None and self.response_format.type == "text"
 
     @property
-    def structure_field(self) -> str:
-        """What the request calls the structure of its answer."""
-        return FIELD if self._structure is None else self._structure.field
+    def field_names(self) -> Mapping[str, str]:
+        """Those of the structure."""
+        return {} if self._structure is None else self._structure.names
 
     def sampling_values(self) -> dict[str, Any]:
         """With `structured_outputs`, where a structure is asked for."""
@@ -91,22 +90,27 @@ class StructureFields(RequestFields):
         return values if self._structure is None else {**values, FIELD: self._structure.spec}
 
 
-_Reader = tuple[str, Callable[[], StructuredOutputsParams]]
+_Reader = tuple[Mapping[str, str], Callable[[], StructuredOutputsParams]]
+
+
+def _called(field: str, kind: str) -> Mapping[str, str]:
+    """The names where `field` asks for a structure of this kind."""
+    return {FIELD: field, f"{FIELD}.{kind}": field}
 
 
 def _response_format(given: ResponseFormat) -> _Reader:
     schema = given.json_schema
     if schema is None:
-        return "response_format", lambda: StructuredOutputsParams(json_object=True)
-    return "response_format.json_schema.schema", lambda: StructuredOutputsParams(json=schema.schema_)
+        return _called("response_format", "json_object"), lambda: StructuredOutputsParams(json_object=True)
+    return _called("response_format.json_schema.schema", "json"), lambda: StructuredOutputsParams(json=schema.schema_)
 
 
 def _structured_outputs(given: Mapping[str, Any]) -> _Reader:
-    return FIELD, lambda: StructuredOutputsParams.of(given)
+    return {}, lambda: StructuredOutputsParams.of(given)
 
 
 def _guided(kind: str) -> Callable[[Any], _Reader]:
-    return lambda given: (f"guided_{kind}", lambda: StructuredOutputsParams(**{kind: given}))
+    return lambda given: (_called(f"guided_{kind}", kind), lambda: StructuredOutputsParams(**{kind: given}))
 
 
 _READERS: dict[str, Callable[[Any], _Reader]] = {
@@ -114,12 +118,3 @@ _READERS: dict[str, Callable[[Any], _Reader]] = {
     FIELD: _structured_outputs,
     **{f"guided_{kind}": _guided(kind) for kind in ("json", "regex", "choice", "grammar")},
 }
-
-
-def renamed(error: InvalidRequestError, field: str) -> InvalidRequestError:
-    """An error of a structure as one of the field that asked for it; any other error is left as it is."""
-    name, param = str(error.param or ""), re.split(r"\W", field)[0]
-    if name.partition(".")[0] != FIELD:
-        return error
-    message = str(error)
-    return InvalidRequestError(message if field == FIELD else message.replace(name, field, 1), param)

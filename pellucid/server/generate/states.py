@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pellucid.api.hidden_states import CaptureParams, HiddenStatesParams, SteeringParams
 from pellucid.api.outputs import CompletionOutput, EngineCoreOutput
 from pellucid.api.request_options import RequestOptions
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError
 from pellucid.json_text import encode
 from pellucid.server.generate.protocol import RequestFields
 from pellucid.server.http.settings import ServerSettings
@@ -31,7 +31,7 @@ def wanted_options(request: RequestFields, settings: ServerSettings) -> RequestO
     """
     for name, is_allowed in (("capture", settings.capture), ("steering", settings.steering)):
         if getattr(request, name) is not None and not is_allowed:
-            raise InvalidRequestError(f"{name}: this server does not allow it (see its option --{name})", name)
+            raise InvalidRequestError(name, f": this server does not allow it (see its option --{name})")
     return RequestOptions(
         request.priority or 0,
         request.cache_salt,
@@ -46,14 +46,13 @@ def _hidden_states(request: RequestFields) -> HiddenStatesParams | None:
     streamed = False if request.hidden_states_stream is None else request.hidden_states_stream
     if request.hidden_states_format is not None and request.hidden_states_format not in FORMATS:
         raise InvalidRequestError(
-            f"hidden_states_format is {shown(request.hidden_states_format)}; it must be one of: {', '.join(FORMATS)}",
-            "hidden_states_format",
+            "hidden_states_format", "is", request.hidden_states_format, f"it must be one of: {', '.join(FORMATS)}"
         )
     found = HiddenStatesParams.from_request(
         flag, request.hidden_states_for_tokens, request.hidden_states_layers, streamed
     )
     if found is not None and found.stream and not request.stream:
-        raise InvalidRequestError("hidden_states_stream is true, but stream is not", "hidden_states_stream")
+        raise InvalidRequestError("hidden_states_stream", "is true, but stream is not")
     return found
 
 

@@ -77,7 +77,7 @@ def parse(body: bytes, model: type[_Model]) -> _Model:
     """A body as a `model`. Raises InvalidRequestError as `read_json` does."""
     value = parse_json(body)
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"the body is a JSON {_json_name(value)}; it must be an object")
+        raise InvalidRequestError(None, f"the body is a JSON {_json_name(value)}", limit="it must be an object")
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -91,20 +91,22 @@ def parse_json(body: bytes) -> Any:
         InvalidRequestError: empty, not UTF-8, too deep, not JSON, a number too long or not finite, or a lone surrogate.
     """
     if not body.strip():
-        raise InvalidRequestError("the body is empty; it must be a JSON object")
+        raise InvalidRequestError(None, "the body is empty", limit="it must be a JSON object")
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02X}") from None
+        raise InvalidRequestError(
+            None, f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02X}"
+        ) from None
     _check_depth(body)
     if _LONG_NUMBER.search(body) and _LONG_NUMBER.search(_outside_strings(body)):
-        raise InvalidRequestError(f"the body holds a number of more than {MAX_DIGITS} digits")
+        raise InvalidRequestError(None, f"the body holds a number of more than {MAX_DIGITS} digits")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         where = f" at line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         what = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be read"
-        raise InvalidRequestError(f"the body is not JSON: {what}{where}") from None
+        raise InvalidRequestError(None, f"the body is not JSON: {what}{where}") from None
     if _SUSPECT.search(body):
         check_values(value, "the body")
     return value
@@ -118,10 +120,10 @@ def _check_depth(body: bytes) -> None:
             return
         shorter = rest.replace(b"[]", b"").replace(b"{}", b"")
         if len(shorter) == len(rest):
-            raise InvalidRequestError("the body is not JSON: its brackets do not match")
+            raise InvalidRequestError(None, "the body is not JSON: its brackets do not match")
         rest = shorter
     if rest:
-        raise InvalidRequestError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
+        raise InvalidRequestError(None, f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
 
 
 def _outside_strings(body: bytes) -> bytes:

@@ -81,13 +81,16 @@ TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestTimeoutError, 504, "timeout_error", "request_timeout"),
     (RequestFailedError, 500, "server_error", "request_failed"),
 )
+NO_NAMES: Mapping[str, str] = {}
 _CODES = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 
 
-def as_http_error(error: BaseException) -> HttpError | None:
-    """The answer to an error that is known; None for a bug."""
+def as_http_error(error: BaseException, names: Mapping[str, str] = NO_NAMES) -> HttpError | None:
+    """The answer to an error that is known; None for a bug. `names` is what the client calls the fields of the request."""
     if isinstance(error, HttpError):
         return error
+    if isinstance(error, InvalidRequestError):
+        error = error.named(names)
     for kind, status, type_, code in TABLE:
         if isinstance(error, kind):
             headers = {"retry-after": str(_retry_after(error))} if status in (429, 503) else {}

@@ -6,13 +6,14 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pellucid.server.generate.protocol import REQUEST_ID_PATTERN
 from pellucid.server.http.access import Access, values_of
-from pellucid.server.http.errors import HttpError, as_http_error, internal_error, is_anthropic
+from pellucid.server.http.errors import NO_NAMES, HttpError, as_http_error, internal_error, is_anthropic
 from pellucid.server.http.logs import log_access
 from pellucid.server.http.metrics import Metrics
 from pellucid.server.http.sse import ClientLeftError
@@ -36,14 +37,15 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        state = scope.setdefault("state", {})
         answer = _Answer(send, _request_id(scope), scope["path"])
-        scope.setdefault("state", {})["request_id"] = answer.request_id
+        state["request_id"] = answer.request_id
         began, began_ns = time.perf_counter(), time.time_ns()
         try:
             self._access.check(scope["path"], scope["headers"])
             await self._app(scope, receive, answer.send)
         except Exception as error:
-            await answer.fail(error)
+            await answer.fail(error, state.get("field_names", NO_NAMES))
         finally:
             self._note(scope, answer, time.perf_counter() - began, began_ns)
 
@@ -85,12 +87,12 @@ class _Answer:
             message["headers"] = [*message.get("headers", ()), *((name, value) for name in names)]
         await self._send(message)
 
-    async def fail(self, error: Exception) -> None:
-        """Answers an error; a stream that has begun can only end."""
+    async def fail(self, error: Exception, names: Mapping[str, str]) -> None:
+        """Answers an error, its fields under the names that the client knows; a stream that has begun can only end."""
         if isinstance(error, ClientLeftError):
             self.status = CLIENT_LEFT
             return
-        known = as_http_error(error)
+        known = as_http_error(error, names)
         if known is None:
             logger.error("request %s failed", self.request_id, exc_info=error)
             known = internal_error(self.request_id)

@@ -12,14 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pellucid.errors import InvalidRequestError
-from pellucid.server.chat.core import job_of, prepared, renaming, without_oldest_turns
+from pellucid.server.chat.core import job_of, prepared, speak_of, without_oldest_turns
 from pellucid.server.chat.preparing import Prepared
 from pellucid.server.chat.protocol import Message
 from pellucid.server.generate.context import ServerContext
 from pellucid.server.generate.typed_stream import typed_events, whole_answer
 from pellucid.server.http.sse import EventStream, JsonResponse
 from pellucid.server.responses.answer import PREFIX, ResponseAnswer
-from pellucid.server.responses.input import NAMES, answered, messages_of, to_chat
+from pellucid.server.responses.input import answered, messages_of, to_chat
 from pellucid.server.responses.protocol import LOGPROBS, ResponsesRequest
 from pellucid.server.responses.store import Owner, StoredResponse
 
@@ -39,16 +39,16 @@ class ResponsesEndpoints:
         owner = context.owner(http)
         before = self._before(owner, request)
         keep = self._keeper(owner, request, before) if self._store.wants(request.store) else None
-        with renaming(NAMES):
-            chat = to_chat(request, before)
-            if request.truncation == "auto":
-                chat = await without_oldest_turns(context, chat)
-            made = await prepared(context, chat)
-            _check_logprobs(request, made)
-            job = job_of(context, http, chat, made)
-            identity = context.identity(PREFIX, job.request_id, request.model)
-            answer = ResponseAnswer(request, identity, made.params, made.style.reader(), context.logprobs, keep)
-            generation = await context.submit(http, job)
+        chat = to_chat(request, before)
+        speak_of(http, chat, request.field_names)
+        if request.truncation == "auto":
+            chat = await without_oldest_turns(context, chat)
+        made = await prepared(context, chat)
+        _check_logprobs(request, made)
+        job = job_of(context, http, chat, made)
+        identity = context.identity(PREFIX, job.request_id, request.model)
+        answer = ResponseAnswer(request, identity, made.params, made.style.reader(), context.logprobs, keep)
+        generation = await context.submit(http, job)
         if request.stream:
             return EventStream(typed_events(generation, answer, context.prompts), generation)
         (output,) = await context.whole(http, generation)
@@ -57,7 +57,7 @@ class ResponsesEndpoints:
     async def retrieve_response(self, http: Request, response_id: str, stream: bool = Query(False)) -> Response:
         """A response that was stored."""
         if stream:
-            raise InvalidRequestError("stream is true; a stored response is not streamed: it must be false", "stream")
+            raise InvalidRequestError("stream", "is true", limit="a stored response is not streamed: it must be false")
         return JsonResponse(self._found(http, response_id).response)
 
     async def delete_response(self, http: Request, response_id: str) -> Response:
@@ -78,7 +78,7 @@ class ResponsesEndpoints:
         items = items if order == "asc" else items[::-1]
         names = [item["id"] for item in items]
         if after is not None and after not in names:
-            raise InvalidRequestError(f"after is {after!r}; the response has no such item", "after")
+            raise InvalidRequestError("after", f"is {after!r}", limit="the response has no such item")
         start = 0 if after is None else names.index(after) + 1
         page, rest = items[start : start + limit], items[start + limit :]
         ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
@@ -123,5 +123,5 @@ def _check_logprobs(request: ResponsesRequest, made: Prepared) -> None:
     """Tokens are those of all that the model writes; they are those of the text only where nothing else can be in it."""
     if request.wants_logprobs and not made.style.is_plain:
         raise InvalidRequestError(
-            f"include has {LOGPROBS}, which is not available beside tools or from a model that reasons", "include"
+            "include", f"has {LOGPROBS}, which is not available beside tools or from a model that reasons"
         )

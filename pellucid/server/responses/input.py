@@ -20,15 +20,6 @@ from pellucid.server.responses.protocol import (
 )
 
 _Turns = list[dict[str, Any]]
-# What chat calls a field that a response's request knows under another name.
-NAMES = {
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-    "messages": "input",
-    "response_format.json_schema.schema": "text.format.schema",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-}
 _CHAT_FIELDS = ("parallel_tool_calls", "metadata", "chat_template_kwargs", "safety_identifier", "prompt_cache_key")
 
 

@@ -29,6 +29,17 @@ Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
+# What chat calls a field that a response's request knows under another name.
+NAMES: Mapping[str, str] = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format.json_schema.schema": "text.format.schema",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
 class InputText(Strict):
     """Text that was said to the model."""
 
@@ -171,7 +182,9 @@ class TextFormat(Strict):
     def _check_schema(self) -> TextFormat:
         if (self.schema_ is not None) != (self.type == "json_schema"):
             raise InvalidRequestError(
-                f"text.format is of type {self.type!r}; json_schema needs a schema, and no other type has one", "text"
+                "text.format",
+                f"is of type {self.type!r}",
+                limit="json_schema needs a schema, and no other type has one",
             )
         return self
 
@@ -273,8 +286,13 @@ class ResponsesRequest(RequestFields):
     @model_validator(mode="after")
     def _check_own(self) -> ResponsesRequest:
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.wants_logprobs:
-            raise InvalidRequestError(f"top_logprobs is given, but include lacks {LOGPROBS}", "top_logprobs")
+            raise InvalidRequestError("top_logprobs", f"is given, but include lacks {LOGPROBS}")
         return self
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """As `NAMES`."""
+        return NAMES
 
     @property
     def wants_logprobs(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid.errors import InvalidRequestError, shown
+from pellucid.errors import InvalidRequestError
 from pellucid.json_text import encode
 from pellucid.server.chat.protocol import Message
 from pellucid.server.http.errors import HttpError
@@ -55,7 +55,7 @@ class ResponseStore:
             InvalidRequestError: it is asked for and there is none.
         """
         if store and not self.is_on:
-            raise InvalidRequestError("store is true; this server stores no responses: it must be false", "store")
+            raise InvalidRequestError("store", "is true", limit="this server stores no responses: it must be false")
         return self.is_on and store is not False
 
     def put(self, owner: Owner, entry: StoredResponse) -> None:
@@ -81,10 +81,10 @@ class ResponseStore:
         """As `find`, for a conversation that goes on. Raises HttpError 400, InvalidRequestError where there is no store."""
         name = "previous_response_id"
         if not self.is_on:
-            raise InvalidRequestError(f"{name} is {shown(response_id)}; this server stores no responses", name)
+            raise InvalidRequestError(name, "is", response_id, "this server stores no responses")
         found = self._get(owner, response_id)
         if found is None:
-            raise HttpError(400, _unknown(response_id), param=name, code="previous_response_not_found")
+            raise HttpError(400, f"{name}: {_unknown(response_id)}", param=name, code="previous_response_not_found")
         return found
 
     def delete(self, owner: Owner, response_id: str) -> None:

@@ -21,7 +21,6 @@ def _selected(*options: str) -> list[str]:
     ("mark", "file", "wanted", "unwanted"),
     [
         ("padded", "tests/engine/test_engine_padded.py", "test_padded_when", None),
-        ("slot", "tests/core/test_core_sequences.py", "test_hole_when", None),
         ("slot", "tests/offline/test_offline_foreign_operations.py", "settings3", "settings2"),
         ("prefill_first", "tests/engine/test_engine_scheduler_commands.py", "prefill_first", "[mixed"),
     ],

@@ -17,6 +17,7 @@ class ContractDigest(msgspec.Struct, frozen=True):
     formats: tuple[str, ...]  # storage formats of the weights, sorted
     kv_cache_dtype: str
     rotary: str  # digest of the frequencies of all rotary tables
+    ops: str = ""  # digest of the program's ops, or of the module's code where there is no program
     tokenizer: str = ""  # digest of its bundle; empty: there is none
     adapter: str = ""
 

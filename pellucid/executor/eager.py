@@ -107,7 +107,6 @@ def _steering_rows(spans: Iterable[tuple[int, int, Any]], like: torch.Tensor) ->
 def contract_of_module(opened: OpenedModel, dtype: str, isa: str, kv_cache_dtype: str) -> ContractDigest:
     """The contract of a module that cannot become a program: its code counts, and the weights as the files have them."""
     whole = hashlib.sha256(repr(sorted(opened.checkpoint.config.items())).encode())
-    whole.update(source_of(type(opened.module)).encode())
     for name, parameter in opened.module.named_parameters():
         whole.update(name.encode())
         for piece in getattr(parameter, "pieces", ()):
@@ -125,6 +124,7 @@ def contract_of_module(opened: OpenedModel, dtype: str, isa: str, kv_cache_dtype
         formats=(f"{dtype}, eager",),
         kv_cache_dtype=kv_cache_dtype,
         rotary="",
+        ops=hashlib.sha256(source_of(type(opened.module)).encode()).hexdigest()[:32],
         tokenizer="" if opened.tokenizer is None else hashlib.sha256(bundle).hexdigest()[:32],
     )
 

@@ -49,5 +49,6 @@ def _contract(file: ProgramFile, isa: str, kv_cache_dtype: str) -> ContractDiges
         formats=tuple(sorted({DTYPE_NAMES[weight[3]] for weight in file.meta["weights"]})),
         kv_cache_dtype=kv_cache_dtype,
         rotary=tables.hexdigest()[:32],
+        ops=hashlib.sha256(file.sections["ops"].data).hexdigest()[:32],
         tokenizer="" if bundle == b"null" else hashlib.sha256(bundle).hexdigest()[:32],
     )

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from utils.tiny_models import build_tiny_checkpoint
 
-from pellucid import LLM
+from pellucid import LLM, ops
 from pellucid.contract.facts import ContractDigest
 from pellucid.errors import WeightFormatError
+from pellucid.models.llama import LlamaForCausalLM
+from pellucid.models.registry import ModelRegistry
 from pellucid.program.identity import contract_of, weight_digests
 
 
@@ -107,3 +109,18 @@ def test_contract_when_the_header_is_damaged_then_a_typed_error_names_the_file(m
     broken = type(file)(file.path, {**file.meta, **DAMAGE[damage]}, file.sections, file.identity)
     with pytest.raises(WeightFormatError, match=file.path.name):
         contract_of(broken, "avx2", "float32")
+
+
+def test_contract_when_another_class_computes_otherwise_on_the_same_weights_then_its_ops_differ(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubled(LlamaForCausalLM):
+        def compute_logits(self, hidden_LD: Any) -> Any:
+            return ops.scale(super().compute_logits(hidden_LD), 2.0)
+
+    base = _contract(model)
+    monkeypatch.setitem(ModelRegistry._registered, "llamaforcausallm", Doubled)
+    other = _contract(model)
+    assert base.ops != other.ops
+    assert base.digest != other.digest
+    assert msgspec.structs.replace(other, ops=base.ops) == base

@@ -269,3 +269,25 @@ def test_given_dialects_that_are_off_when_asked_then_text_stays_and_tools_are_re
         with pytest.raises(openai.BadRequestError, match="switched off"):
             _asked(client, tools=TOOLS)
         assert _asked(client, tools=TOOLS, tool_choice="none", max_tokens=4)["calls"] == []
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_response_format_that_is_refused_when_beside_tools_then_told_of_it_and_not_of_the_tools(
+    tiny: RunningServer, choice: str
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}, "required": ["a"]}
+    response_format = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        _asked(_client(tiny), tools=TOOLS, tool_choice=choice, response_format=response_format)
+    error = refused.value.body
+    assert error["param"] == "response_format"
+    assert "response_format.json_schema.schema" in error["message"]
+
+
+def test_tools_that_are_refused_when_beside_a_good_response_format_then_told_of_the_tools(tiny: RunningServer) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    good = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        _asked(_client(tiny), tools=tools, response_format=good)
+    assert refused.value.body["param"] == "tools"

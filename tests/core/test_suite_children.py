@@ -190,6 +190,7 @@ def test_a_fork_when_it_returns_or_raises_then_its_status_tells_and_it_goes_on_w
     assert is_gone(pid)
 
 
+@pytest.mark.slow
 def test_a_fork_when_it_outlives_its_time_then_the_test_fails_and_it_and_its_children_are_gone(tmp_path: Path) -> None:
     def hang() -> None:
         with child(["sleep", "600"]) as process:
@@ -237,6 +238,7 @@ def test_a_suite_when_a_test_fails_then_it_ends_and_no_process_stays(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_suite_when_it_is_ended_in_the_middle_then_no_process_stays(tmp_path: Path, number: signal.Signals) -> None:
     with child(write_suite(tmp_path, "process.wait(600)"), cwd=tmp_path) as suite:
         until(lambda: len(written_pids(tmp_path)) == 2, "the start of its children")

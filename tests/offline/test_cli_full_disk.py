@@ -171,6 +171,7 @@ def test_figures_when_the_disk_is_full_then_they_are_shown_and_the_file_before_s
         assert names(disk) == ["figures.json", "full"]
 
 
+@pytest.mark.slow
 def test_files_when_written_under_a_umask_then_their_modes_are_what_it_leaves(
     checkpoint: str, prompts: str, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_faults_that_are_planted_when_files_are_damaged_then_found_with_what_mak
     check(replace(kind, open=lambda content: None), "x", 3, 0, Counts())
 
 
+@pytest.mark.slow
 def test_campaign_when_nothing_is_found_then_one_line_and_status_0() -> None:
     done = finished([sys.executable, SCRIPT, "--seed", "5", "--count", "20", "--kind", "bench dataset"])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,6 +89,7 @@ def test_campaign_when_nothing_is_found_then_one_line_and_status_0() -> None:
 
 
 @pytest.mark.parametrize(("plant", "what"), [("error", "untyped"), ("crash", "crash")])
+@pytest.mark.slow
 def test_campaign_when_a_fault_is_planted_then_it_is_found_and_can_be_made_again(plant: str, what: str) -> None:
     command = [sys.executable, SCRIPT, "--seed", "5", "--kind", "bench dataset", "--plant", plant]
     done = finished([*command, "--count", "12"])

@@ -181,6 +181,7 @@ def parts(cache: Path) -> list[Path]:
     return list((cache / "programs").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_packer_when_killed_then_its_part_goes_at_the_next_start_of_any_model(
     large: Path, checkpoint: Path, cache: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_packer_when_killed_then_its_part_goes_at_the_next_start_of_any_model(
     assert parts(cache) == []
 
 
+@pytest.mark.slow
 def test_packers_when_several_start_at_once_then_all_work_and_leave_one_program(large: Path, cache: Path) -> None:
     with contextlib.ExitStack() as stack:
         packers = [stack.enter_context(child(start(large))) for _ in range(3)]
@@ -203,6 +205,7 @@ def test_packers_when_several_start_at_once_then_all_work_and_leave_one_program(
     assert len(names(cache / "programs")) == 1
 
 
+@pytest.mark.slow
 def test_packer_when_another_start_tidies_then_its_part_stays(large: Path, checkpoint: Path, cache: Path) -> None:
     with child(start(large)) as packer:
         end = time.monotonic() + PATIENCE

@@ -129,6 +129,7 @@ def test_inline_run_when_requests_want_states_structure_and_choices_then_it_repl
     again(path, max_num_batched_tokens=64, num_threads=2)
 
 
+@pytest.mark.slow
 def test_the_real_model_when_replayed_in_other_chunks_and_threads_then_equal(tmp_path: Path, real_model: Path) -> None:
     path = tmp_path / "t.jsonl"
     settings: dict[str, Any] = {

@@ -193,6 +193,7 @@ def test_neighbours_when_nobody_asks_for_structure_then_same_bits_as_beside_it(
     assert_same(run(tiny_model, only=1)[0], expected[1::2])
 
 
+@pytest.mark.slow
 def test_the_real_model_when_together_preempted_ahead_or_with_drafts_then_same_bits(real_model: Path) -> None:
     model = str(real_model)
     alone = run(model, alone=True)[0]

@@ -65,6 +65,7 @@ def _until_dead(url: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("options", [(), ("--engine-process",)], ids=["thread", "process"])
+@pytest.mark.slow
 def test_given_damaged_model_when_found_then_callers_and_health_are_told_and_the_status_is_1(
     damaged: tuple[Path, int], options: tuple[str, ...]
 ) -> None:
@@ -117,6 +118,7 @@ def test_given_damaged_model_when_served_with_verify_then_it_is_refused_before_i
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_given_engine_that_was_closed_when_time_passes_then_the_server_ends(checkpoint: Path) -> None:
     with running_server(checkpoint) as running:
         running.engine.close()

@@ -71,6 +71,7 @@ def _running_line(url: str) -> str:
 
 
 @pytest.mark.parametrize("options", [(), ("--engine-process",)], ids=["thread", "process"])
+@pytest.mark.slow
 def test_given_load_when_terminated_then_running_requests_end_and_the_status_is_0(
     long_model: Path, options: tuple[str, ...]
 ) -> None:

@@ -54,6 +54,7 @@ def test_given_openapi_when_read_then_every_path_and_body_is_there(document: dic
         assert schemas[body]["additionalProperties"] is False
 
 
+@pytest.mark.slow
 def test_given_openapi_when_schemathesis_sends_what_it_makes_up_then_no_answer_is_a_5xx(
     server: RunningServer, document: dict[str, Any]
 ) -> None:

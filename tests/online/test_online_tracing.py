@@ -90,6 +90,7 @@ def test_request_when_answered_then_its_span_has_tokens_times_and_the_callers_tr
     assert any(attributes(span)["url.path"] == "/health" and not span.parent_span_id for span in collector.spans)
 
 
+@pytest.mark.slow
 def test_collector_when_it_is_not_there_then_requests_are_answered(tiny_model: Path) -> None:
     with running_server(tiny_model, otlp_endpoint="http://127.0.0.1:9/v1/traces") as server:
         assert httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=300).status_code == 200

@@ -79,6 +79,7 @@ def test_float32_when_twenty_prompts_are_decoded_greedily_then_ids_are_transform
             assert found == pytest.approx(row[token].item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_close(
     gguf_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +103,7 @@ def test_bfloat16_when_decoded_greedily_then_tokens_equal_or_their_logprobs_clos
     assert mean < 0.05
 
 
+@pytest.mark.slow
 def test_hidden_states_when_asked_of_the_engine_then_every_layer_and_position_is_transformers(gguf_file: Path) -> None:
     with LLM(gguf_file, dtype="float32", max_model_len=256) as llm:
         prompts = llm.encode(PROMPTS[:6])

@@ -20,12 +20,13 @@ def _selected(*options: str) -> list[str]:
 @pytest.mark.parametrize(
     ("mark", "file", "wanted", "unwanted"),
     [
-        ("padded", "tests/engine/test_engine_padded.py", "test_padded_when", None),
-        ("slot", "tests/offline/test_offline_foreign_operations.py", "settings3", "settings2"),
+        pytest.param("padded", "tests/engine/test_engine_padded.py", "test_padded_when", None, marks=pytest.mark.slow),
+        pytest.param(
+            "slot", "tests/offline/test_offline_foreign_operations.py", "settings3", "settings2", marks=pytest.mark.slow
+        ),
         ("prefill_first", "tests/engine/test_engine_scheduler_commands.py", "prefill_first", "[mixed"),
     ],
 )
-@pytest.mark.slow
 def test_mark_when_selected_by_then_the_tests_that_name_it(
     mark: str, file: str, wanted: str, unwanted: str | None
 ) -> None:

@@ -202,7 +202,6 @@ def test_n_choices_when_asked_together_or_as_the_first_of_fewer_then_same_bits(t
 @pytest.mark.parametrize(
     "precision", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "bfloat16")), "stored types"]
 )
-@pytest.mark.slow
 def test_the_real_model_when_alone_chunked_preempted_or_cached_then_same_bits(precision: str, real_model: Path) -> None:
     model, as_asked = str(real_model), PRECISIONS[precision]
     expected, _ = run(model, **as_asked)
